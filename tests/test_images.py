@@ -1,0 +1,473 @@
+"""Image sets: order, indexing, the cache's promises, and real files of every awkward kind."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner import images as module
+from refiner import toybox
+from refiner.images import ImageSet, LazyImages, balanced_order, load_images, read_files, resize
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("REFINER_CACHE", str(folder))
+    return folder
+
+
+def quiet(name, **options):
+    return load_images(name, progress=False, **options)
+
+
+def small_set(n=12) -> ImageSet:
+    return ImageSet(
+        torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 4, 4).clone(),
+        torch.arange(n) % 3,
+        ("a", "b", "c"),
+        {"number": np.arange(n) * 10.0},
+        "small",
+        torch.arange(n).float()[:, None, None].expand(n, 4, 4),
+    )
+
+
+def first_pixels(images: ImageSet) -> list[int]:
+    return images.batch(slice(None))[:, 0, 0, 0].tolist()
+
+
+# ---------------------------------------------------------------- ImageSet
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (slice(3), [0, 1, 2]),
+        (slice(None, None, -5), [11, 6, 1]),
+        ([5, -1, 5], [5, 11, 5]),
+        (torch.tensor([7, 2]), [7, 2]),
+        (np.array([4]), [4]),
+        (torch.arange(12) % 4 == 1, [1, 5, 9]),
+        (3, [3]),
+        ([], []),
+    ],
+)
+def test_every_kind_of_index_selects_all_fields_together(index, expected):
+    some = small_set()[index]
+    assert first_pixels(some) == expected
+    assert some.labels.tolist() == [i % 3 for i in expected]
+    assert some.factors["number"].tolist() == [10 * i for i in expected]
+    assert some.masks[:, 0, 0].tolist() == expected
+    assert (some.classes, some.name, len(some)) == (("a", "b", "c"), "small", len(expected))
+
+
+@pytest.mark.parametrize("index", [12, [-13], [0.5], torch.ones(5, dtype=torch.bool)])
+def test_a_bad_index_is_an_error(index):
+    with pytest.raises(IndexError):
+        small_set()[index]
+
+
+def test_iteration_ends():
+    assert [first_pixels(one) for one in small_set(3)] == [[0], [1], [2]]
+
+
+def test_repr_is_one_line_that_tells_what_it_is():
+    text = repr(small_set())
+    assert "\n" not in text
+    for part in ("small", "12 images", "3×4×4", "3 classes", "1 factors"):
+        assert part in text
+    assert "unlabelled" in repr(ImageSet(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)))
+
+
+def test_fields_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="2 images do not match 3 labels"):
+        ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+
+
+def test_batch_resizes_on_request_and_leaves_constant_images_constant():
+    pixels = small_set().batch([2, 9], size=7)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 7, 7)
+    assert torch.equal(pixels[0], torch.full((3, 7, 7), 2, dtype=torch.uint8))
+
+
+def test_holdout_is_balanced_disjoint_and_complete():
+    rest, held = small_set(30).holdout(0.2, seed=1)
+    assert sorted(first_pixels(rest) + first_pixels(held)) == list(range(30))
+    assert held.labels.bincount().tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="empty"):
+        small_set(3).holdout(0.1)
+
+
+def test_balanced_order_deals_classes_out_as_far_as_they_last():
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)
+    order = balanced_order(labels, 73, seed=4)
+    assert sorted(order.tolist()) == list(range(73))
+    assert labels[order[:9]].bincount(minlength=3).tolist() == [3, 3, 3]
+    assert labels[order[:23]].bincount(minlength=3).tolist() == [10, 10, 3]
+    for end in range(1, 9):
+        counts = labels[order[:end]].bincount(minlength=3)
+        assert counts.max() - counts.min() <= 1
+    assert torch.equal(order, balanced_order(labels, 73, seed=4))
+    assert not torch.equal(order, balanced_order(labels, 73, seed=5))
+
+
+def test_resize_crops_the_centre_of_the_longer_side():
+    wide = torch.zeros(1, 3, 4, 12, dtype=torch.uint8)
+    wide[..., 4:8] = 200
+    assert torch.equal(resize(wide, 4), torch.full((1, 3, 4, 4), 200, dtype=torch.uint8))
+
+
+def test_resize_agrees_with_pillow():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    ours = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None], 8)[0].permute(1, 2, 0)
+    theirs = np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.abs(ours.numpy().astype(int) - theirs.astype(int)).max() <= 1
+
+
+# ---------------------------------------------------------------- Toybox and its cache
+
+
+def test_toybox_is_what_the_renderer_gives_fresh_and_from_the_cache(cache):
+    scene = toybox.render(20, split="test", size=16, seed=3)
+    for _ in range(2):
+        images = quiet("toybox", split="test", n=20, size=16, seed=3)
+        assert torch.equal(images.images, scene.images)
+        assert torch.equal(images.labels, scene.labels)
+        assert torch.equal(images.masks, scene.masks)
+        assert images.classes == scene.classes
+        for name in toybox.FACTORS:
+            assert np.array_equal(images.factors[name], scene.factors[name])
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_cache_is_used_serves_less_and_grows_by_what_is_missing(monkeypatch):
+    quiet("toybox", n=20, size=8)
+    asked = []
+    render = toybox.render
+    monkeypatch.setattr(
+        toybox, "render", lambda indices, **o: asked.append(list(indices)) or render(indices, **o)
+    )
+    fewer = quiet("toybox", n=5, size=8)
+    assert asked == []
+    more = quiet("toybox", n=24, size=8)
+    assert asked == [[20, 21, 22, 23]]
+    assert torch.equal(more.images, render(24, size=8).images)
+    assert torch.equal(fewer.images, more.images[:5])
+    quiet("toybox", n=5, size=8, cache=False)
+    assert asked[-1] == [0, 1, 2, 3, 4]
+
+
+def test_different_images_never_share_a_cache_file(cache):
+    variants = [
+        {},
+        {"seed": 1},
+        {"size": 9},
+        {"split": "val"},
+    ]
+    seen = [quiet("toybox", **{"n": 2, "size": 8} | v).batch([0, 1], 8) for v in variants]
+    seen.append(quiet("toybox-hard", n=2, size=8).images)
+    seen.append(quiet("toybox-new", n=2, size=8).images)
+    assert len(list(cache.iterdir())) == 6
+    for i, a in enumerate(seen):
+        assert not any(torch.equal(a, b) for b in seen[:i])
+
+
+def test_an_edited_renderer_never_gets_old_images(tmp_path, monkeypatch, cache):
+    quiet("toybox", n=2, size=8)
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(toybox.__file__).read_text() + "\n# changed\n")
+    monkeypatch.setattr(toybox, "__file__", str(edited))
+    quiet("toybox", n=2, size=8)
+    assert len(list(cache.iterdir())) == 2
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    where = data.index(b"images.npy") + 600  # inside of the pixels
+    return data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda data: b"", lambda data: b"not an archive"])
+def test_a_damaged_cache_is_rendered_again_with_a_warning(cache, damage):
+    fresh = quiet("toybox", n=16, size=8)
+    (path,) = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="damaged"):
+        again = quiet("toybox", n=16, size=8)
+    assert torch.equal(again.images, fresh.images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(quiet("toybox", n=16, size=8).images, fresh.images)
+
+
+def test_an_unwritable_cache_only_warns(tmp_path, monkeypatch):
+    blocked = tmp_path / "a_file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("REFINER_CACHE", str(blocked / "cache"))
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert len(quiet("toybox", n=2, size=8)) == 2
+
+
+def test_two_processes_fill_the_same_cache_at_once(cache):
+    code = (
+        "import sys; from refiner.images import load_images\n"
+        "for n in (8, 24, 40): s = load_images('toybox', n=n, size=8, progress=False)\n"
+        "print(int(s.images.long().sum()))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, text=True, cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    results = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], results
+    expected = str(int(toybox.render(40, size=8).images.long().sum()))
+    assert [out.strip() for out, _ in results] == [expected] * 2
+    assert [path.suffix for path in cache.iterdir()] == [".npz"]  # no temporary files are left
+
+
+def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path):
+    monkeypatch.delenv("REFINER_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert module.cache_folder() == tmp_path / "refiner"
+
+
+# ---------------------------------------------------------------- digits and CIFAR
+
+
+def test_digits_splits_are_disjoint_and_complete():
+    train, test = quiet("digits", size=8), quiet("digits", split="test", size=8)
+    assert len(train) + len(test) == 1797
+    assert train.images.shape[1:] == (3, 8, 8)
+    assert train.labels[:100].bincount().tolist() == [10] * 10
+    seen = {bytes(x) for x in train.images.numpy().reshape(len(train), -1)}
+    # scikit-learn's set holds no digit twice, so any shared picture would be a leak.
+    assert not any(bytes(x) in seen for x in test.images.numpy().reshape(len(test), -1))
+    assert torch.equal(quiet("digits", n=50, size=8).images, train.images[:50])
+
+
+def test_cifar_without_a_network_says_which_file_to_put_where(monkeypatch, cache):
+    def offline(*args, **kwargs):
+        raise URLError("no route")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
+    with pytest.raises(ConnectionError, match="cifar-10-python.tar.gz") as error:
+        quiet("cifar10")
+    assert str(cache / "cifar10") in str(error.value) and "\n" not in str(error.value)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_cifar_comes_through_torchvision(monkeypatch):
+    data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+
+    class Stub:
+        url = filename = tgz_md5 = ""
+
+        def __init__(self, root, train, download):
+            self.data, self.targets, self.classes = data, [0, 1] * 10, ["cat", "dog"]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Stub)
+    monkeypatch.setattr(module, "_fetch", lambda *args: None)
+    images = quiet("cifar10", n=6)
+    assert images.labels.bincount().tolist() == [3, 3] and images.classes == ("cat", "dog")
+    where = [int(np.flatnonzero((data == x.permute(1, 2, 0).numpy()).all((1, 2, 3)))[0])
+             for x in images.images]  # fmt: skip
+    assert [[0, 1][i % 2] for i in where] == images.labels.tolist()
+
+
+# ---------------------------------------------------------------- folders
+
+
+def save(path: Path, colour=(10, 20, 30), size=(8, 8), **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+def test_a_folder_of_classes(tmp_path):
+    for i in range(3):
+        save(tmp_path / "set" / "zebra" / f"{i}.png", (200, 0, i))
+        save(tmp_path / "set" / "ant" / "deep" / f"{i}.PNG", (100, 0, i))
+    save(tmp_path / "set" / ".hidden" / "0.png")
+    save(tmp_path / "set" / "ant" / ".hidden.png")
+    (tmp_path / "set" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "set" / "empty").mkdir()
+    images = quiet(tmp_path / "set")
+    assert images.classes == ("ant", "zebra")
+    assert images.images.shape == (6, 3, 8, 8)  # the files' own size
+    assert images.images[:, 0, 0, 0].tolist() == [[100, 200][y] for y in images.labels]
+    assert sorted(images.images[:, 2, 0, 0].tolist()) == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(quiet(tmp_path / "set", n=4).images, images.images[:4])
+    assert quiet(tmp_path / "set", n=4).labels.bincount().tolist() == [2, 2]
+    with pytest.raises(ValueError, match="6 images, fewer than the 7"):
+        quiet(tmp_path / "set", n=7)
+
+
+def test_an_unlabelled_folder_and_loose_files(tmp_path):
+    for i in range(3):
+        save(tmp_path / "set" / f"{i}.png", (i, 0, 0))
+    images = quiet(tmp_path / "set")
+    assert images.labels is None and images.classes == ()
+    assert sorted(first_pixels(images)) == [0, 1, 2]
+    save(tmp_path / "set" / "class" / "0.png")
+    with pytest.warns(UserWarning, match="3 images directly in .* belong to no class"):
+        assert len(quiet(tmp_path / "set")) == 1
+
+
+def test_splits_are_folders(tmp_path):
+    save(tmp_path / "set" / "train" / "a" / "0.png", (1, 0, 0))
+    save(tmp_path / "set" / "valid" / "a" / "0.png", (2, 0, 0))
+    save(tmp_path / "set" / "unlabelled" / "0.png")
+    assert first_pixels(quiet(tmp_path / "set")) == [1]
+    assert first_pixels(quiet(tmp_path / "set", split="val")) == [2]
+    with pytest.raises(ValueError, match="no test sub-folder, only train, valid"):
+        quiet(tmp_path / "set", split="test")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("car", "train"):
+        save(tmp_path / "set" / name / "0.png")
+    assert quiet(tmp_path / "set").classes == ("car", "train")
+    with pytest.raises(ValueError, match="holdout"):
+        quiet(tmp_path / "set", split="test")
+
+
+def test_mixed_sizes_become_224_and_one_size_is_kept(tmp_path):
+    save(tmp_path / "set" / "0.png", size=(30, 30))
+    assert quiet(tmp_path / "set").images.shape[-1] == 30
+    save(tmp_path / "set" / "1.png", size=(300, 260))
+    assert quiet(tmp_path / "set").images.shape[-1] == 224
+    assert quiet(tmp_path / "set", size=16).images.shape[-1] == 16
+
+
+def read_one(path: Path, size: int) -> np.ndarray:
+    pixels, broken = read_files([path], size, progress=False)
+    assert not broken
+    return pixels[0].permute(1, 2, 0).numpy()
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    modes = {
+        "L": (Image.new("L", (4, 4), 77), 77),
+        "1": (Image.new("1", (4, 4), 1), 255),
+        "P": (Image.new("RGB", (4, 4), (9, 9, 9)).convert("P", palette=Image.Palette.ADAPTIVE), 9),
+        "LA": (Image.new("LA", (4, 4), (5, 255)), 5),
+        "RGBA": (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 255),  # fully transparent: white
+        "I;16": (Image.fromarray(np.full((4, 4), 257 * 90, dtype=np.uint16)), 90),
+    }
+    for name, (image, value) in modes.items():
+        image.save(tmp_path / "x.png")
+        assert (read_one(tmp_path / "x.png", 4) == value).all(), name
+    clear = Image.new("P", (4, 4), 0)
+    clear.putpalette([0, 0, 0])
+    clear.save(tmp_path / "clear.gif", transparency=0)
+    assert (read_one(tmp_path / "clear.gif", 4) == 255).all()
+    Image.new("CMYK", (16, 16), (0, 0, 0, 255)).save(tmp_path / "x.jpg")
+    assert (read_one(tmp_path / "x.jpg", 4) < 5).all()
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:4] = 255  # bright half on top, as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise: the top goes to the right
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    upright = read_one(tmp_path / "x.png", 8)
+    assert (upright[:, 4:] == 255).all() and (upright[:, :4] == 0).all()
+
+
+def test_resized_shorter_side_and_centre_crop(tmp_path):
+    pixels = np.zeros((10, 30, 3), dtype=np.uint8)
+    pixels[:, 10:20] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert (read_one(tmp_path / "x.png", 10) == 255).all()
+
+
+def test_a_large_jpeg_looks_as_if_decoded_in_full(tmp_path):
+    rows, columns = np.mgrid[0:512, 0:512]
+    pixels = np.stack([rows // 2, columns // 2, (rows + columns) // 4], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        full = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.abs(read_one(tmp_path / "x.jpg", 32).astype(int) - full).max() <= 6
+
+
+def test_broken_images_are_left_out_counted_and_named(tmp_path):
+    good = save(tmp_path / "set" / "a" / "good.jpg", (200, 200, 200), (64, 64))
+    save(tmp_path / "set" / "b" / "fine.png", (200, 200, 200), (64, 64))
+    (tmp_path / "set" / "a" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "set" / "a" / "text.png").write_text("hello")
+    (tmp_path / "set" / "b" / "cut.jpg").write_bytes(good.read_bytes()[:-200])
+    with pytest.warns(UserWarning) as caught:
+        images = quiet(tmp_path / "set")
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "3 of 5" in text and all(name in text for name in ("empty.jpg", "text.png", "cut.jpg"))
+    assert sorted(images.labels.tolist()) == [0, 1]
+    assert (images.images[:, :, 0, 0] - 200 <= 1).all()
+
+
+def test_a_folder_of_only_broken_images_is_an_error(tmp_path):
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        quiet(tmp_path)
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(ValueError, match=r"holds no images.*\.jpg.*\.png"):
+        quiet(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("toybx", "'toybox'"), ("cifar-10", "'cifar10'"), ("/nowhere/at/all", "digits")],
+)
+def test_an_unknown_name_suggests_the_nearest(name, hint):
+    with pytest.raises(FileNotFoundError, match=hint):
+        load_images(name)
+
+
+@pytest.mark.parametrize("name", ["toybox", "digits", "cifar10"])
+def test_an_unknown_split_is_an_error(name):
+    with pytest.raises(ValueError, match="no split 'validate': choose one of train"):
+        load_images(name, split="validate")
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"n": -1}, {"size": 0}])
+def test_senseless_numbers_are_refused(options):
+    with pytest.raises(ValueError, match="at least 1"):
+        load_images("toybox", **options)
+
+
+def test_a_folder_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
+    for i in range(10):
+        save(tmp_path / "set" / "ab"[i % 2] / f"{i}.png", (i, 0, 0))
+    loaded = quiet(tmp_path / "set")
+    monkeypatch.setattr(module, "MEMORY_LIMIT", 100)
+    lazy = quiet(tmp_path / "set")
+    assert isinstance(lazy.images, LazyImages) and "on demand" in repr(lazy)
+    assert lazy.images.shape == loaded.images.shape and lazy.images.dtype == loaded.images.dtype
+    assert torch.equal(lazy.labels, loaded.labels)
+    assert torch.equal(lazy.images[torch.tensor([4, 1])], loaded.images[[4, 1]])
+    assert torch.equal(lazy.images[3], loaded.images[3])
+    part = lazy[2:7]
+    assert isinstance(part.images, LazyImages)  # selecting does not read
+    assert torch.equal(part.batch([0, 3], size=4), loaded[2:7].batch([0, 3], size=4))
+    part.images.paths[0].write_text("broken")
+    with pytest.raises(OSError, match=part.images.paths[0].name):
+        part.batch([0])
