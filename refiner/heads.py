@@ -13,6 +13,7 @@ O output width, Q queue entries.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -238,7 +239,7 @@ class StackedBatchNorm(nn.Module):
 def _mlp(heads: int, *sizes: int) -> nn.Sequential:
     """Linear, BatchNorm, GELU, …; the last layer ends with its BatchNorm."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         norm = StackedBatchNorm(heads, outputs)
         layers += [StackedLinear(heads, inputs, outputs), norm, nn.GELU()]
     return nn.Sequential(*layers[:-1])

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from refiner.features import preprocess
+from refiner.files import write_json
 from refiner.models import build_vit, data_folder, read_folder, save_model
 from refiner.training import (
     EMA,
@@ -30,7 +31,6 @@ from refiner.training import (
     machine,
     save_state,
     step_generator,
-    write_json,
 )
 
 Tensor = torch.Tensor
@@ -92,17 +92,17 @@ class MaskedAutoencoder(nn.Module):
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder. One narrow block leaves decoding work to the encoder.
         decoder_heads: attention heads of the decoder.
-        target_floor: added (in quadrature) to a patch's standard deviation, in the units of the
-            normalised pixels, before the target is divided by it. MAE uses 1e-3; on images with
-            flat backgrounds that would make the sensor's noise the target.
+        normalize_targets: predict each patch with its mean removed and divided by its standard
+            deviation, as MAE recommends for photos. False predicts the pixels: on images with
+            flat backgrounds the division would make the sensor's noise the target.
     """
 
     def __init__(self, encoder: VisionTransformer, *, decoder_dim: int = 96, decoder_depth: int = 1,
-                 decoder_heads: int = 3, target_floor: float = 1e-3):  # fmt: skip
+                 decoder_heads: int = 3, normalize_targets: bool = False):  # fmt: skip
         super().__init__()
         self.encoder = encoder
         self.patch = encoder.patch_embed.patch_size[0]
-        self.target_floor = target_floor
+        self.normalize_targets = normalize_targets
         grid, width = encoder.patch_embed.grid_size, encoder.embed_dim
         self.decoder_embed = nn.Linear(width, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -129,10 +129,12 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x_BNE)))[:, 1:]
 
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised patches [B, N, P], and the means and deviations [B, N, 1] that undo it."""
+        """Patches to predict [B, N, P], and the means and deviations [B, N, 1] that undo them."""
         patches = patchify(images, self.patch)
         mean = patches.mean(dim=2, keepdim=True)
-        std = (patches.var(dim=2, keepdim=True) + self.target_floor**2).sqrt()
+        std = (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
+        if not self.normalize_targets:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
         return (patches - mean) / std, mean, std
 
     def forward(self, images: Tensor, visible: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +161,8 @@ class MAERecipe:
 
     Attributes:
         size, patch, dim, depth, heads: the encoder; see :func:`refiner.models.build_vit`.
-        decoder_dim, decoder_depth, decoder_heads, target_floor: see :class:`MaskedAutoencoder`.
+        decoder_dim, decoder_depth, decoder_heads, normalize_targets: the decoder; see
+            :class:`MaskedAutoencoder`.
         mask_ratio: share of hidden patches.
         batch: images a step. Small, because on two cores the number of steps counts.
         steps: optimiser steps of the whole run.
@@ -180,11 +183,11 @@ class MAERecipe:
     decoder_dim: int = 96
     decoder_depth: int = 1
     decoder_heads: int = 3
-    target_floor: float = 0.2
+    normalize_targets: bool = False
     mask_ratio: float = 0.75
     batch: int = 64
-    steps: int = 20_000
-    lr: float = 1e-3
+    steps: int = 11_000
+    lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     ema: float = 0.999
@@ -203,7 +206,7 @@ class MAERecipe:
                 decoder_dim=self.decoder_dim,
                 decoder_depth=self.decoder_depth,
                 decoder_heads=self.decoder_heads,
-                target_floor=self.target_floor,
+                normalize_targets=self.normalize_targets,
             )
 
 
@@ -431,8 +434,8 @@ def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0
                 seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
     """Hides patches and lets the autoencoder paint them.
 
-    The prediction is of normalised patches; mean and deviation of the true patch are put back to
-    make a picture, as in the paper's figures.
+    Where the model predicts normalised patches, mean and deviation of the true patch are put back
+    to make a picture, as in the paper's figures.
 
     Args:
         images: uint8 [B, 3, H, W].
@@ -440,7 +443,7 @@ def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0
     Returns:
         ``original``, ``masked`` (hidden patches gray) and ``painted`` (hidden patches predicted),
         float [B, 3, H, W] in 0..1; ``mask`` bool [B, N]; ``loss``, the mean squared error over
-        hidden normalised patches, a scalar.
+        hidden patches in the units of the target, a scalar.
     """
     card = mae.encoder.refiner_card
     x = preprocess(images, card)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Format, build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from refiner.training import replacing, write_json
+from refiner.files import replacing, write_json
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
 DECODER_PREFIXES = ("decoder_", "mask_token")
@@ -64,9 +64,7 @@ def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12,
             img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads,
             num_classes=0,
         )  # fmt: skip
-    positions = build_sincos2d_pos_embed(
-        model.patch_embed.grid_size, dim, interleave_sin_cos=False
-    )
+    positions = build_sincos2d_pos_embed(model.patch_embed.grid_size, dim, interleave_sin_cos=False)
     with torch.no_grad():
         model.pos_embed.zero_()
         model.pos_embed[0, 1:] = positions

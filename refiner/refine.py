@@ -22,6 +22,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from tqdm.auto import tqdm
 
+from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import allow_any_size, copy_model, save_model
 from refiner.training import (
@@ -32,7 +33,6 @@ from refiner.training import (
     machine,
     save_state,
     step_generator,
-    write_json,
 )
 from refiner.views import View, make_views
 
@@ -149,8 +149,9 @@ def head_features(model: VisionTransformer, x_BCHW: Tensor, blocks: tuple[int, .
         with torch.no_grad() if i < frozen_blocks else nullcontext():
             x_BND = block(x_BND)
         if i in blocks:
-            out = model.norm(x_BND) if i == last else x_BND
-            pooled.append(out[:, 0] if pooling == "cls" else out[:, model.num_prefix_tokens :].mean(1))
+            out_BND = model.norm(x_BND) if i == last else x_BND
+            patches_BND = out_BND[:, model.num_prefix_tokens :]
+            pooled.append(out_BND[:, 0] if pooling == "cls" else patches_BND.mean(1))
     return torch.stack(pooled)
 
 
@@ -162,8 +163,14 @@ def _drop_patches(x_BND: Tensor, prefix: int, keep: float, generator) -> Tensor:
     return torch.cat([x_BND[:, :prefix], patches], dim=1)
 
 
-def view_features(model: VisionTransformer, views: list[Tensor], recipe: Recipe, *,
-                  frozen_blocks: int, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+def view_features(
+    model: VisionTransformer,
+    views: list[Tensor],
+    recipe: Recipe,
+    *,
+    frozen_blocks: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Features of all views, [T, V, B, D]; views of one size share a forward pass."""
     groups: dict[tuple[int, float], list[int]] = {}
     for position, spec in enumerate(recipe.views):
@@ -366,8 +373,8 @@ class _Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         index = batch_indices(len(self.pixels), recipe.batch, seed=recipe.seed, step=self.done)
         chance = 1.0 if stage == 2 else swap_chance(recipe, step)
-        amp = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-        with amp:
+        gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
             result = refine_step(
                 run.model, run.heads, run.queue, self.pixels[index].to(self.device),
                 index.to(self.device), recipe, stage=stage, swap_chance=chance,
@@ -471,9 +478,7 @@ def _full_optimizer(run: Refined) -> torch.optim.Optimizer:
         model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
         no_weight_decay_list=model.no_weight_decay(),
     )  # fmt: skip
-    kept = [
-        {key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups
-    ]
+    kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
     heads = {"params": list(run.heads.parameters()), "weight_decay": recipe.head_weight_decay}
     return torch.optim.AdamW([*kept, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 

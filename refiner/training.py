@@ -7,17 +7,15 @@ the batches, masks and views that an uninterrupted run meets.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from refiner.files import replacing
 
 Tensor = torch.Tensor
 
@@ -89,32 +87,6 @@ class EMA:
 
     def load_state_dict(self, state: dict) -> None:
         self.shadow, self.updates = state["shadow"], state["updates"]
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` and renames it onto ``path`` on success.
-
-    A reader sees the old file or the new one, never half of one; a failed write leaves the old.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only their owner can read
-    try:
-        yield Path(temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Writes JSON atomically, with a newline at the end."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def save_state(path: str | Path, state: dict) -> None:

@@ -65,8 +65,14 @@ def _chance(n: int, p: float, generator: torch.Generator | None) -> Tensor:
     return torch.rand(n, generator=generator) < p
 
 
-def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float],
-               ratio: tuple[float, float], generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+def crop_boxes(
+    n: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Random crop boxes [n, 4] as (x0, y0, x1, y1) in pixels, inside of the image.
 
     Area share uniform in ``scale``, log of the aspect ratio uniform in ``log(ratio)``. Where

@@ -14,15 +14,15 @@ torch.manual_seed(0)
 
 def naive_nna(predictions, targets, neighbors, temperature, *, pairs, negatives=None):
     """The formula as a loop over pairs, samples and negatives, in float64."""
-    negatives = targets if negatives is None else negatives
+    z = targets if negatives is None else negatives
     unit = lambda x: x.double() / x.double().norm(dim=-1, keepdim=True)  # noqa: E731
-    p, z, nn_z, neg = unit(predictions), unit(targets), unit(neighbors), unit(negatives)
+    p, z, nn_z = unit(predictions), unit(z), unit(neighbors)
     total = 0.0
     for g, v in pairs:
         for i in range(p.shape[1]):
             positive = math.exp(float(nn_z[g, i] @ p[v, i]) / temperature)
             rest = sum(
-                math.exp(float(neg[g, i] @ p[v, j]) / temperature)
+                math.exp(float(z[g, i] @ p[v, j]) / temperature)
                 for j in range(p.shape[1])
                 if j != i
             )

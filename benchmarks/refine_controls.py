@@ -1,0 +1,113 @@
+"""Does refining help, or only training longer? Three seeds, with both controls.
+
+    python benchmarks/refine_controls.py [--seeds 0 1 2] [--set steps=100 ...]
+
+For each seed: the refined encoder; the unrefined one; and the MAE trained on for the same number
+of steps of the same batch, and for the same time. k-NN (k=10) of every block on held-out Toybox
+images of the test split, with class token and patch mean. Writes
+``benchmarks/results/refine_controls.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import refiner
+from refiner.files import write_json
+from refiner.mae import MAERecipe, load_mae, pretrain
+from refiner.refine import Recipe, recipe_dict
+from refiner.training import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def score(model, bank, test, k: int = 10) -> dict[str, list[float]]:
+    """k-NN accuracy of each block, for both poolings."""
+    keys, queries = (refiner.extract(model, s, progress=False) for s in (bank, test))
+    return {
+        pooling: [
+            round(float(v), 4)
+            for v in refiner.knn_accuracy(
+                keys[pooling], bank.labels, queries[pooling], test.labels, k=k
+            )
+        ]
+        for pooling in ("cls", "patch")
+    }
+
+
+def more_mae(name: str, images, *, batch: int, steps: int, seed: int):
+    """The embedded MAE trained on for some steps at its own recipe's rate, warm-up and all."""
+    mae = load_mae(name)
+    recipe = MAERecipe(**mae.encoder.refiner_card["recipe"])
+    recipe = replace(recipe, batch=batch, steps=steps, seed=1000 + seed, compile=False, ema=0.98)
+    return pretrain(images, recipe=recipe, start=mae, progress=False).model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mae_toybox")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe changes")
+    parser.add_argument("--no-time-control", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "refine_controls.json")
+    args = parser.parse_args()
+    changes = {k: _literal(v) for k, v in (item.split("=", 1) for item in args.set)}
+    images = refiner.load_images("toybox", split="train")
+    bank, test = images[:4096], refiner.load_images("toybox", split="test", n=1024)
+    model = refiner.load_model(args.model)
+    before = score(model, bank, test)
+    rows = []
+    for seed in args.seeds:
+        recipe = Recipe.cpu(seed=seed, **changes)
+        began = time.monotonic()
+        run = refiner.refine(model, images, recipe=recipe)
+        seconds = time.monotonic() - began
+        row = {"seed": seed, "seconds": round(seconds, 1), "refined": score(run.model, bank, test)}
+        steps = recipe.head_steps + recipe.steps
+        began = time.monotonic()
+        row["mae_same_steps"] = score(
+            more_mae(args.model, images, batch=recipe.batch, steps=steps, seed=seed), bank, test
+        )
+        if not args.no_time_control:
+            longer = int(steps * seconds / (time.monotonic() - began))
+            longest = more_mae(args.model, images, batch=recipe.batch, steps=longer, seed=seed)
+            row["mae_same_time"] = score(longest, bank, test)
+            row["mae_same_time_steps"] = longer
+        rows.append(row)
+        print(_line(row, before), flush=True)
+    result = {
+        "command": "python benchmarks/refine_controls.py"
+        + (f" --set {' '.join(args.set)}" if args.set else ""),
+        "machine": machine(),
+        "recipe": recipe_dict(Recipe.cpu(**changes)),
+        "chance": 1 / len(images.classes),
+        "before": before,
+        "seeds": rows,
+    }
+    write_json(args.out, result)
+    print(f"wrote {args.out}")
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _line(row: dict, before: dict) -> str:
+    names = [n for n in ("refined", "mae_same_steps", "mae_same_time") if n in row]
+    last = lambda s: f"{s['cls'][-1]:.3f}/{s['patch'][-1]:.3f}"  # noqa: E731
+    cells = [f"before {last(before)}"] + [f"{n} {last(row[n])}" for n in names]
+    return f"seed {row['seed']} ({row['seconds']:.0f} s), last block cls/patch: " + ", ".join(cells)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()

@@ -1,0 +1,164 @@
+"""Masked autoencoder: masking, loss, decoder against plain versions; exact resuming."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from refiner import mae as M
+from refiner.models import load_model
+from refiner.toybox import render
+
+TINY = M.MAERecipe(dim=16, depth=2, heads=2, decoder_dim=12, decoder_heads=2, batch=8, steps=12)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return render(40).images
+
+
+def test_patchify_takes_rows_of_patches_channels_last():
+    x = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).reshape(2, 3, 8, 12)
+    patches = M.patchify(x, 4)
+    assert patches.shape == (2, 6, 48)
+    row, column = 1, 2
+    block = x[0, :, 4:8, 8:12].permute(1, 2, 0).flatten()
+    assert torch.equal(patches[0, row * 3 + column], block)
+
+
+def test_unpatchify_is_the_inverse():
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(M.unpatchify(M.patchify(x, 4), 4), x)
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.75, 16), (0.5, 32), (0.999, 1)])
+def test_masking_hides_the_rest_and_is_uniform(ratio, kept):
+    visible, mask = M.random_masking(500, 64, ratio, torch.Generator().manual_seed(0))
+    assert visible.shape == (500, kept) and mask.sum(dim=1).eq(64 - kept).all()
+    assert not mask.gather(1, visible).any()
+    rate = (~mask).float().mean(dim=0)
+    assert (rate - kept / 64).abs().max() < 0.12
+
+
+def test_hidden_pixels_never_reach_the_encoder(pixels):
+    mae = TINY.build().eval()
+    x = pixels[:4].float() / 255
+    visible, mask = M.random_masking(4, 64, 0.75, torch.Generator().manual_seed(0))
+    hidden = M.unpatchify(mask[:, :, None].float().expand(-1, -1, 48), 4).bool()
+    noisy = torch.where(hidden, torch.rand_like(x), x)
+    with torch.no_grad():
+        a, b = (M.encode_visible(mae.encoder, image, visible) for image in (x, noisy))
+    assert torch.equal(a, b)
+
+
+def test_without_a_mask_it_is_timms_own_forward(pixels):
+    encoder = TINY.build().encoder.eval()
+    x = pixels[:4].float() / 255
+    with torch.no_grad():
+        ours = encoder.norm(M.encode_visible(encoder, x, None))
+        assert torch.allclose(ours, encoder.forward_features(x), atol=1e-5)
+
+
+def test_order_of_the_visible_patches_is_irrelevant(pixels):
+    mae = TINY.build().eval()
+    x = pixels[:4].float() / 255
+    visible, mask = M.random_masking(4, 64, 0.75, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss, prediction = mae(x, visible, mask)
+        loss2, prediction2 = mae(x, visible.flip(1), mask)
+    assert torch.allclose(loss, loss2, atol=1e-6)
+    assert torch.allclose(prediction, prediction2, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_loss_is_the_mean_over_hidden_patches_only(pixels, normalize):
+    mae = replace(TINY, normalize_targets=normalize).build().eval()
+    x = pixels[:3].float() / 255
+    visible, mask = M.random_masking(3, 64, 0.75, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss, prediction = mae(x, visible, mask)
+    total, count = 0.0, 0
+    for b in range(3):
+        for n in range(64):
+            if not mask[b, n]:
+                continue
+            r, c = divmod(n, 8)
+            patch = x[b, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].permute(1, 2, 0).double().numpy()
+            if normalize:
+                patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+            total += ((prediction[b, n].numpy() - patch.ravel()) ** 2).mean()
+            count += 1
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_repeats_exactly(pixels):
+    recipe = replace(TINY, steps=60, lr=5e-3)
+    one, two = (M.pretrain(pixels, recipe=recipe, progress=False, log_every=10) for _ in range(2))
+    losses = [entry["loss"] for entry in one.history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert losses == [entry["loss"] for entry in two.history]
+
+
+def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monkeypatch):
+    whole = M.pretrain(pixels, recipe=TINY, progress=False, log_every=3)
+    calls = []
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return masking(*args, **kwargs)
+
+    masking = M.random_masking
+    monkeypatch.setattr(M, "random_masking", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False, log_every=3)
+    monkeypatch.setattr(M, "random_masking", masking)
+    resumed = M.pretrain(
+        pixels, recipe=TINY, out=tmp_path, resume=True, save_every=6, progress=False, log_every=3
+    )
+    for key, value in whole.mae.state_dict().items():
+        assert torch.equal(value, resumed.mae.state_dict()[key]), key
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+
+
+def test_saved_folder_loads_as_encoder_and_as_autoencoder(pixels, tmp_path):
+    run = M.pretrain(pixels, recipe=TINY, out=tmp_path / "m", progress=False)
+    x = pixels[:2].float() / 255
+    with torch.no_grad():
+        expected = run.model.forward_features(x)
+        assert torch.equal(load_model(tmp_path / "m").forward_features(x), expected)
+    again, original = (M.reconstruct(m, pixels[:4]) for m in (M.load_mae(tmp_path / "m"), run.mae))
+    assert torch.equal(again["painted"], original["painted"])
+    card = json.loads((tmp_path / "m" / "card.json").read_text())
+    assert card["recipe"]["steps"] == 12 and card["machine"]["cores"] >= 1
+
+
+def test_reconstruction_keeps_what_was_visible(pixels):
+    result = M.reconstruct(TINY.build().eval(), pixels[:4])
+    hidden = M.unpatchify(result["mask"][:, :, None].float().expand(-1, -1, 48), 4).bool()
+    true = pixels[:4].float() / 255
+    assert torch.allclose(result["original"], true, atol=1e-6)
+    assert torch.allclose(result["painted"][~hidden], true[~hidden], atol=1e-6)
+    assert torch.allclose(result["masked"][hidden], torch.tensor(0.5))
+
+
+def test_clear_errors(pixels, tmp_path):
+    with pytest.raises(ValueError, match="40 images are fewer than one batch of 64"):
+        M.pretrain(pixels, recipe=replace(TINY, batch=64))
+    with pytest.raises(ValueError, match="images are 32x32 but the recipe is for 16x16"):
+        M.pretrain(pixels, recipe=replace(TINY, size=16))
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        M.pretrain(pixels, recipe=TINY, out=tmp_path, resume=True)
+    M.pretrain(pixels, recipe=TINY, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="recipe changed in lr"):
+        M.pretrain(pixels, recipe=replace(TINY, lr=1.0), out=tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError, match="no masked autoencoder 'nothing'"):
+        M.load_mae("nothing")
+
+
+def test_a_nan_loss_stops_with_an_explanation(pixels):
+    with pytest.raises(FloatingPointError, match="NaN at step"):
+        M.pretrain(pixels, recipe=replace(TINY, lr=1e30), progress=False, log_every=2)

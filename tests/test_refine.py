@@ -1,0 +1,211 @@
+"""Refinement: stages touch what they should, draws repeat, runs resume, bad input is refused."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refiner.images import ImageSet
+from refiner.models import allow_any_size, build_vit, copy_model, load_model
+from refiner.toybox import render
+from refiner.views import View
+
+R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+TINY = R.Recipe.cpu(batch=8, head_steps=4, steps=6, hidden=16, predictor_hidden=16, out=8,
+                    queue=24, frozen_blocks=1, blocks=(1, 2))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    scene = render(48)
+    return ImageSet(images=scene.images, labels=scene.labels, classes=scene.classes,
+                    factors=scene.factors, name="toybox")  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    return build_vit(dim=16, depth=3, heads=2, seed=0)
+
+
+def test_stage_2_leaves_the_encoder_bit_identical(model, images):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = R.refine(model, images, recipe=replace(TINY, steps=0), progress=False)
+    assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
+    fresh = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    torch.manual_seed(TINY.seed)
+    fresh = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    moved = (fresh.projector[0].weight - run.heads.projector[0].weight).abs().max()
+    assert moved > 0, "the heads did train"
+
+
+def test_stage_3_trains_all_but_the_frozen_blocks_and_not_the_original(model, images):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = R.refine(model, images, recipe=TINY, progress=False)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    after = run.model.state_dict()
+    frozen = ("patch_embed", "cls_token", "pos_embed", "blocks.0.")
+    for key, value in after.items():
+        same = torch.equal(before[key], value)
+        assert same == key.startswith(frozen), f"{key} {'kept' if same else 'changed'}"
+
+
+def test_features_of_all_blocks_match_timms_own_pass(model):
+    allow_any_size(model)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        ours = R.head_features(model, x, (0, 1, 2), pooling="cls")
+        middle = model.forward_intermediates(x, return_prefix_tokens=True, norm=False,
+                                             intermediates_only=True, output_fmt="NLC")  # fmt: skip
+        final = model.forward_features(x)
+        patch = R.head_features(model, x, (1, 2), pooling="patch")
+    assert torch.allclose(ours[0], middle[0][1][:, 0], atol=1e-5)
+    assert torch.allclose(ours[1], middle[1][1][:, 0], atol=1e-5)
+    assert torch.allclose(ours[2], final[:, 0], atol=1e-5)
+    assert torch.allclose(patch[1], final[:, 1:].mean(1), atol=1e-5)
+
+
+def test_grouping_views_by_size_changes_nothing(model):
+    recipe = replace(TINY, pooling="cls", views=(View(size=32), View(size=16), View(size=32)))
+    allow_any_size(model)
+    views = [torch.randn(5, 3, v.size, v.size) for v in recipe.views]
+    with torch.no_grad():
+        together = R.view_features(model, views, recipe, frozen_blocks=0)
+        for v, x in enumerate(views):
+            alone = R.head_features(model, x, recipe.blocks)
+            assert torch.allclose(together[:, v], alone, atol=1e-5)
+
+
+def test_dropping_patches_keeps_the_class_token_and_the_share(model):
+    tokens = torch.randn(6, 65, 16)
+    kept = R._drop_patches(tokens, 1, 0.5, torch.Generator().manual_seed(0))
+    assert kept.shape == (6, 33, 16) and torch.equal(kept[:, 0], tokens[:, 0])
+    for b in range(6):
+        matches = (kept[b, 1:, None] == tokens[b, None, 1:]).all(-1)
+        assert matches.sum() == 32 and matches.any(0).sum() == 32, "different patches, all own"
+
+
+def test_gradient_reaches_every_trained_block_through_every_head(model, images):
+    recipe = R.complete_recipe(TINY, model, images)
+    allow_any_size(model)
+    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    queue = R.NeighborQueue(24, 8, heads=2)
+    ids = torch.arange(8)
+    step = R.refine_step(model, heads, queue, images.images[:8], ids, recipe, stage=3,
+                         swap_chance=1.0, generator=torch.Generator().manual_seed(0))  # fmt: skip
+    step.loss.sum().backward()
+    assert model.patch_embed.proj.weight.grad is None
+    assert model.blocks[0].mlp.fc1.weight.grad is None
+    for block in model.blocks[1:]:
+        assert block.mlp.fc1.weight.grad.abs().sum() > 0
+    assert sorted(queue.ids[queue.ids >= 0].tolist()) == list(range(8))
+
+
+def test_layer_decay_is_a_power_of_the_depth(model, images):
+    recipe = R.complete_recipe(replace(TINY, frozen_blocks=0, layer_decay=0.5), model, images)
+    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    run = R.Refined(model, heads, R.NeighborQueue(8, 8, heads=2), recipe)
+    scale = {}
+    for group in R._full_optimizer(run).param_groups:
+        for parameter in group["params"]:
+            scale[id(parameter)] = group.get("lr_scale", 1.0)
+    names = dict(model.named_parameters())
+    # Layers from the top: block 2 with the final norm, block 1, block 0, embedding.
+    powers = {"norm.weight": 0, "blocks.2.mlp.fc1.weight": 0, "blocks.0.mlp.fc1.weight": 2,
+              "patch_embed.proj.weight": 3}  # fmt: skip
+    for name, power in powers.items():
+        assert scale[id(names[name])] == pytest.approx(0.5**power), name
+    assert scale[id(heads.projector[0].weight)] == 1.0
+
+
+def test_the_same_seed_gives_the_same_run(model, images):
+    one, two = (R.refine(model, images, recipe=TINY, progress=False) for _ in range(2))
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, two.model.state_dict()[key])
+    other = R.refine(model, images, recipe=replace(TINY, seed=1), progress=False)
+    assert not torch.equal(other.model.norm.weight, one.model.norm.weight)
+
+
+@pytest.mark.parametrize("kill_at", [3, 7])
+def test_resumed_is_the_uninterrupted_run(model, images, tmp_path, monkeypatch, kill_at):
+    whole = R.refine(model, images, recipe=TINY, progress=False, log_every=1)
+    step, calls = R.refine_step, []
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > kill_at:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    options = {"recipe": TINY, "out": tmp_path, "save_every": 1, "progress": False, "log_every": 1}
+    monkeypatch.setattr(R, "refine_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        R.refine(model, images, **options)
+    monkeypatch.setattr(R, "refine_step", step)
+    resumed = R.refine(model, images, resume=True, **options)
+    for a, b in ((whole.model, resumed.model), (whole.heads, resumed.heads)):
+        for key, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[key]), key
+    assert torch.equal(whole.queue.vectors, resumed.queue.vectors)
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+
+
+def test_saved_model_is_the_refined_one(model, images, tmp_path):
+    run = R.refine(model, images, recipe=TINY, out=tmp_path / "refined", progress=False)
+    again = load_model(tmp_path / "refined")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(again.forward_features(x), run.model.forward_features(x), atol=1e-6)
+    assert again.refiner_card["refine_recipe"]["blocks"] == [1, 2]
+    assert again.refiner_card["refined_from"] == "random"
+
+
+def test_labels_are_watched_but_never_learned_from(model, images):
+    shuffled = ImageSet(images=images.images, labels=images.labels.flip(0), classes=images.classes)
+    with_labels = R.refine(model, images, recipe=TINY, progress=False)
+    for other in (images.images, shuffled):
+        run = R.refine(model, other, recipe=TINY, progress=False)
+        for key, value in with_labels.model.state_dict().items():
+            assert torch.equal(value, run.model.state_dict()[key])
+
+
+def test_swap_ramp():
+    recipe = R.Recipe.cpu(steps=100, swap_from=0.2, swap_full=0.6)
+    chances = [R.swap_chance(recipe, s) for s in (0, 20, 40, 60, 99)]
+    assert chances == pytest.approx([0, 0, 0.5, 1, 1])
+    assert R.swap_chance(R.Recipe.cpu(swap_from=0.0, swap_full=0.0), 0) == 1.0
+
+
+def test_evaluation_sees_the_average_and_does_not_disturb_the_run(model, images):
+    seen = []
+
+    def evaluate(encoder):
+        seen.append(copy_model(encoder).norm.weight.detach())
+        return {"knn": 0.5}
+
+    plain = R.refine(model, images, recipe=TINY, progress=False)
+    watched = R.refine(model, images, recipe=TINY, progress=False, evaluate=evaluate,
+                       evaluate_every=2, log_every=2)  # fmt: skip
+    assert torch.equal(plain.model.norm.weight, watched.model.norm.weight)
+    assert torch.equal(seen[-1], watched.model.norm.weight)
+    assert [e["knn"] for e in watched.history if "knn" in e] == [0.5] * 3
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"blocks": (1, 7)}, r"heads on blocks \[1, 7\].*0 to 2"),
+    ({"blocks": (0, 2), "frozen_blocks": 2}, "trains nothing"),
+    ({"batch": 64}, "48 images are fewer than one batch of 64"),
+    ({"views": (View(size=30), View(size=32))}, "30 pixels is no multiple of the patch of 4"),
+    ({"views": (View(size=32),)}, "at least two views"),
+    ({"pooling": "max"}, "pooling 'max'"),
+    ({"swap": "all"}, "swap 'all'"),
+])  # fmt: skip
+def test_bad_recipes_are_refused_before_training(model, images, change, message):
+    with pytest.raises(ValueError, match=message):
+        R.refine(model, images, recipe=replace(TINY, **change), progress=False)
+
+
+def test_a_broken_loss_stops_with_an_explanation(model, images):
+    with pytest.raises(FloatingPointError, match="not finite at stage"):
+        R.refine(model, images, recipe=replace(TINY, head_lr=1e38, batch=8), progress=False,
+                 log_every=1)  # fmt: skip
