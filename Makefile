@@ -1,0 +1,57 @@
+# make course | test | lab    each sets up .venv by itself and sets it up again only when
+#                             pyproject.toml or constraints.txt changed
+# make clean                  removes .venv and the caches; runs/ stays
+#
+# ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
+# PYTHON picks another one:   make test PYTHON=/path/to/python3.12
+# CONSTRAINTS= (empty)        installs the newest versions instead of the tested ones
+
+PYTHON ?=
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+# The notebooks' kernel is this environment's Python, whatever kernels a user has installed.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH PYTHONHOME
+
+.PHONY: help course test lab clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+course: $(READY)
+	@echo "Running the course's notebooks (progress and an estimate follow)"
+	@$(BIN)/refiner course $(ARGS)
+
+test: $(READY)
+	@echo "Checking style, then running the tests and every notebook of the course"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(READY)
+	@echo "Opening JupyterLab; stop it with Ctrl-C"
+	@$(BIN)/jupyter lab notebooks/00_tour.ipynb $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	@python=; for p in $(PYTHON) python3.11 python3; do \
+	  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$p; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up .venv with $$($$python --version)"; \
+	echo "The first time downloads several GB (PyTorch with CUDA): about 5 to 20 minutes"; \
+	"$$python" -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check \
+	  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade) --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
