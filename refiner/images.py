@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from refiner import toybox
-from refiner.training import replacing
+from refiner.files import replacing
 
 Tensor = torch.Tensor
 BUILT_IN = (*toybox.VARIANTS, "cifar10", "cifar100", "digits")
@@ -329,7 +329,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a cache file; None when there is none or it cannot be used."""
     try:
         # An npz file is a zip file: reading an array checks its CRC, so damage is noticed.
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
         wanted = {"images", "labels", "masks", *(f"factor/{k}" for k in toybox.FACTORS)}
         if set(arrays) != wanted or len({len(v) for v in arrays.values()}) != 1:

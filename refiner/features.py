@@ -1,0 +1,299 @@
+"""Pooled features of every block in one pass.
+
+Only two vectors of an image and block are kept: the class token and the mean of the patch tokens.
+They are taken while the pass is under way, so no block's tokens have to be stored.
+
+Shape legend: N images, B images of a batch, L blocks, T tokens (prefix tokens, then patches),
+D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from tqdm.auto import tqdm
+
+from refiner.images import ImageSet, LazyImages
+
+Tensor = torch.Tensor
+TOKENS_A_BATCH = {"cpu": 2**14, "cuda": 2**17}  # chosen by measuring, see benchmarks/extract.py
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Features(Mapping):
+    """Features by kind, all float32 on the CPU.
+
+    ``["cls"]`` and ``["patch"]`` are [L, N, D]: class token and mean of the patch tokens after
+    each block, before the final norm. ``["final"]`` is [N, D]: after the final norm, the class
+    token or, in a model without one, the patch mean.
+
+    Attributes:
+        tensors: the tensors by kind.
+        blocks: the number of each of the L blocks, counted from 1.
+    """
+
+    tensors: dict[str, Tensor]
+    blocks: tuple[int, ...]
+
+    def __getitem__(self, kind: str) -> Tensor:
+        if kind == "cls" and kind not in self.tensors:
+            raise KeyError('this model has no class token, use features["patch"]')
+        if kind not in self.tensors:
+            raise KeyError(f"no features {kind!r}, only {', '.join(self.tensors)}")
+        return self.tensors[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in self.tensors.items())
+        return f"Features({shapes})"
+
+    @property
+    def main(self) -> Tensor:
+        """What a refined model pools: "cls" if the model has a class token, else "patch"."""
+        return self.tensors["cls" if "cls" in self.tensors else "patch"]
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turns pixels into a model's input, on the images' own device.
+
+    Args:
+        images: uint8 [B, 3, H, W], values 0 to 255.
+        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels), "mean" and
+            "std" (of brightness 0 to 1) and "interpolation" ("bicubic" or "bilinear").
+        dtype: of the result.
+
+    Returns:
+        Normalised [B, 3, size, size]. If the size differs, images are cropped to their central
+        square and resized with antialiasing.
+
+    Raises:
+        ValueError: for anything but uint8 [B, 3, H, W].
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"preprocess takes uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}"
+        )
+    how = card["preprocessing"]
+    size, (h, w) = how["size"], images.shape[2:]
+    x = images.to(dtype) / 255
+    if (h, w) != (size, size):
+        side = min(h, w)
+        top, left = (h - side) // 2, (w - side) // 2
+        x = x[:, :, top : top + side, left : left + side]
+        mode = how.get("interpolation", "bicubic")
+        x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
+        x = x.clamp(0, 1)  # bicubic overshoots at edges
+    mean, std = (torch.tensor(how[key], dtype=dtype)[:, None, None] for key in ("mean", "std"))
+    return (x - mean.to(x.device)) / std.to(x.device)
+
+
+def preprocessing_card(model: VisionTransformer) -> dict:
+    """The model's ``refiner_card``, or what timm knows about a model that has none.
+
+    Returns:
+        A dict with the key "preprocessing", see :func:`preprocess`. Where timm says nothing
+        either, ImageNet's mean and deviation and the size that the model was built for.
+    """
+    card = getattr(model, "refiner_card", None)
+    if card and "preprocessing" in card:
+        return card
+    known = getattr(model, "pretrained_cfg", None) or {}
+    known = known if isinstance(known, dict) else known.to_dict()
+    built_for = model.patch_embed.img_size
+    return {
+        "preprocessing": {
+            "size": built_for[0] if built_for else known["input_size"][-1],
+            "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
+            "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
+            "interpolation": known.get("interpolation") or "bicubic",
+        }
+    }
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def extract(
+    model: VisionTransformer,
+    images: ImageSet | Tensor | Iterable,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    blocks: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Features:
+    """Class token and patch mean of every block, in one pass over the images.
+
+    The model runs in eval mode without gradients and is left as it was found: mode, gradients,
+    device.
+
+    Args:
+        model: a timm VisionTransformer.
+        images: an ImageSet, a uint8 tensor [N, 3, H, W], or an iterable of batches such as a
+            DataLoader, each ``x`` or ``(x, labels, …)``. Float batches are taken as already
+            preprocessed.
+        batch_size: images at once; by default as many as make 16,384 tokens on a CPU and 131,072
+            on a GPU. An iterable brings its own batches.
+        device: where to run; default CUDA if there is one, else the model's device.
+        dtype: of the matrix products, by autocast: bfloat16 by default on CUDA; torch.float32 (the
+            default on a CPU) turns autocast off.
+        blocks: which blocks to keep, counted from 1, negative from the end; default all.
+        progress: show a bar.
+
+    Returns:
+        :class:`Features`, float32 on the CPU whatever the dtype. They depend on the batch size
+        only by rounding.
+
+    Raises:
+        ValueError: without images, for features that are not finite, a batch that is not
+            [B, 3, H, W], or a block that the model does not have.
+    """
+    if device is None and not torch.cuda.is_available():
+        device = next(model.parameters()).device
+    device = torch.device(device or "cuda")
+    numbers = _block_numbers(blocks, len(model.blocks))
+    card = preprocessing_card(model)
+    if batch_size is None:
+        batch_size = _default_batch(model, device)
+    elif batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+    autocast = dtype is not None and dtype != torch.float32
+    parts: dict[str, deque[Tensor]] = {"cls": deque(), "patch": deque(), "final": deque()}
+    total = len(images) if isinstance(images, ImageSet | Tensor) else None
+    with (
+        _borrowed(model, device),
+        tqdm(total=total, desc="features", unit="image", disable=not progress) as bar,
+    ):
+        own = next(model.parameters()).dtype
+        for batch in _ahead(_batches(images, batch_size)):
+            x = batch.to(device, non_blocking=True)
+            x = preprocess(x, card) if x.dtype == torch.uint8 else x
+            with torch.autocast(device.type, dtype) if autocast else nullcontext():
+                pooled = _pooled_pass(model, x.to(own), numbers)
+            for kind, value in pooled.items():
+                parts[kind].append(value.float().cpu())
+            bar.update(len(batch))
+    return Features({kind: _joined(kind, part, numbers) for kind, part in parts.items() if part},
+                    numbers)  # fmt: skip
+
+
+def _pooled_pass(model: VisionTransformer, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
+    wanted, prefix = set(numbers), model.num_prefix_tokens
+    cls, patch = {}, {}
+    x_BTD = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for number, block in enumerate(model.blocks, start=1):
+        x_BTD = block(x_BTD)
+        if number in wanted:
+            if model.has_class_token:
+                cls[number] = x_BTD[:, 0]
+            patch[number] = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
+    x_BTD = model.norm(x_BTD)
+    final = x_BTD[:, 0] if model.has_class_token else x_BTD[:, prefix:].mean(1)
+    # Models made for mean pooling have their final norm behind the pooling, under another name.
+    pooled = {"final": model.fc_norm(final), "patch": torch.stack([patch[i] for i in numbers])}
+    if cls:
+        pooled["cls"] = torch.stack([cls[i] for i in numbers])
+    return pooled
+
+
+def _joined(kind: str, parts: deque[Tensor], numbers: Sequence[int]) -> Tensor:
+    """Batches [..., B, D] joined to [..., N, D]; each is freed once it is copied."""
+    n = sum(part.shape[-2] for part in parts)
+    shape = (*parts[0].shape[:-2], n, parts[0].shape[-1])
+    joined, start = torch.empty(shape), 0
+    while parts:
+        part = parts.popleft()
+        joined[..., start : start + part.shape[-2], :] = part
+        start += part.shape[-2]
+    finite = joined.isfinite().flatten(-2).all(-1)
+    if not finite.all():
+        first = "" if kind == "final" else f" after block {numbers[int(finite.int().argmin())]}"
+        raise ValueError(
+            f"the {kind} features{first} are not finite: the weights or the input hold NaN, or "
+            "values overflow (then try dtype=torch.float32)"
+        )
+    return joined
+
+
+def _block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    if blocks is None:
+        return tuple(range(1, depth + 1))
+    numbers = tuple(int(b) + depth + 1 if b < 0 else int(b) for b in blocks)
+    if not numbers or not all(1 <= number <= depth for number in numbers):
+        raise ValueError(f"blocks must be among 1 to {depth} (or -{depth} to -1), not {blocks}")
+    return numbers
+
+
+def _default_batch(model: VisionTransformer, device: torch.device) -> int:
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    budget = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH["cpu"])
+    return min(1024, max(1, budget // tokens))
+
+
+def _batches(images, batch_size: int) -> Iterator[Tensor]:
+    """Batches of pixels, uint8 or float [B, 3, H, W]; an error if there are none."""
+    if isinstance(images, ImageSet):
+        images = images.images
+    if isinstance(images, Tensor | LazyImages):
+        items = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    else:
+        items = (item[0] if isinstance(item, list | tuple) else item for item in images)
+    empty = True
+    for x in items:
+        if x.ndim != 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            raise ValueError(
+                f"images must be uint8 or float [B, 3, H, W], not {x.dtype} {list(x.shape)}"
+            )
+        if len(x):
+            empty = False
+            yield x
+    if empty:
+        raise ValueError("there are no images to extract features from")
+
+
+def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each fetched by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
+
+
+@contextmanager
+def _borrowed(model: VisionTransformer, device: torch.device) -> Iterator[None]:
+    """Eval mode on a device without gradients; afterwards every module is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    home = next(model.parameters()).device
+    try:
+        model.eval().to(device)
+        # Not inference_mode: its tensors could not be used to train a probe.
+        with torch.no_grad():
+            yield
+    finally:
+        model.to(home)
+        for module, training in modes.items():
+            module.training = training

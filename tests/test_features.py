@@ -1,0 +1,240 @@
+"""Extraction against a plain reference, for every kind of model and input it promises to take."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader, TensorDataset
+
+from refiner.features import Features, extract, preprocess, preprocessing_card
+from refiner.images import ImageSet
+
+CARD = {"preprocessing": {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5],
+                          "interpolation": "bicubic"}}  # fmt: skip
+
+
+def tiny(**options) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=0, **options
+    )
+    # Positions start at nearly zero and norms at one; large random values reveal a mix-up.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.refiner_card = CARD
+    return model.eval()
+
+
+KINDS = {
+    "class token": {},
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "no class token": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "norm after pooling": {"class_token": False, "global_pool": "avg"},
+    "registers alone": {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
+    "norm before the blocks": {"pre_norm": True},
+}
+
+
+def pixels(n=10, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def quiet(model, images, **options) -> Features:
+    return extract(model, images, progress=False, **options)
+
+
+def reference(model, images):
+    """Image by image in float64, block after block, tokens named one by one."""
+    model = model.double()
+    mean, std = (torch.tensor(CARD["preprocessing"][k]).double() for k in ("mean", "std"))
+    rows = []
+    for image in images:
+        x = (image.double() / 255 - mean[:, None, None]) / std[:, None, None]
+        with torch.no_grad():
+            tokens = model.norm_pre(model._pos_embed(model.patch_embed(x[None])))
+            row = {"cls": [], "patch": []}
+            patches = range(tokens.shape[1] - 16, tokens.shape[1])
+            for block in model.blocks:
+                tokens = block(tokens)
+                row["cls"].append(tokens[0, 0])
+                row["patch"].append(sum(tokens[0, i] for i in patches) / 16)
+            normed = model.norm(tokens)
+            pooled = normed[0, 0] if model.has_class_token else normed[0, -16:].mean(0)
+            rows.append(row | {"final": [model.fc_norm(pooled[None])[0]]})
+    model.float()
+    joined = {k: torch.stack([torch.stack(row[k]) for row in rows], dim=1) for k in rows[0]}
+    joined["final"] = joined["final"][0]
+    return joined
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("double", [False, True])
+def test_features_equal_a_plain_reference(kind, double):
+    model, images = tiny(**KINDS[kind]), pixels()
+    expected = reference(model, images)
+    found = quiet(model.double() if double else model, images, batch_size=4)
+    has_class = KINDS[kind].get("class_token", True)
+    assert set(found) == ({"cls", "patch", "final"} if has_class else {"patch", "final"})
+    for name, x in found.items():
+        assert x.dtype == torch.float32 and x.shape == expected[name].shape
+        # float32 rounding, relative to the features' size
+        error = (x - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < (1e-6 if double else 1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["class token", "no class token", "norm after pooling"])
+def test_final_is_what_timm_feeds_to_its_head(kind):
+    model, images = tiny(**KINDS[kind]), pixels()
+    with torch.no_grad():
+        x = preprocess(images, CARD)
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.allclose(quiet(model, images)["final"], expected, atol=1e-5)
+
+
+def test_the_batch_size_does_not_matter():
+    model, images = tiny(), pixels(13)
+    whole = quiet(model, images, batch_size=13)
+    for batch_size in (1, 5, 100, None):
+        part = quiet(model, images, batch_size=batch_size)
+        for name in whole:
+            assert torch.allclose(part[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+def test_images_do_not_mix():
+    model, images = tiny(), pixels(6)
+    found, turned = quiet(model, images), quiet(model, images.flip(0))
+    for name in found:
+        assert torch.allclose(turned[name].flip(-2), found[name], rtol=1e-5, atol=1e-5)
+
+
+def test_every_kind_of_input_gives_the_same():
+    model, images = tiny(), pixels()
+    expected = quiet(model, images)
+    labels = torch.arange(10)
+    inputs = {
+        "set": ImageSet(images, labels, tuple("0123456789")),
+        "loader of pairs": DataLoader(TensorDataset(images, labels), batch_size=3),
+        "batches": [images[:7], images[7:]],
+        "generator": (images[i : i + 1] for i in range(10)),
+        "floats are already preprocessed": [preprocess(images, CARD)],
+        "float tensor": preprocess(images, CARD),
+    }
+    for name, some in inputs.items():
+        found = quiet(model, some)
+        for kind in expected:
+            assert torch.allclose(found[kind], expected[kind], rtol=1e-5, atol=1e-5), name
+
+
+def test_chosen_blocks_are_those_blocks_in_the_asked_order():
+    model, images = tiny(), pixels()
+    every = quiet(model, images)
+    assert every.blocks == (1, 2, 3)
+    some = quiet(model, images, blocks=[-1, 1])
+    assert some.blocks == (3, 1)
+    assert torch.equal(some["patch"], every["patch"][[2, 0]])
+    assert torch.equal(some["final"], every["final"])
+    for bad in ([0], [4], [-4], []):
+        with pytest.raises(ValueError, match="blocks must be among 1 to 3"):
+            quiet(model, images, blocks=bad)
+
+
+def test_without_a_class_token_cls_is_an_error_that_says_what_to_use():
+    found = quiet(tiny(**KINDS["no class token"]), pixels())
+    assert "cls" not in found and found.get("cls") is None
+    with pytest.raises(KeyError, match="no class token"):
+        found["cls"]
+    with pytest.raises(KeyError, match="no features 'head'"):
+        found["head"]
+    assert found.main is found["patch"]
+    assert quiet(tiny(), pixels()).main.shape == (3, 10, 24)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_model_is_left_as_it_was(broken):
+    model = tiny(drop_path_rate=0.5, proj_drop_rate=0.5).train()
+    model.blocks[0].eval()
+    model.pos_embed.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    wants = [p.requires_grad for p in model.parameters()]
+    if broken:
+        with pytest.raises(ValueError):
+            quiet(model, [pixels(), pixels()[0]])
+    else:
+        first = quiet(model, pixels())
+        assert torch.equal(first["final"], quiet(model, pixels())["final"])  # no dropout
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == wants
+    assert torch.is_grad_enabled()
+
+
+def test_features_can_train_a_probe():
+    found = quiet(tiny(), pixels())["final"]
+    weight = torch.zeros(24, requires_grad=True)
+    (found @ weight).sum().backward()
+    assert torch.allclose(weight.grad, found.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_low_precision_is_close_and_still_returned_in_float32():
+    model, images = tiny(), pixels()
+    exact, rough = quiet(model, images), quiet(model, images, dtype=torch.bfloat16)
+    assert rough["patch"].dtype == torch.float32
+    error = (rough["patch"] - exact["patch"]).abs().mean() / exact["patch"].abs().mean()
+    assert 0 < error < 0.05
+
+
+def test_not_finite_features_name_the_block():
+    model = tiny()
+    model.blocks[1].mlp.fc2.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="after block 2 are not finite"):
+        quiet(model, pixels())
+
+
+@pytest.mark.parametrize("nothing", [pixels(0), [], ImageSet(pixels(0))])
+def test_no_images_is_an_error(nothing):
+    with pytest.raises(ValueError, match="no images"):
+        quiet(tiny(), nothing)
+
+
+@pytest.mark.parametrize("wrong", [pixels()[:, :1], pixels()[0], pixels().long()])
+def test_what_is_not_a_batch_of_images_is_refused(wrong):
+    with pytest.raises(ValueError, match="uint8 or float"):
+        quiet(tiny(), [wrong])
+    with pytest.raises(ValueError, match="uint8 images"):
+        preprocess(wrong, CARD)
+    with pytest.raises(ValueError, match="batch_size"):
+        quiet(tiny(), pixels(), batch_size=0)
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+def test_preprocessing_normalises_by_the_card():
+    images = pixels(2)
+    x = preprocess(images, CARD)
+    for channel, (mean, std) in enumerate(zip([0.5, 0.4, 0.3], [0.2, 0.25, 0.5], strict=True)):
+        expected = (images[:, channel] / 255 - mean) / std
+        assert torch.allclose(x[:, channel], expected, atol=1e-6)
+
+
+def test_preprocessing_crops_the_centre_and_stays_within_the_range():
+    images = torch.zeros(1, 3, 40, 80, dtype=torch.uint8)
+    images[..., 20:60] = 255
+    x = preprocess(images, CARD)
+    assert x.shape == (1, 3, 16, 16)
+    white = preprocess(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8), CARD)
+    assert torch.allclose(x, white, atol=1e-5)
+    sharp = (torch.arange(32) // 8 % 2 * 255).to(torch.uint8).expand(1, 3, 32, 32)
+    black = preprocess(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), CARD)
+    resized = preprocess(sharp.contiguous(), CARD)
+    assert (resized <= white + 1e-5).all() and (resized >= black - 1e-5).all()
+
+
+def test_a_model_without_a_card_falls_back_to_timm_and_imagenet():
+    model = tiny()
+    del model.refiner_card
+    how = preprocessing_card(model)["preprocessing"]
+    assert how["size"] == 16 and how["mean"][0] == pytest.approx(0.485)
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "interpolation": "bilinear"}
+    how = preprocessing_card(model)["preprocessing"]
+    assert (how["mean"], how["interpolation"]) == ([0.1, 0.2, 0.3], "bilinear")
+    assert torch.isfinite(quiet(model, pixels(3, size=20))["final"]).all()
