@@ -308,7 +308,8 @@ def _problems(notebook: NotebookNode, watch: _Watch) -> list[Problem]:
     for index, text in watch.stderr.items():
         if TRACEBACK in text:
             first.setdefault(index, f"{text.strip().splitlines()[-1]} (printed to stderr)")
-    return [_problem(notebook, index, error) for index, error in first.items()]
+    order = sorted(first, key=lambda index: -1 if index is None else index)
+    return [_problem(notebook, index, first[index]) for index in order]
 
 
 def _problem(notebook: NotebookNode, index: int | None, error: str) -> Problem:
