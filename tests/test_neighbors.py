@@ -1,0 +1,364 @@
+"""The search against float64 references, and the classifier against scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler, normalize
+
+from refiner import neighbors as module
+from refiner.neighbors import (
+    TIE,
+    Graph,
+    knn_accuracy,
+    knn_predict,
+    nearest_neighbors,
+    neighbor_accuracy,
+    neighbor_agreement,
+    standardized,
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(queries, keys, k, *, exclude_self=False, unit=True):
+    """A slow loop in float64: similarities to multiples of TIE, then by index."""
+    rows, values = [], []
+    for i, q in enumerate(queries.double().numpy()):
+        found = []
+        for j, x in enumerate(keys.double().numpy()):
+            if exclude_self and i == j:
+                continue
+            length = max(math.sqrt(q @ q), 1e-12) * max(math.sqrt(x @ x), 1e-12) if unit else 1
+            s = float((q * x).sum()) / length
+            found.append((-round(s / TIE), j, s))
+        found.sort()
+        rows.append([j for _, j, _ in found[:k]])
+        values.append([s for _, _, s in found[:k]])
+    return torch.tensor(rows), torch.tensor(values, dtype=torch.float64)
+
+
+SETS = {
+    "random": (normal(30, 8), normal(60, 8, seed=1)),
+    # All vectors nearly the same: float32 cannot tell the neighbors apart.
+    "crowded": (100 + 0.01 * normal(30, 8), 100 + 0.01 * normal(60, 8, seed=1)),
+    # Every key twenty times: exact ties everywhere.
+    "duplicates": (normal(30, 8), normal(3, 8, seed=1).repeat(20, 1)),
+    "constant": (torch.ones(30, 8), torch.ones(60, 8)),
+    "zeros": (torch.zeros(30, 8), normal(60, 8, seed=1)),
+    "wild scales": (normal(30, 8) * 10.0 ** torch.arange(-15, 15)[:, None],
+                    normal(60, 8, seed=1) * 10.0 ** torch.arange(-6, 6).repeat(5)[:, None]),
+    "few keys": (normal(30, 8), normal(9, 8, seed=1)),
+    "float64": (normal(30, 8).double(), normal(60, 8, seed=1).double()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("k", [1, 7])
+def test_neighbors_equal_a_float64_loop(name, k):
+    queries, keys = SETS[name]
+    graph = nearest_neighbors(queries, keys, k=k)
+    indices, similarities = reference(queries, keys, k)
+    assert torch.equal(graph.indices, indices)
+    assert torch.equal(graph.similarities, similarities.float()) or torch.allclose(
+        graph.similarities, similarities.float(), atol=1e-7
+    )
+    assert graph.similarities.dtype == torch.float32 and graph.indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_leave_one_out_equals_a_float64_loop_and_never_finds_itself(name):
+    _, keys = SETS[name]
+    graph = nearest_neighbors(keys, keys, k=8, exclude_self=True)
+    assert torch.equal(graph.indices, reference(keys, keys, 8, exclude_self=True)[0])
+    assert not (graph.indices == torch.arange(len(keys))[:, None]).any()
+
+
+def test_leave_one_out_may_take_all_the_others_and_no_more():
+    keys = normal(9, 4)
+    graph = nearest_neighbors(keys, keys, k=8, exclude_self=True)
+    assert all(sorted({*row, i}) == list(range(9)) for i, row in enumerate(graph.indices.tolist()))
+    with pytest.raises(ValueError, match="k=9 .* 8 keys"):
+        nearest_neighbors(keys, keys, k=9, exclude_self=True)
+
+
+def test_dot_products_equal_a_float64_loop():
+    queries, keys = SETS["random"]
+    graph = nearest_neighbors(queries, keys, k=5, normalize=False)
+    indices, similarities = reference(queries, keys, 5, unit=False)
+    assert torch.equal(graph.indices, indices)
+    assert torch.allclose(graph.similarities, similarities.float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_chunk_changes_nothing(name):
+    queries, keys = SETS[name]
+    whole = nearest_neighbors(queries, keys, k=7)
+    for chunk in (1, 4, 29, 1000):
+        graph = nearest_neighbors(queries, keys, k=7, chunk=chunk)
+        assert torch.equal(graph.indices, whole.indices)
+        assert torch.equal(graph.similarities, whole.similarities)
+
+
+def test_only_doubtful_queries_are_searched_in_float64(monkeypatch):
+    seen = []
+    slow = module._Search._float64_scores
+
+    def spy(self, q, x, rows, *scales):
+        seen.extend(rows.tolist())
+        return slow(self, q, x, rows, *scales)
+
+    monkeypatch.setattr(module._Search, "_float64_scores", spy)
+    nearest_neighbors(*SETS["random"], k=7)
+    assert seen == []  # the fast way decides where it can …
+    nearest_neighbors(*SETS["duplicates"], k=7)
+    assert seen == list(range(30))  # … and knows where it cannot
+
+
+def test_results_do_not_depend_on_reduced_precision_around_them():
+    queries, keys = SETS["random"]
+    plain = nearest_neighbors(queries, keys, k=7)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            graph = nearest_neighbors(queries, keys, k=7)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(graph.similarities, plain.similarities)
+
+
+def test_blocks_are_searched_one_by_one():
+    queries, keys = normal(3, 20, 8), normal(3, 40, 8, seed=1)
+    graph = nearest_neighbors(queries, keys, k=5)
+    assert graph.indices.shape == (3, 20, 5)
+    for l in range(3):
+        alone = nearest_neighbors(queries[l], keys[l], k=5)
+        assert torch.equal(graph[l].indices, alone.indices)
+        assert torch.equal(graph[l].similarities, alone.similarities)
+
+
+def test_permuting_and_scaling_the_keys():
+    queries, keys = SETS["random"]
+    graph = nearest_neighbors(queries, keys, k=7)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    permuted = nearest_neighbors(queries, keys[order], k=7)
+    assert torch.equal(order[permuted.indices], graph.indices)
+    # Powers of two scale without rounding.
+    scaled = nearest_neighbors(queries * 4, keys * 2.0 ** (torch.arange(60) % 9)[:, None], k=7)
+    assert torch.equal(scaled.indices, graph.indices)
+    assert torch.allclose(scaled.similarities, graph.similarities, atol=1e-7)
+
+
+def test_fewer_neighbors_are_a_prefix():
+    queries, keys = SETS["random"]
+    graph = nearest_neighbors(queries, keys, k=12)
+    for k in (1, 5, 12):
+        assert torch.equal(graph.first(k).indices, nearest_neighbors(queries, keys, k=k).indices)
+    assert (graph.similarities.diff(dim=1) <= 0).all() and graph.k == 12
+    with pytest.raises(ValueError, match="holds 12"):
+        graph.first(13)
+    with pytest.raises(IndexError):
+        graph[0]
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "message"),
+    [
+        (normal(4, 8), normal(5, 8), {"k": 6}, "k=6 .* 5 keys"),
+        (normal(4, 8), normal(5, 8), {"k": 0}, "k=0"),
+        (normal(4, 8), normal(5, 7), {"k": 1}, "same D and L"),
+        (normal(2, 4, 8), normal(3, 5, 8), {"k": 1}, "same D and L"),
+        (normal(4, 8), normal(1, 5, 8), {"k": 1}, "same D and L"),
+        (normal(4, 8).long(), normal(5, 8), {"k": 1}, "floats"),
+        (normal(4, 8) / 0, normal(5, 8), {"k": 1}, "queries hold NaN"),
+        (normal(4, 8), normal(5, 8) * torch.nan, {"k": 1}, "keys hold NaN"),
+        (normal(4, 8), normal(5, 8), {"k": 1, "exclude_self": True}, "same images"),
+    ],
+)
+def test_wrong_searches_are_refused(queries, keys, options, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_neighbors(queries, keys, **options)
+
+
+# ---------------------------------------------------------------- classification
+
+
+def problem(blocks=None, seed=0):
+    """Four overlapping classes in features of very different scales."""
+    shape = () if blocks is None else (blocks,)
+    train_y, test_y = torch.arange(120) % 4, torch.arange(60) % 4
+    centres = normal(4, 10, seed=seed + 5)
+    scale = 10.0 ** torch.linspace(-2, 2, 10)
+    train = (normal(*shape, 120, 10, seed=seed) * 1.5 + centres[train_y]) * scale + 3
+    test = (normal(*shape, 60, 10, seed=seed + 1) * 1.5 + centres[test_y]) * scale + 3
+    return train, train_y, test, test_y
+
+
+@pytest.mark.parametrize("k", [1, 10, 120])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_predictions_equal_scikit_learn(k, standardize):
+    train_x, train_y, test_x, test_y = problem()
+    a, b = train_x.double().numpy(), test_x.double().numpy()
+    if standardize:
+        scaler = StandardScaler().fit(a)
+        a, b = scaler.transform(a), scaler.transform(b)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(normalize(a), train_y.numpy())  # fmt: skip
+    votes, predictions = knn_predict(train_x, train_y, test_x, k=k, standardize=standardize)
+    assert predictions.tolist() == theirs.predict(normalize(b)).tolist()
+    assert np.allclose(votes.numpy(), theirs.predict_proba(normalize(b)), atol=1e-4)
+    accuracy = knn_accuracy(train_x, train_y, test_x, test_y, k=k, standardize=standardize)
+    assert accuracy.ndim == 0
+    assert float(accuracy) == pytest.approx(theirs.score(normalize(b), test_y.numpy()))
+
+
+def slow_accuracy(train_x, train_y, test_x, test_y, k, temperature):
+    """Image by image in float64."""
+    train_x, test_x = train_x.double(), test_x.double()
+    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    right = 0
+    for x, y in zip((test_x - mean) / std, test_y, strict=True):
+        cosines = [float(x @ z / x.norm() / z.norm()) for z in (train_x - mean) / std]
+        votes = [0.0] * 4
+        for j in sorted(range(len(cosines)), key=lambda j: -cosines[j])[:k]:
+            votes[train_y[j]] += math.exp(cosines[j] / temperature)
+        right += votes.index(max(votes)) == y
+    return right / len(test_y)
+
+
+def test_several_k_and_blocks_equal_a_slow_loop_each():
+    train_x, train_y, test_x, test_y = problem(blocks=2)
+    ks = [7, 1, 20, 7]
+    scores = knn_accuracy(train_x, train_y, test_x, test_y, k=ks, temperature=0.3)
+    assert scores.shape == (4, 2)
+    for i, k in enumerate(ks):
+        assert torch.equal(
+            knn_accuracy(train_x, train_y, test_x, test_y, k=k, temperature=0.3), scores[i]
+        )
+        for l in range(2):
+            slow = slow_accuracy(train_x[l], train_y, test_x[l], test_y, k, 0.3)
+            assert float(scores[i, l]) == pytest.approx(slow)
+    flat = knn_accuracy(train_x[0], train_y, test_x[0], test_y, k=ks, temperature=0.3)
+    assert torch.equal(flat, scores[:, 0])
+
+
+def test_standardising_undoes_any_scale_and_shift():
+    train_x, train_y, test_x, test_y = problem()
+    scale, shift = 2.0 ** torch.arange(-5, 5), torch.arange(10) - 5.0
+    moved = knn_predict(train_x * scale + shift, train_y, test_x * scale + shift)[1]
+    assert torch.equal(moved, knn_predict(train_x, train_y, test_x)[1])
+
+
+def test_the_order_of_the_train_set_does_not_matter():
+    train_x, train_y, test_x, _ = problem()
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    votes, predictions = knn_predict(train_x, train_y, test_x, k=15)
+    other_votes, other = knn_predict(train_x[order], train_y[order], test_x, k=15)
+    assert torch.equal(predictions, other)
+    assert torch.allclose(votes, other_votes, atol=1e-5)
+
+
+def test_constant_features_are_left_out():
+    train_x, train_y, test_x, _ = problem()
+    # Not representable in float32 and different on the test set: still no information.
+    more_train = torch.cat([train_x, torch.full((120, 1), 0.1)], dim=1)
+    more_test = torch.cat([test_x, torch.full((60, 1), 7.0)], dim=1)
+    votes, predictions = knn_predict(more_train, train_y, more_test)
+    expected_votes, expected = knn_predict(train_x, train_y, test_x)
+    assert torch.equal(predictions, expected) and torch.equal(votes, expected_votes)
+    a, b = standardized(torch.ones(5, 3), torch.zeros(5, 3))
+    assert not a.any() and not b.any()
+    assert torch.isfinite(
+        knn_predict(torch.ones(9, 3), torch.arange(9) % 2, torch.ones(4, 3))[0]
+    ).all()
+
+
+def test_equal_votes_go_to_the_lowest_class():
+    train = torch.eye(4)
+    test = torch.ones(1, 4)  # as near to each
+    labels = torch.tensor([3, 1, 2, 1])
+    for k, winner in ((1, 3), (2, 1), (3, 1), (4, 1)):
+        votes, prediction = knn_predict(train, labels, test, k=k, standardize=False)
+        assert prediction.tolist() == [winner]
+        assert float(votes.sum()) == pytest.approx(1)
+
+
+def test_extreme_temperatures():
+    train_x, train_y, test_x, test_y = problem()
+    nearest = knn_predict(train_x, train_y, test_x, k=1)[1]
+    votes, cold = knn_predict(train_x, train_y, test_x, k=20, temperature=1e-5)
+    assert torch.equal(cold, nearest) and torch.isfinite(votes).all()
+    votes, _ = knn_predict(train_x, train_y, test_x, k=20, temperature=1e6)
+    assert torch.allclose(votes * 20, (votes * 20).round(), atol=1e-4)  # plain counts
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        knn_accuracy(train_x, train_y, test_x, test_y, temperature=0)
+
+
+def test_test_classes_that_the_train_set_lacks_count_as_wrong():
+    x = torch.eye(3)
+    accuracy = knn_accuracy(
+        x, torch.tensor([0, 1, 1]), x, torch.tensor([0, 1, 9]), k=1, standardize=False
+    )
+    assert float(accuracy) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_y": torch.zeros(5, dtype=torch.int64)}, "120 train features do not match"),
+        ({"test_y": torch.zeros(5, dtype=torch.int64)}, "60 test features do not match"),
+        ({"test_y": None}, "test images have no labels"),
+        ({"train_y": torch.zeros(120)}, "whole numbers"),
+        ({"train_y": torch.full((120,), -1)}, "whole numbers"),
+        ({"k": 121}, "k=121 .* 120 keys"),
+        ({"k": []}, "k must be"),
+        ({"test_x": torch.full((60, 10), torch.nan)}, "NaN"),
+        ({"test_x": normal(60, 9)}, "same D and L"),
+    ],
+)
+def test_wrong_problems_are_refused(change, message):
+    names = ("train_x", "train_y", "test_x", "test_y")
+    arguments = dict(zip(names, problem(), strict=True)) | {"k": 5} | change
+    positional = [arguments.pop(name) for name in names]
+    with pytest.raises(ValueError, match=message):
+        knn_accuracy(*positional, **arguments)
+
+
+# ---------------------------------------------------------------- what a graph tells
+
+
+def graph_of(rows) -> Graph:
+    indices = torch.tensor(rows)
+    return Graph(indices, torch.zeros(indices.shape))
+
+
+def test_agreement_counts_shared_neighbors_in_any_order():
+    a = graph_of([[1, 2, 3], [0, 2, 3]])
+    b = graph_of([[3, 1, 9], [7, 8, 9]])
+    assert float(neighbor_agreement(a, b)) == pytest.approx(2 / 6)
+    assert float(neighbor_agreement(a, a)) == 1
+    stacked = Graph(torch.stack([a.indices, a.indices]), torch.zeros(2, 2, 3))
+    other = Graph(torch.stack([b.indices, a.indices]), torch.zeros(2, 2, 3))
+    assert neighbor_agreement(stacked, other).tolist() == pytest.approx([2 / 6, 1])
+    with pytest.raises(ValueError, match="cannot be compared"):
+        neighbor_agreement(a, a.first(2))
+
+
+def test_neighbor_accuracy_is_the_share_of_the_same_class():
+    labels = torch.tensor([0, 0, 1, 1])
+    graph = graph_of([[1, 2], [0, 3], [3, 0], [2, 1]])
+    assert float(neighbor_accuracy(graph, labels)) == 0.5
+    assert float(neighbor_accuracy(graph, labels, torch.tensor([1, 1, 1, 1]))) == pytest.approx(0.5)
+    blocks = graph_of([[[1], [0], [3], [2]], [[2], [2], [0], [0]]])
+    assert neighbor_accuracy(blocks, labels).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="3 query labels"):
+        neighbor_accuracy(graph, labels, labels[:3])
+    with pytest.raises(ValueError, match="beyond the 3"):
+        neighbor_accuracy(graph, labels[:3], labels)
