@@ -1,0 +1,217 @@
+"""The command line answers at once, and says in one sentence what a user can mend."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import refiner
+from refiner import __main__ as cli
+
+ROOT = Path(refiner.__file__).parent.parent
+
+# The import system is tested, not what the module holds: a light one stands in for refiner.refine.
+STAND_IN = """
+import sys
+from importlib.util import spec_from_loader
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name == "refiner.refine" else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec("class Recipe: pass\\ndef refine(): return 7", module.__dict__)
+
+sys.meta_path.insert(0, Finder())
+"""
+AFTERWARDS = """
+import refiner
+assert refiner.refine() == 7
+from refiner import refine
+assert refine() == 7
+from refiner.refine import Recipe
+assert Recipe is refiner.Recipe and Recipe.__module__ == "refiner.refine"
+assert sys.modules["refiner.refine"].refine is refine is refiner.refine
+"""
+
+
+def python(*args):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+# ---------------------------------------------------------------- start-up
+
+
+def test_help_is_instant():
+    def seconds():
+        before = os.times()
+        assert python("-m", "refiner", "--help").returncode == 0
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4])  # processor time of children: others do not count
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["course", "--help"], ["--version"]])
+def test_nothing_heavy_is_imported_for_help(arguments):
+    code = (
+        "import sys; from refiner.__main__ import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'timm', 'matplotlib', 'papermill'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_version_is_the_packages():
+    assert python("-m", "refiner", "--version").stdout.strip() == refiner.__version__
+
+
+# ---------------------------------------------------------------- lazy names
+
+
+def test_every_public_name_has_a_home():
+    for name, home in refiner._HOME.items():
+        path = ROOT / "refiner" / f"{home}.py"
+        assert path.is_file(), f"refiner.{name} has no module {home}"
+        assert re.search(rf"^(def|class) {name}\b", path.read_text(), re.MULTILINE), name
+    assert set(refiner.__all__) <= set(dir(refiner))
+    assert refiner.record is refiner.record and callable(refiner.record)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'refines'"):
+        refiner.refines  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import refiner",
+        "import refiner; import refiner.refine",
+        "import refiner.refine; import refiner",
+        "from refiner.refine import Recipe; import refiner",
+        "from refiner import refine; import refiner.refine",
+        "import importlib; importlib.import_module('refiner.refine'); import refiner",
+        "import refiner; refiner.Recipe",
+        "import refiner; refiner.refine; import refiner.refine",
+    ],
+)
+def test_refine_stays_a_function_beside_the_module_of_that_name(imports):
+    done = python("-c", STAND_IN + imports + AFTERWARDS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_refine_is_the_real_function_in_a_fresh_process():
+    code = (
+        "import refiner.refine, refiner, pickle\n"
+        "from refiner.refine import Recipe\n"
+        "assert refiner.refine.__module__ == 'refiner.refine' and callable(refiner.refine)\n"
+        "assert pickle.loads(pickle.dumps(Recipe)) is refiner.Recipe\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_users_error_is_one_sentence_and_debug_shows_where(capsys):
+    command = ["course", "--notebooks", "nowhere"]
+    assert cli.main(command) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "refiner: the notebooks folder nowhere does not exist\n" and not shown.out
+    with pytest.raises(FileNotFoundError):
+        cli.main([*command, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "parsed"),
+    [
+        ("steps=3", ("steps", 3)),
+        ("rate=1e-3", ("rate", 1e-3)),
+        ("flag=True", ("flag", True)),
+        ("blocks=[1, 2]", ("blocks", [1, 2])),
+        ("name=mae_toybox", ("name", "mae_toybox")),
+        ("name=a=b", ("name", "a=b")),
+        ("name=", ("name", "")),
+    ],
+)
+def test_settings(setting, parsed):
+    assert cli.parse_setting(setting) == parsed
+
+
+@pytest.mark.parametrize("setting", ["steps", "=3", "a b=3"])
+def test_a_setting_without_name_or_value_is_refused(setting, capsys):
+    assert cli.main(["course", "--set", setting]) == 2
+    assert capsys.readouterr().err == f"refiner: --set needs NAME=VALUE, got {setting!r}\n"
+
+
+def test_the_commands_options_reach_the_runner(monkeypatch):
+    from refiner import course
+
+    seen = {}
+
+    def run(notebooks, out, **options):
+        seen.update(options, notebooks=notebooks, out=out)
+        return {"selected": ["a", "b"], "notebooks": {"a": {"status": "ok"}, "b": status}}
+
+    monkeypatch.setattr(course, "run_course", run)
+    command = "course --preset gpu --only 03 --only 04 --out o --resume --set n=3 --timeout 9"
+    status = {"status": "ok"}
+    assert cli.main([*command.split(), "--notebooks", "books"]) == 0
+    assert seen == {
+        "notebooks": "books",
+        "out": "o",
+        "preset": "gpu",
+        "only": ["03", "04"],
+        "resume": True,
+        "parameters": {"n": 3},
+        "timeout": 9.0,
+        "write_back": False,
+    }
+    status = {"status": "failed"}
+    assert cli.main(["course", "--write-back"]) == 1
+    assert seen["write_back"] and seen["out"] == "runs/course" and seen["preset"] == "cpu"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    from refiner import course
+
+    monkeypatch.setattr(course, "run_course", lambda *a, **k: int("seven"))
+    with pytest.raises(ValueError, match="seven"):  # raised here, outside the library
+        cli.main(["course"])
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys):
+    from refiner import course
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course, "run_course", interrupted)
+    assert cli.main(["course"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_extra_is_named_when_papermill_is_missing(tmp_path):
+    (tmp_path / "00_a.ipynb").write_text("{}")
+    code = (
+        "import sys; sys.modules['papermill'] = None\n"
+        "from refiner.__main__ import main\n"
+        "sys.exit(main(['course', '--notebooks', sys.argv[1]]))"
+    )
+    done = python("-c", code, str(tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "needs the package papermill: pip install 'mim-refiner-lab[lab]'" in done.stderr
+
+
+def test_a_files_own_error_names_the_file():
+    error = PermissionError(13, "Permission denied", "runs/x")
+    assert cli.sentence(error) == "runs/x: Permission denied"
+    assert cli.sentence(ValueError("two\nlines")) == "two lines"
