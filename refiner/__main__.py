@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refiner", description=refiner.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=refiner.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
-    add_course(subparsers, common)
+    for add in (add_course, add_pretrain, add_refine, add_models):
+        add(subparsers, common)
     return parser
 
 
@@ -111,6 +112,147 @@ def course_command(args: argparse.Namespace) -> int:
         raise
     entries = [summary["notebooks"][name] for name in summary["selected"]]
     return int(any(entry["status"] != "ok" for entry in entries))
+
+
+# ---------------------------------------------------------------- pretrain, refine, models
+
+
+def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
+    add = parser.add_argument
+    add("--data", default="toybox", metavar="NAME", help="an image set or a folder of images")
+    add("--n", type=int, metavar="IMAGES", help="how many images; default: all of the set")
+    add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="go on from the state in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="change a value of the recipe; repeatable")  # fmt: skip
+
+
+def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner pretrain``: trains a masked autoencoder."""
+    parser = subparsers.add_parser(
+        "pretrain",
+        parents=[common],
+        help="train a masked autoencoder",
+        description="Trains a masked autoencoder with the recipe of the embedded checkpoint. "
+        "Ctrl-C loses at most a few hundred steps; go on with --resume.",
+    )
+    _add_training(parser, "runs/mae")
+    parser.set_defaults(command=pretrain_command)
+
+
+def pretrain_command(args: argparse.Namespace) -> int:
+    """Trains and writes model, decoder, card and history."""
+    from refiner.images import load_images
+    from refiner.mae import MAERecipe, pretrain
+
+    recipe = changed(MAERecipe(), args.settings)
+    check_out(args.out)
+    images = load_images(args.data, n=args.n, size=recipe.size)
+    run = resumable(
+        pretrain, images, recipe=recipe, out=args.out, resume=args.resume, device=args.device
+    )
+    last = run.history[-1]
+    print(f"{args.out}: loss {last['loss']:.4f} after {last['seconds'] / 60:.1f} minutes")
+    return 0
+
+
+def add_refine(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner refine``: heads and NNA on a masked-image model."""
+    parser = subparsers.add_parser(
+        "refine",
+        parents=[common],
+        help="refine a masked-image model with ID heads and NNA",
+        description="Refines a model with heads on its last blocks and Nearest Neighbor Alignment. "
+        "The folder that it writes opens with refiner and with timm.",
+    )
+    parser.add_argument("--model", default="mae_toybox", metavar="NAME",
+                        help="a model's name or folder; default: %(default)s")  # fmt: skip
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu",
+                        help="default: %(default)s")  # fmt: skip
+    _add_training(parser, "runs/refined")
+    parser.set_defaults(command=refine_command)
+
+
+def refine_command(args: argparse.Namespace) -> int:
+    """Refines and writes model, heads, card and history."""
+    from refiner.images import load_images
+    from refiner.models import load_model
+    from refiner.refine import Recipe, refine
+
+    model = load_model(args.model)
+    recipe = changed(getattr(Recipe, args.preset)(), args.settings)
+    check_out(args.out)
+    size = model.refiner_card["preprocessing"]["size"]
+    images = load_images(args.data, n=args.n, size=size)
+    run = resumable(
+        refine, model, images, recipe=recipe, out=args.out, resume=args.resume, device=args.device
+    )
+    last = run.history[-1]
+    print(f"{args.out}: refined in {last['seconds'] / 60:.1f} minutes")
+    return 0
+
+
+def add_models(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner models``: what load_model takes."""
+    parser = subparsers.add_parser("models", parents=[common], help="list the embedded models")
+    parser.set_defaults(command=models_command)
+
+
+def models_command(args: argparse.Namespace) -> int:
+    """Prints the embedded checkpoints and how to name others."""
+    from refiner.models import embedded_models, load_model
+
+    for name in embedded_models():
+        card = load_model(name).refiner_card
+        shape = ", ".join(f"{key} {value}" for key, value in card["architecture"].items())
+        print(f"{name}: {card['method']}; {shape}")
+    print("also: a folder that refiner wrote, or a pretrained ViT of timm by its name")
+    return 0
+
+
+def changed(recipe, settings: list[str]):
+    """A recipe with ``NAME=VALUE`` settings applied.
+
+    Raises:
+        ValueError: for a name that the recipe lacks, or a value of another kind.
+    """
+    from dataclasses import fields, replace
+
+    known = [field.name for field in fields(recipe)]
+    values = dict(map(parse_setting, settings))
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"the recipe has no {name!r}; it has {', '.join(known)}")
+        now = getattr(recipe, name)
+        numbers = isinstance(now, int | float) and isinstance(value, int | float)
+        if now is not None and not numbers and type(now) is not type(value):
+            kind = type(now).__name__
+            raise ValueError(f"{name}={value!r}: expected a value of type {kind}, such as {now!r}")
+    return replace(recipe, **values)
+
+
+def check_out(out: str) -> None:
+    """Makes the output folder before the work starts.
+
+    Raises:
+        OSError: when it cannot be made or written to, naming it.
+    """
+    import os
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"no permission to write to {out}; choose another --out")
+
+
+def resumable(train, *args, **kwargs):
+    """Runs a training; after Ctrl-C, says how to go on."""
+    try:
+        return train(*args, **kwargs)
+    except KeyboardInterrupt:
+        print(f"\nThe last saved state is in {kwargs['out']}; go on with the same command and "
+              "--resume.", file=sys.stderr)  # fmt: skip
+        raise
 
 
 def parse_setting(text: str) -> tuple[str, object]:

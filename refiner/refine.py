@@ -120,6 +120,18 @@ class Recipe:
         )  # fmt: skip
         return replace(base, **changes)
 
+    @classmethod
+    def gpu(cls, **changes) -> Recipe:
+        """The full run on one GPU for images of 32 pixels: the cpu preset's views, no dropped
+        patches, larger batch, queue and heads, forty times the steps."""
+        small = cls.cpu()
+        base = replace(
+            small, views=tuple(replace(view, keep=1.0) for view in small.views), hidden=1024,
+            predictor_hidden=2048, out=256, batch=512, head_steps=500, steps=6000, head_lr=1e-3,
+            lr=1e-3, queue=8192, frozen_blocks=0, ema=0.999,
+        )  # fmt: skip
+        return replace(base, **changes)
+
 
 # ---------------------------------------------------------------- features of the views
 
