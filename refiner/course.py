@@ -441,8 +441,8 @@ class _Progress:
     def __init__(self, jobs: list[Job]):
         self.jobs, self.done, self.live = jobs, 0, sys.stdout.isatty()
         self.expected = self.spent = 0.0
-        total = sum(job.seconds for job in jobs)
-        print(f"{len(jobs)} notebooks, about {clock(total)}", flush=True)
+        count = f"{len(jobs)} notebook{'s' if len(jobs) > 1 else ''}"
+        print(f"{count}, about {clock(sum(job.seconds for job in jobs))}", flush=True)
 
     def start(self, job: Job) -> None:
         self.job, self.began = job, time.perf_counter()

@@ -354,7 +354,7 @@ def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys):
     write(books, "00_a", "1", minutes_cpu=2)
     write(books, "01_b", "1", minutes_cpu=5)
     course.run_course(books, out, only="00")
-    assert "1 notebooks, about 2:00" in capsys.readouterr().out
+    assert "1 notebook, about 2:00" in capsys.readouterr().out
     past = json.loads((out / "summary.json").read_text())["notebooks"]["00_a"]["seconds"]
     job = course._job(books, "00_a", preset="cpu", parameters={}, before={"00_a": {
         "status": "ok", "preset": "cpu", "seconds": past}})  # fmt: skip
