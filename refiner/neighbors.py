@@ -128,7 +128,7 @@ class _Search:
         """Indices int64 [Q, k] and similarities float32 [Q, k]."""
         n_queries, (n_keys, dim) = len(q_QD), x_KD.shape
         # Dividing by these makes every score a cosine, or a dot product shrunk to at most one.
-        q_scale, x_scale = _norms(q_QD), _norms(x_KD)
+        q_scale, x_scale = _norms(q_QD, "queries"), _norms(x_KD, "keys")
         if not self.normalize:
             x_scale = x_scale.amax().expand(n_keys)
         q_unit, x_unit = (
@@ -141,23 +141,25 @@ class _Search:
         scores = torch.empty(n_queries, self.k, dtype=torch.float64, device=q_QD.device)
         sure = torch.ones(n_queries, dtype=torch.bool, device=q_QD.device)
 
-        step = self.chunk or _chunk_rows(q_QD.device, n_keys * 4 + n_candidates * dim * 16)
+        step = self.chunk or _chunk_rows(q_QD.device, n_keys * 4 + n_candidates * dim * 8)
         for start in range(0, n_queries, step):
-            rows = torch.arange(start, min(start + step, n_queries), device=q_QD.device)
+            rows = slice(start, start + step)
             rough_QK = q_unit[rows] @ x_unit.T
+            itself = torch.arange(start, start + len(rough_QK), device=q_QD.device)[:, None]
             if self.exclude_self:
-                rough_QK[rows - start, rows] = NEVER
+                rough_QK.scatter_(1, itself, NEVER)
             rough_QC, some_QC = rough_QK.topk(n_candidates, dim=1)
             exact_QC = _exact(q_QD[rows], x_KD, some_QC, q_scale[rows], x_scale)
             if self.exclude_self:
-                exact_QC.masked_fill_(some_QC == rows[:, None], NEVER)
+                exact_QC.masked_fill_(some_QC == itself, NEVER)
             indices[rows], scores[rows] = _best(exact_QC, some_QC, self.k, n_keys)
             if n_candidates < n_keys:
                 sure[rows] = scores[rows, -1] > rough_QC[:, -1].double() + doubt
-            bar.update(len(rows))
+            bar.update(len(rough_QK))
 
         unsure = (~sure).nonzero()[:, 0]
-        for rows in unsure.split(self.chunk or _chunk_rows(q_QD.device, n_keys * 24)):
+        step = self.chunk or _chunk_rows(q_QD.device, n_keys * 24)
+        for rows in unsure.split(step) if len(unsure) else ():
             exact_QK = self._float64_scores(q_QD, x_KD, rows, q_scale, x_scale)
             every = torch.arange(n_keys, device=rows.device).expand_as(exact_QK)
             indices[rows], _ = _best(exact_QK, every, self.k, n_keys)
@@ -177,14 +179,20 @@ class _Search:
         return exact
 
 
-def _norms(x_ND: Tensor) -> Tensor:
+def _norms(x_ND: Tensor, name: str) -> Tensor:
     """Lengths [N] in float64; zero vectors get a harmless length instead."""
-    return torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float64).clamp_min(1e-12)
+    # In parts: widening all of x would cost more memory and time than the lengths.
+    norms = torch.cat([torch.linalg.vector_norm(x.double(), dim=1) for x in x_ND.split(1024)])
+    if not norms.isfinite().all():
+        raise ValueError(f"the {name} hold NaN or infinity")
+    return norms.clamp_min(1e-12)
 
 
 def _exact(q_QD: Tensor, x_KD: Tensor, some_QC: Tensor, q_scale: Tensor, x_scale: Tensor) -> Tensor:
     """Scores of each query with its own candidates in float64, [Q, C]."""
-    products_QCD = x_KD[some_QC].double() * q_QD.double()[:, None]
+    # index_select, as x_KD[some_QC] is six times slower on a CPU.
+    x_QCD = x_KD.index_select(0, some_QC.flatten()).view(*some_QC.shape, x_KD.shape[1]).double()
+    products_QCD = x_QCD.mul_(q_QD.double()[:, None])
     # A plain sum, unlike a matrix product, treats every pair alike: duplicates tie to the bit.
     return products_QCD.sum(-1) / (q_scale[:, None] * x_scale[some_QC])
 
@@ -239,8 +247,6 @@ def _check_features(queries: Tensor, keys: Tensor) -> None:
     for name, x in (("queries", queries), ("keys", keys)):
         if not x.is_floating_point():
             raise ValueError(f"features must be floats, but the {name} are {x.dtype}")
-        if not x.isfinite().all():
-            raise ValueError(f"the {name} hold NaN or infinity")
 
 
 # ---------------------------------------------------------------- k-NN classification
