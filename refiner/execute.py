@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import zmq
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
@@ -187,11 +189,15 @@ class _Client(PapermillNotebookClient):
         except BaseException:  # too long, dead, or Ctrl-C: asking the kernel to stop is no use
             self.shutdown_kernel = "immediate"
             for task in asyncio.all_tasks(ensure_event_loop()):
-                task.add_done_callback(
-                    lambda t: t.cancelled() or t.exception()
-                )  # else it is logged
+                task.add_done_callback(_take_note)
                 task.cancel()
             raise
+
+
+def _take_note(task: asyncio.Task) -> None:
+    """Asks an abandoned task for its error; asyncio prints those that nobody asked for."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Engine(NBClientEngine):
@@ -265,7 +271,7 @@ def execute(
             if not (isinstance(error, PapermillExecutionError) and watch.errors):
                 watch.stopped = (watch.cell, _say(error, timeout))
         seconds = time.perf_counter() - start
-        done = nbformat.read(saved, as_version=4) if saved.exists() else notebook
+        done = nbformat.read(saved, as_version=4) if saved.exists() else deepcopy(notebook)
         metrics = json.loads(recorded.read_text()) if recorded.exists() else {}
     done = clean(done)
     return Executed(done, seconds, watch.peak_memory_mb, metrics, _problems(done, watch))
@@ -286,6 +292,8 @@ def _environment(folder: Path, recorded: Path) -> dict[str, str]:
 def _say(error: Exception, timeout: float) -> str:
     if isinstance(error, TimeoutError):
         return f"TimeoutError: the cell took longer than {timeout:g} s"
+    if isinstance(error, DeadKernelError):
+        return "DeadKernelError: the notebook's process ended, perhaps for lack of memory"
     return f"{type(error).__name__}: {error}"
 
 
