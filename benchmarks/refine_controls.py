@@ -1,9 +1,9 @@
 """Does refining help, or only training longer? Three seeds, with both controls.
 
-    python benchmarks/refine_controls.py [--seeds 0 1 2] [--set steps=100 ...]
+    python benchmarks/refine_controls.py [--seeds 0 1 2] [--time-control] [--set steps=100 ...]
 
 For each seed: the refined encoder; the unrefined one; and the MAE trained on for the same number
-of steps of the same batch, and for the same time. k-NN (k=10) of every block on held-out Toybox
+of steps of the same batch (with --time-control also for the same time). k-NN (k=10) of every block on held-out Toybox
 images of the test split, with class token and patch mean. Writes
 ``benchmarks/results/refine_controls.json``.
 """
@@ -21,7 +21,7 @@ import torch
 import refiner
 from refiner.files import write_json
 from refiner.mae import MAERecipe, load_mae, pretrain
-from refiner.refine import Recipe, recipe_dict
+from refiner.refine import Recipe, recipe_dict, save_refined
 from refiner.training import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,12 +54,14 @@ def main() -> None:
     parser.add_argument("--model", default="mae_toybox")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe changes")
-    parser.add_argument("--no-time-control", action="store_true")
+    parser.add_argument("--time-control", action="store_true",
+                        help="also train the MAE for the same time")  # fmt: skip
+    parser.add_argument("--keep", type=Path, help="folder for the refined encoders")
     parser.add_argument("--out", type=Path, default=RESULTS / "refine_controls.json")
     args = parser.parse_args()
     changes = {k: _literal(v) for k, v in (item.split("=", 1) for item in args.set)}
     images = refiner.load_images("toybox", split="train")
-    bank, test = images[:4096], refiner.load_images("toybox", split="test", n=1024)
+    bank, test = images[:2048], refiner.load_images("toybox", split="test", n=1024)
     model = refiner.load_model(args.model)
     before = score(model, bank, test)
     rows = []
@@ -69,12 +71,14 @@ def main() -> None:
         run = refiner.refine(model, images, recipe=recipe)
         seconds = time.monotonic() - began
         row = {"seed": seed, "seconds": round(seconds, 1), "refined": score(run.model, bank, test)}
+        if args.keep:
+            save_refined(run, args.keep / f"seed{seed}", model)
         steps = recipe.head_steps + recipe.steps
         began = time.monotonic()
         row["mae_same_steps"] = score(
             more_mae(args.model, images, batch=recipe.batch, steps=steps, seed=seed), bank, test
         )
-        if not args.no_time_control:
+        if args.time_control:
             longer = int(steps * seconds / (time.monotonic() - began))
             longest = more_mae(args.model, images, batch=recipe.batch, steps=longer, seed=seed)
             row["mae_same_time"] = score(longest, bank, test)
@@ -83,6 +87,7 @@ def main() -> None:
         print(_line(row, before), flush=True)
     result = {
         "command": "python benchmarks/refine_controls.py"
+        + (" --time-control" if args.time_control else "")
         + (f" --set {' '.join(args.set)}" if args.set else ""),
         "machine": machine(),
         "recipe": recipe_dict(Recipe.cpu(**changes)),
