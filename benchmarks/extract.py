@@ -1,0 +1,89 @@
+"""How much pooling every block adds to timm's plain forward pass, in time.
+
+    python benchmarks/extract.py [--model small|base] [--images 512] [--rounds 9]
+
+Both passes see the same preprocessed batches. Rounds alternate between them, so that a machine
+that is busy for a while slows both; the table shows medians and the median of the rounds' ratios.
+Writes ``benchmarks/results/extract-<device>-<model>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from refiner.features import extract
+from refiner.files import write_json
+from refiner.models import build_vit
+from refiner.training import machine
+
+MODELS = {
+    "small": {"size": 32, "patch": 4, "dim": 96, "depth": 12, "heads": 3},
+    "base": {"size": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12},
+    "large": {"size": 224, "patch": 16, "dim": 1024, "depth": 24, "heads": 16},
+}
+
+
+def plain(model, batches, device) -> None:
+    """What anyone would write to get timm's final features, copied back like ours."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=device == "cuda"):
+        for x in batches:
+            model.forward_features(x.to(device))[:, 0].float().cpu()
+
+
+def timed(function) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = MODELS[arguments.model]
+    model = build_vit(**how, seed=0).to(device)
+    batches = list(torch.randn(arguments.images, 3, how["size"], how["size"])
+                   .split(arguments.batch))  # fmt: skip
+    ways = {
+        "timm": lambda: plain(model, batches, device),
+        "refiner": lambda: extract(model, batches, progress=False),
+    }
+    for way in ways.values():
+        way()  # warm up
+    seconds = {name: [] for name in ways}
+    for turn in range(arguments.rounds):
+        # Who goes first alternates too.
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(timed(ways[name]))
+    ratios = [a / b for a, b in zip(seconds["refiner"], seconds["timm"], strict=True)]
+    result = {
+        "model": arguments.model,
+        "images": arguments.images,
+        "batch": arguments.batch,
+        "rounds": arguments.rounds,
+        "median_seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
+        "machine": machine(),
+    }
+    for name, median in result["median_seconds"].items():
+        print(f"{name:8} {median:8.3f} s  {arguments.images / median:9.1f} images/s")
+    print(f"ratio    {result['ratio_median']:8.3f}    quartiles {result['ratio_quartiles']}")
+    folder = Path(__file__).parent / "results"
+    write_json(folder / f"extract-{device}-{arguments.model}.json", result)
+
+
+if __name__ == "__main__":
+    main()
