@@ -1,6 +1,6 @@
-# make course | test | lab    each sets up .venv by itself and sets it up again only when
-#                             pyproject.toml or constraints.txt changed
-# make clean                  removes .venv and the caches; runs/ stays
+# make course | test | lab | bench    each sets up .venv by itself and sets it up again only when
+#                                     pyproject.toml or constraints.txt changed
+# make clean                          removes .venv and the caches; runs/ stays
 #
 # ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
 # PYTHON picks another one:   make test PYTHON=/path/to/python3.12
@@ -11,12 +11,14 @@ CONSTRAINTS ?= constraints.txt
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --disable-pip-version-check \
+  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade)
 
 # The notebooks' kernel is this environment's Python, whatever kernels a user has installed.
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONHOME
 
-.PHONY: help course test lab clean
+.PHONY: help course test lab bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -35,6 +37,11 @@ lab: $(READY)
 	@echo "Opening JupyterLab; stop it with Ctrl-C"
 	@$(BIN)/jupyter lab notebooks/00_tour.ipynb $(ARGS)
 
+bench: $(READY)
+	@echo "Running every script in benchmarks/ (minutes each)"
+	@$(PIP) --editable '.[bench]'
+	@for script in benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
 $(READY): pyproject.toml constraints.txt
 	@python=; for p in $(PYTHON) python3.11 python3; do \
 	  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -48,8 +55,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "Setting up .venv with $$($$python --version)"; \
 	echo "The first time downloads several GB (PyTorch with CUDA): about 5 to 20 minutes"; \
 	"$$python" -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check \
-	  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade) --editable '.[test]'
+	@$(PIP) --editable '.[test]'
 	@touch $@
 
 clean:

@@ -163,6 +163,7 @@ def toy_project(tmp_path):
         "-c) exit 0;;\n"
         "--version) echo Python 3.11.0; exit 0;;\n"
         "-m) [ $2 = venv ] || { echo python $*; exit 0; };;\n"
+        "*.py) echo python $*; exit 0;;\n"
         "esac\n"
         "mkdir -p .venv/bin\n"
         "for name in refiner ruff jupyter; do\n"
@@ -194,6 +195,12 @@ def test_make_sets_up_once_and_again_when_the_packages_change(toy_project):
     commands = [line for line in run("test", "ARGS=-k x").splitlines() if not line[0].isupper()]
     assert commands == ["ruff check .", "ruff format --check .", "python -m pytest -k x"]
     assert run("lab").splitlines()[-1] == "jupyter lab notebooks/00_tour.ipynb"
+    (toy_project / "benchmarks").mkdir()
+    for name in ("a.py", "b.py"):
+        (toy_project / "benchmarks" / name).touch()
+    benches = run("bench").splitlines()
+    assert "--editable .[bench]" in benches[-3]
+    assert benches[-2:] == ["python benchmarks/a.py", "python benchmarks/b.py"]
     run("clean")
     assert not (toy_project / ".venv").exists()
     assert "--constraint" not in run("test", "CONSTRAINTS=")
