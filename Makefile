@@ -11,6 +11,7 @@ CONSTRAINTS ?= constraints.txt
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+MEASURING := benchmarks/extract.py benchmarks/refine_controls.py
 PIP := $(BIN)/python -m pip install --disable-pip-version-check \
   $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade)
 
@@ -38,9 +39,9 @@ lab: $(READY)
 	@$(BIN)/jupyter lab notebooks/00_tour.ipynb $(ARGS)
 
 bench: $(READY)
-	@echo "Running every script in benchmarks/ (minutes each)"
+	@echo "Running the measuring scripts of benchmarks/ (minutes to half an hour each)"
 	@$(PIP) --editable '.[bench]'
-	@for script in benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $(MEASURING); do $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 $(READY): pyproject.toml constraints.txt
 	@python=; for p in $(PYTHON) python3.11 python3; do \

@@ -3,8 +3,8 @@
     python benchmarks/refine_controls.py [--seeds 0 1 2] [--time-control] [--set steps=100 ...]
 
 For each seed: the refined encoder; the unrefined one; and the MAE trained on for the same number
-of steps of the same batch (with --time-control also for the same time). k-NN (k=10) of every block on held-out Toybox
-images of the test split, with class token and patch mean. Writes
+of steps of the same batch (with --time-control also for the same time). k-NN (k=10) of every block
+on held-out Toybox images of the test split, with class token and patch mean. Writes
 ``benchmarks/results/refine_controls.json``.
 """
 

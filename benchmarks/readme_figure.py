@@ -1,0 +1,65 @@
+"""Draws README's figure from committed results and checkpoints.
+
+    python benchmarks/readme_figure.py
+
+Left: k-NN of every block before and after refining, and after more MAE training, three seeds, from
+``benchmarks/results/refine_controls.json``. Right: UMAP of 1,024 test images before and after.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import refiner
+from refiner import layout, plots
+
+HERE = Path(__file__).parent
+
+
+def maps(images) -> dict[str, np.ndarray]:
+    """UMAP of the last block's class token, the second map starting from the first."""
+    found, start = {}, None
+    for name in ("mae_toybox", "mae_toybox_refined"):
+        x = refiner.extract(refiner.load_model(name), images)["cls"][-1]
+        x = (x - x.mean(0)) / x.std(0)
+        graph = refiner.nearest_neighbors(x, x, k=20, exclude_self=True)
+        start = found[name] = layout.umap_embedding(x, graph, init=start)
+    return found
+
+
+def main() -> None:
+    plots.style()
+    results = json.loads((HERE / "results" / "refine_controls.json").read_text())
+    images = refiner.load_images("toybox", split="test", n=1024)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), width_ratios=(1.2, 1, 1))
+    curve = lambda key: [row[key]["cls"] for row in results["seeds"]]  # noqa: E731
+    plots.block_curve(
+        {
+            "refined": curve("refined"),
+            "before": results["before"]["cls"],
+            "more MAE training (control)": curve("mae_same_steps"),
+        },
+        ylabel="k-NN accuracy (class token)", chance=results["chance"],
+        title="Held-out Toybox images, 3 seeds", ax=axes[0],
+    )  # fmt: skip
+    names = {"mae_toybox": "last block before", "mae_toybox_refined": "last block after"}
+    for axis, (name, xy) in zip(axes[1:], maps(images).items(), strict=True):
+        for c, toy in enumerate(images.classes):
+            at = images.labels.numpy() == c
+            axis.scatter(*xy[at].T, s=10, marker=plots.MARKERS[c % 8],
+                         color=plots.PALETTE[(c + c // 8) % 8], label=toy)  # fmt: skip
+        axis.set(title=names[name], xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, markerscale=2)
+    figure.tight_layout()
+    figure.savefig(HERE / "results" / "before_after.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

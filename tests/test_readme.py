@@ -1,0 +1,49 @@
+"""README's numbers are those of the committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "refine_controls.json").read_text())
+
+
+def percent(values) -> str:
+    """Mean of the seeds, and lowest to highest where they differ."""
+    points = [100 * v for v in values]
+    mean = f"{sum(points) / len(points):.1f}"
+    return mean if len(points) == 1 else f"{mean} ({min(points):.1f}–{max(points):.1f})"
+
+
+def expected_rows() -> dict[str, list[str]]:
+    rows = {"before": [RESULTS["before"]]}
+    for key in ("mae_same_steps", "refined"):
+        rows[key] = [seed[key] for seed in RESULTS["seeds"]]
+    return {
+        key: [percent([s[pooling][-1] for s in scores]) for pooling in ("cls", "patch")]
+        for key, scores in rows.items()
+    }
+
+
+def test_results_table_is_the_json():
+    names = {"before": "before", "mae_same_steps": "more MAE training", "refined": "refined"}
+    rows = expected_rows()
+    for key, name in names.items():
+        line = next(x for x in README.splitlines() if x.startswith("|") and name in x)
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        assert cells[1:] == rows[key], f"README says {cells[1:]}, the JSON {rows[key]}"
+    assert RESULTS["command"] in README
+
+
+def test_refining_beats_both_controls_on_every_seed():
+    """The central claim, on the committed measurement."""
+    before = RESULTS["before"]["cls"][-1]
+    assert len(RESULTS["seeds"]) >= 3
+    for row in RESULTS["seeds"]:
+        assert row["refined"]["cls"][-1] > max(before, row["mae_same_steps"]["cls"][-1]) + 0.03
+
+
+def test_every_linked_file_exists():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).is_file(), link
