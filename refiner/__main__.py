@@ -181,9 +181,9 @@ def refine_command(args: argparse.Namespace) -> int:
     from refiner.refine import Recipe, refine
 
     model = load_model(args.model)
-    recipe = changed(getattr(Recipe, args.preset)(), args.settings)
-    check_out(args.out)
     size = model.refiner_card["preprocessing"]["size"]
+    recipe = changed(getattr(Recipe, args.preset)(size=size), args.settings)
+    check_out(args.out)
     images = load_images(args.data, n=args.n, size=size)
     run = resumable(
         refine, model, images, recipe=recipe, out=args.out, resume=args.resume, device=args.device

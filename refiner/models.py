@@ -77,7 +77,15 @@ def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12,
 
 
 def random_like(model: VisionTransformer, *, seed: int = 0) -> VisionTransformer:
-    """The same architecture with fresh weights: the control for everything that is measured."""
+    """The same architecture with fresh weights: the control for everything that is measured.
+
+    Raises:
+        ValueError: for a model that :func:`build_vit` cannot build.
+    """
+    if "architecture" not in model.refiner_card:
+        raise ValueError(
+            "random_like needs a model that build_vit made; build a random one in timm"
+        )
     twin = build_vit(**model.refiner_card["architecture"], seed=seed)
     twin.refiner_card["preprocessing"] = dict(model.refiner_card["preprocessing"])
     return twin
@@ -116,6 +124,10 @@ def load_model(name: str | Path) -> VisionTransformer:
         card, state = _read_card(embedded.with_suffix(".json")), load_file(embedded)
     elif path.is_dir():
         card, state = read_folder(path)
+        if "architecture" not in card:  # refined from one of timm's models
+            model = timm.create_model(f"local-dir:{path}", pretrained=True)
+            model.refiner_card = card
+            return model.eval()
     elif path.suffix == ".safetensors" and path.is_file():
         card, state = _read_card(path.with_suffix(".json")), load_file(path)
     else:

@@ -39,6 +39,19 @@ def test_timm_opens_the_folder(tmp_path):
     assert list(config["mean"]) == model.refiner_card["preprocessing"]["mean"]
 
 
+def test_a_model_of_timm_survives_saving(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0)
+    pre = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    model.eval().refiner_card = {"name": "tiny", "preprocessing": pre}
+    models.save_model(model, tmp_path / "m")
+    again = models.load_model(tmp_path / "m")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.forward_features(x), again.forward_features(x))
+    assert again.refiner_card == model.refiner_card
+    with pytest.raises(ValueError, match="random_like needs"):
+        models.random_like(again)
+
+
 def test_random_like_is_the_same_architecture_with_other_weights():
     model = models.build_vit(**SMALL, seed=0)
     twin = models.random_like(model, seed=1)

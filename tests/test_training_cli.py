@@ -1,0 +1,82 @@
+"""``refiner pretrain`` and ``refiner refine`` as a user types them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from refiner.__main__ import main
+
+TINY_MAE = ["steps=3", "batch=4", "dim=16", "depth=12", "heads=2", "decoder_dim=12"]
+TINY_HEADS = ["steps=2", "head_steps=2", "batch=4", "hidden=8", "predictor_hidden=8", "out=4"]
+
+
+def settings(values):
+    return [part for value in values for part in ("--set", value)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir()
+        for i in range(4):
+            pixels = rng.integers(256, size=(40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mae"
+    assert main(["pretrain", "--data", str(photos), "--out", str(out), *settings(TINY_MAE)]) == 0
+    return out
+
+
+def test_from_photos_to_a_refined_model(photos, trained, tmp_path, capsys):
+    out = tmp_path / "refined"
+    command = ["refine", "--model", str(trained), "--data", str(photos), "--out", str(out)]
+    assert main([*command, *settings(TINY_HEADS)]) == 0
+    assert "refined in" in capsys.readouterr().out
+    card = json.loads((out / "card.json").read_text())
+    assert card["refined_from"] == "mae" and card["refine_recipe"]["steps"] == 2
+    history = json.loads((out / "history.json").read_text())
+    assert [entry["stage"] for entry in history] == [2, 3]
+    assert history[-1]["neighbor_accuracy"] is not None, "class folders are watched"
+
+
+def test_the_gpu_preset_takes_the_same_steps_on_a_cpu(photos, trained, tmp_path):
+    command = ["refine", "--model", str(trained), "--data", str(photos), "--preset", "gpu",
+               "--out", str(tmp_path / "r")]  # fmt: skip
+    assert main([*command, *settings(TINY_HEADS)]) == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["pretrain", "--set", "size_of_patch=4"], "the recipe has no 'size_of_patch'; it has size"),
+    (["pretrain", "--set", "steps=many"], "expected a value of type int, such as 11000"),
+    (["pretrain", "--set", "steps"], "--set needs NAME=VALUE"),
+    (["pretrain", "--data", "nowhere"], "nowhere"),
+    (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
+    (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 0 to 11"),
+    (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
+    (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert error.strip().splitlines()[-1].startswith("refiner: ")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_in_the_way_of_the_output(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["pretrain", "--n", "64", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_models_are_listed(capsys):
+    assert main(["models"]) == 0
+    assert "mae_toybox: masked autoencoder" in capsys.readouterr().out
