@@ -34,29 +34,27 @@ def maps(images) -> dict[str, np.ndarray]:
     return found
 
 
+def spread(results: dict, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the seeds, per block."""
+    seeds = np.array([row[key]["cls"] for row in results["seeds"]])
+    return seeds.mean(0), seeds.std(0)
+
+
 def main() -> None:
     plots.style()
     results = json.loads((HERE / "results" / "refine_controls.json").read_text())
     images = refiner.load_images("toybox", split="test", n=1024)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), width_ratios=(1.2, 1, 1))
-    curve = lambda key: [row[key]["cls"] for row in results["seeds"]]  # noqa: E731
+    curves = {"refined": spread(results, "refined")}
+    curves["before"] = results["before"]["cls"]
+    curves["more MAE training (control)"] = spread(results, "mae_same_steps")
     plots.block_curve(
-        {
-            "refined": curve("refined"),
-            "before": results["before"]["cls"],
-            "more MAE training (control)": curve("mae_same_steps"),
-        },
-        ylabel="k-NN accuracy (class token)", chance=results["chance"],
+        curves, ylabel="k-NN accuracy (class token)", chance=results["chance"],
         title="Held-out Toybox images, 3 seeds", ax=axes[0],
     )  # fmt: skip
-    names = {"mae_toybox": "last block before", "mae_toybox_refined": "last block after"}
-    for axis, (name, xy) in zip(axes[1:], maps(images).items(), strict=True):
-        for c, toy in enumerate(images.classes):
-            at = images.labels.numpy() == c
-            axis.scatter(*xy[at].T, s=10, marker=plots.MARKERS[c % 8],
-                         color=plots.PALETTE[(c + c // 8) % 8], label=toy)  # fmt: skip
-        axis.set(title=names[name], xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, markerscale=2)
+    names = {"mae_toybox": "last block, before", "mae_toybox_refined": "last block, after"}
+    found = {names[name]: xy for name, xy in maps(images).items()}
+    plots.embedding(found, images.labels, images.classes, ax=axes[1:])
     figure.tight_layout()
     figure.savefig(HERE / "results" / "before_after.png", dpi=90)
 
