@@ -1,238 +1,584 @@
-"""Figures of the course. Every function draws with matplotlib and returns its Axes.
+"""The course's figures. Every function draws one, on new or given axes, and returns its Axes.
 
-One style for all: the Okabe-Ito palette, which stays distinct for colour-blind readers, and a
-marker or line style beside every colour, so that nothing is said by colour alone.
+Nothing is told by colour alone: curves differ in marker and line as well, classes in marker, right
+and wrong neighbors in a mark. The colours are those of Okabe and Ito (2008), which readers with
+any common colour vision can tell apart. Call :func:`style` once for readable sizes.
+
+Shape legend: N images, B images shown, H height, W width, L blocks, F factors, S seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":")
+from refiner.images import ImageSet
+from refiner.neighbors import Graph
+
+Tensor = torch.Tensor
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933",
+)  # fmt: skip
+MARKERS = (*"os^DvPX*<>ph8dH", (4, 1, 0))  # the last: a star of four points
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+GRAY = "0.4"
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+}
 
 
-def style() -> None:
-    """Sets the course's look for all following figures."""
-    plt.rcParams.update({
-        "figure.facecolor": "white",  # readable in a dark notebook too
-        "figure.dpi": 80,
-        "savefig.dpi": 80,
-        "axes.prop_cycle": plt.cycler(color=PALETTE),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "image.interpolation": "nearest",
-        "font.size": 11,
-        "legend.frameon": False,
-    })  # fmt: skip
+def style() -> ExitStack:
+    """Sets the course's look for all figures that follow.
+
+    Returns:
+        A context manager that puts the old look back: ``with style(): ...``. Ignore it to keep
+        the look for the session.
+    """
+    restore = ExitStack()
+    restore.callback(plt.rcParams.update, {key: plt.rcParams[key] for key in STYLE})
+    plt.rcParams.update(STYLE)
+    return restore
 
 
-def _look(i: int) -> dict[str, str]:
+# ---------------------------------------------------------------- shared pieces
+
+
+def _axes(ax, columns: int, size: tuple[float, float]) -> np.ndarray:
+    """Axes [columns]: the given ones, or those of a new figure of a size in inches."""
+    if ax is None:
+        _, ax = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
+    if len(axes) != columns:
+        raise ValueError(f"this figure needs {columns} axes, not {len(axes)}")
+    return axes
+
+
+def _pixels(images: ImageSet | Tensor, index=slice(None)) -> np.ndarray:
+    """uint8 or float [B, 3, H, W] or an ImageSet as float [B, H, W, 3] in 0..1."""
+    x = images.batch(index) if isinstance(images, ImageSet) else torch.as_tensor(images)[index]
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"images must be [B, 3, H, W], not {list(x.shape)}")
+    x = x / 255 if x.dtype == torch.uint8 else x.float()
+    return x.detach().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _tile(ax: Axes, picture: np.ndarray, column: float, row: float) -> None:
+    """Draws a picture into the unit square at a column and row of a grid, with a small gap."""
+    extent = (column + 0.03, column + 0.97, row + 0.97, row + 0.03)
+    ax.imshow(picture, extent=extent, interpolation="nearest" if len(picture) < 100 else None)
+
+
+def _grid(ax: Axes, columns: float, rows: float) -> None:
+    """Makes axes a bare grid of unit squares, first row on top."""
+    ax.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal", xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def _look(i: int) -> dict:
+    """Colour, marker and line of the i-th curve."""
     return {
-        "color": PALETTE[i % len(PALETTE)],
+        "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
         "linestyle": LINES[i % len(LINES)],
     }
 
 
-def _picture(image: torch.Tensor) -> np.ndarray:
-    """One image [3, H, W], uint8 or float 0..1, as [H, W, 3] for matplotlib."""
-    return image.detach().cpu().permute(1, 2, 0).numpy()
+def _array(x) -> np.ndarray:
+    x = x.detach().cpu() if isinstance(x, Tensor) else x
+    return np.asarray(x, dtype=np.float64)
 
 
-def _show(axis: Axes, image: torch.Tensor) -> None:
-    axis.imshow(_picture(image))
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+def _labels_of(images, labels, classes) -> tuple[np.ndarray | None, Sequence[str] | None]:
+    """Labels and class names as given, or else an ImageSet's own."""
+    labels = getattr(images, "labels", None) if labels is None else labels
+    classes = getattr(images, "classes", None) if classes is None else classes
+    labels = None if labels is None else torch.as_tensor(labels).cpu().numpy()
+    return labels, classes or None
 
 
-def contact_sheet(images, *, columns: int = 8, title: str | None = None) -> Axes:
-    """A grid of images, row by row, in one Axes.
+def _name(label: int, classes: Sequence[str] | None) -> str:
+    return classes[label] if classes else str(label)
+
+
+# ---------------------------------------------------------------- images
+
+
+def contact_sheet(
+    images: ImageSet | Tensor,
+    labels: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    n: int = 64,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A grid of images.
 
     Args:
-        images: an ImageSet, or uint8 or float (0 to 1) [N, 3, H, W].
-        columns: images in a row.
-        title: above the grid.
+        images: an ImageSet, uint8 [N, 3, H, W], or floats in 0..1.
+        labels: int64 [N], written above the images; default an ImageSet's own.
+        classes: names to write instead of numbers.
+        columns: images a row.
+        n: at most so many, the first ones.
+
+    Returns:
+        The Axes.
 
     Raises:
         ValueError: without images.
     """
-    pixels = images if torch.is_tensor(images) else images.images[:]
-    n, c, h, w = pixels.shape
-    if not n:
+    n = min(n, len(images))
+    if n == 0:
         raise ValueError("there are no images to show")
+    labels, classes = _labels_of(images, labels, classes)
+    pictures = _pixels(images, slice(n))
+    columns = min(columns, n)
     rows = -(-n // columns)
-    white = 255 if pixels.dtype == torch.uint8 else 1
-    sheet = torch.full((rows * columns, c, h + 2, w + 2), white, dtype=pixels.dtype)
-    sheet[:n, :, 1:-1, 1:-1] = pixels.cpu()
-    grid = sheet.reshape(rows, columns, c, h + 2, w + 2).permute(2, 0, 3, 1, 4)
-    _, axis = plt.subplots(figsize=(0.7 * columns, 0.7 * rows))
-    _show(axis, grid.reshape(c, rows * (h + 2), columns * (w + 2)))
+    height = 1.0 if labels is None else 1.25  # of a row, with room for the label
+    width = min(12.0, 1.2 * columns)
+    inches = width / columns
+    (ax,) = _axes(ax, 1, (width, rows * height * inches + 0.4))
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        _tile(ax, picture, column, row * height + height - 1)
+        if labels is not None:
+            ax.text(
+                column + 0.5, row * height + height - 1, _name(labels[i], classes), ha="center",
+                va="bottom", fontsize=max(6, min(10, 9 * inches)),
+            )  # fmt: skip
+    _grid(ax, columns, rows * height)
     if title:
-        axis.set_title(title)
-    return axis
+        ax.set_title(title)
+    return ax
+
+
+def reconstruction(
+    images: Tensor, masked: Tensor, predicted: Tensor, *, title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Originals, what the model saw, and what it painted, one column an image.
+
+    Args:
+        images, masked, predicted: [B, 3, H, W] each, uint8 or floats in 0..1.
+
+    Returns:
+        The Axes.
+    """
+    rows = {"original": images, "masked": masked, "reconstruction": predicted}
+    pictures = {name: _pixels(x) for name, x in rows.items()}
+    columns = len(pictures["original"])
+    if {len(x) for x in pictures.values()} != {columns}:
+        raise ValueError("original, masked and predicted images must be equally many")
+    (ax,) = _axes(ax, 1, (min(12.0, 1.2 * columns + 1.2), 3 * min(1.2, 10.8 / columns) + 0.4))
+    for row, some in enumerate(pictures.values()):
+        for column, picture in enumerate(some):
+            _tile(ax, picture, column, row)
+    _grid(ax, columns, 3)
+    ax.set_yticks([0.5, 1.5, 2.5], list(rows))
+    ax.tick_params(length=0)
+    if title:
+        ax.set_title(title)
+    return ax
+
+
+def neighbor_grid(
+    images: ImageSet | Tensor,
+    queries: Sequence[int] | Tensor,
+    graphs: Mapping[str, Graph],
+    labels: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    keys: ImageSet | Tensor | None = None,
+    key_labels: Tensor | None = None,
+    k: int = 6,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Some images and their nearest neighbors by one or several models, one row an image.
+
+    Neighbors of the query's class have a solid blue frame and a ✓, others a dashed orange frame
+    and a ✗. A model's name comes with the share of right neighbors among those shown.
+
+    Args:
+        images: the set whose images were the graphs' queries.
+        queries: which of them to show.
+        graphs: a graph [N, ≥k] of one block by model name.
+        labels: int64 [N]; default an ImageSet's own. Without labels there are no marks.
+        classes: names of the classes.
+        keys: the set in which the neighbors were searched; default ``images``.
+        key_labels: the keys' labels; default the key set's own, or ``labels`` without ``keys``.
+        k: neighbors shown a model.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: for a graph of several blocks, of other queries or with fewer than k neighbors.
+    """
+    where = torch.as_tensor(queries).reshape(-1).cpu()
+    labels, classes = _labels_of(images, labels, classes)
+    if key_labels is None:
+        key_labels = labels if keys is None else _labels_of(keys, None, None)[0]
+    keys = images if keys is None else keys
+    marked = labels is not None and key_labels is not None
+    for name, graph in graphs.items():
+        if graph.indices.ndim != 2 or len(graph.indices) != len(images) or graph.k < k:
+            raise ValueError(
+                f"the graph {name!r} is {list(graph.indices.shape)}, but [{len(images)}, ≥{k}] is "
+                "needed: one block's neighbors of all images"
+            )
+    gap, rows = 0.4, len(where)
+    columns = 1 + len(graphs) * (k + gap)
+    scale = min(1.0, 13 / columns)
+    (ax,) = _axes(ax, 1, (columns * scale + 1, rows * scale + 0.6))
+    for row, picture in enumerate(_pixels(images, where)):
+        _tile(ax, picture, 0, row)
+    ax.text(0.5, -0.12, "query", ha="center", va="bottom", fontweight="bold")
+    for part, (name, graph) in enumerate(graphs.items()):
+        first = 1 + gap + part * (k + gap)
+        found = graph.indices[where.to(graph.indices.device), :k].cpu()
+        right = None
+        if marked:
+            right = np.asarray(key_labels)[found.numpy()] == labels[where.numpy()][:, None]
+            name = f"{name}: {right.mean():.0%} right"
+        ax.text(first + k / 2, -0.12, name, ha="center", va="bottom", fontweight="bold")
+        for row in range(rows):
+            for column, picture in enumerate(_pixels(keys, found[row])):
+                _tile(ax, picture, first + column, row)
+                if marked:
+                    _mark(ax, first + column, row, bool(right[row, column]), 11 * scale)
+    _grid(ax, columns, rows)
+    names = [""] * rows if labels is None else [_name(y, classes) for y in labels[where.numpy()]]
+    ax.set_yticks(np.arange(rows) + 0.5, names)
+    ax.tick_params(length=0)
+    ax.set_title(title or "Nearest neighbors, nearest first", pad=26)
+    return ax
+
+
+def _mark(ax: Axes, column: float, row: float, right: bool, size: float) -> None:
+    colour = RIGHT if right else WRONG
+    ax.add_patch(
+        Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, fill=False, edgecolor=colour,
+                  linewidth=2, linestyle="-" if right else (0, (3, 1.5)))
+    )  # fmt: skip
+    ax.text(
+        column + 0.93, row + 0.07, "✓" if right else "✗", ha="right", va="top", fontsize=size,
+        color="white", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- curves and bars
 
 
 def block_curve(
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, object],
     *,
-    ylabel: str,
+    ylabel: str = "accuracy",
     chance: float | None = None,
-    title: str = "Quality of every block",
+    best: bool = True,
+    blocks: Sequence[int] | None = None,
+    percent: bool | None = None,
+    title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Quality against block, one line a model; the best block of each is ringed.
+    """A quality of every block, one curve a model.
 
     Args:
-        curves: values of blocks 1 to L by name; a 2-D value [seeds, L] gives the mean, and a band
-            from the lowest to the highest seed.
-        ylabel: what is measured.
+        curves: by name values [L], or a pair (mean [L], spread [L]) drawn with a band of ± spread.
+        ylabel: what the values are.
         chance: drawn as a dotted line.
+        best: ring the best (highest) block of each curve, and name it in the legend.
+        blocks: the blocks' numbers; default 1 to L.
+        percent: the values are shares and shown in percent; default if all lie in 0..1.
+
+    Returns:
+        The Axes.
     """
-    ax = ax or plt.subplots(figsize=(6.5, 4))[1]
-    for i, (name, values) in enumerate(curves.items()):
-        seeds = np.atleast_2d(np.asarray(values, dtype=float))
-        mean, blocks = seeds.mean(0), np.arange(1, seeds.shape[1] + 1)
-        ax.plot(blocks, mean, label=name, markersize=5, **_look(i))
-        if len(seeds) > 1:
-            ax.fill_between(blocks, seeds.min(0), seeds.max(0), color=_look(i)["color"], alpha=0.2)
-        best = int(mean.argmax())
-        ax.scatter(blocks[best], mean[best], s=140, facecolors="none", edgecolors=_look(i)["color"])
+    values = {}
+    for name, curve in curves.items():
+        mean, spread = curve if isinstance(curve, tuple) else (curve, None)
+        values[name] = (_array(mean), None if spread is None else _array(spread))
+    means = [mean for mean, _ in values.values()]
+    if percent is None:
+        percent = all(0 <= m.min() and m.max() <= 1 for m in means)
+    (ax,) = _axes(ax, 1, (6.8, 4.0))
+    for i, (name, (mean, spread)) in enumerate(values.items()):
+        at = np.arange(1, len(mean) + 1) if blocks is None else np.asarray(blocks)
+        top = int(mean.argmax())
+        if best:
+            shown = f"{mean[top]:.1%}" if percent else f"{mean[top]:.3g}"
+            name = f"{name} (best: block {at[top]}, {shown})"
+            ax.plot(at[top], mean[top], "o", markersize=15, fillstyle="none",
+                    color=COLOURS[i % len(COLOURS)])  # fmt: skip
+        ax.plot(at, mean, label=name, markersize=6, **_look(i))
+        if spread is not None:
+            ax.fill_between(at, mean - spread, mean + spread, alpha=0.2, linewidth=0,
+                            color=COLOURS[i % len(COLOURS)])  # fmt: skip
     if chance is not None:
-        ax.axhline(chance, color="0.4", linestyle=":", label="chance")
-    ax.set(xlabel="block (ring: best)", ylabel=ylabel, title=title, xticks=blocks)
+        ax.axhline(chance, color=GRAY, linestyle=":", label="chance")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set(xlabel="block", ylabel=ylabel, title=title or f"{_capital(ylabel)} of every block")
     ax.legend()
     return ax
 
 
-def neighbor_grid(images, queries: Sequence[int], graphs: Mapping, *, keys=None, k: int = 6):
-    """Queries with their nearest neighbors, one group of columns a model.
-
-    A tick and a green frame mark a neighbor of the query's class, a cross and a vermilion frame
-    another class.
-
-    Args:
-        images: the ImageSet that the queries index.
-        queries: one row each.
-        graphs: name → graph of ``nearest_neighbors`` whose rows are ``images``.
-        keys: the ImageSet that the graphs' indices point into; default ``images``.
-        k: neighbors shown.
-
-    Returns:
-        Axes [queries, 1 + models * k].
-    """
-    keys = images if keys is None else keys
-    columns = 1 + len(graphs) * k
-    fig, axes = plt.subplots(
-        len(queries), columns, figsize=(0.75 * columns, 0.95 * len(queries)), squeeze=False
-    )
-    for row, query in zip(axes, queries, strict=True):
-        _show(row[0], images.images[query : query + 1][0])
-        for g, graph in enumerate(graphs.values()):
-            for axis, key in zip(row[1 + g * k :], graph.indices[query, :k].tolist(), strict=False):
-                _show(axis, keys.images[key : key + 1][0])
-                if images.labels is not None:
-                    _mark(axis, bool(images.labels[query] == keys.labels[key]))
-    axes[0, 0].set_title("query", fontsize=10, loc="left")
-    for g, name in enumerate(graphs):
-        axes[0, 1 + g * k].set_title(f"{name}, nearest first →", fontsize=10, loc="left")
-    fig.subplots_adjust(wspace=0.08, hspace=0.3)
-    return axes
+def _capital(text: str) -> str:
+    return text if text.startswith("k-NN") else text[:1].upper() + text[1:]
 
 
-def _mark(axis: Axes, same: bool) -> None:
-    colour = PALETTE[2] if same else PALETTE[1]
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=colour, linewidth=2)
-    axis.set_xlabel("✓" if same else "✗", color=colour, fontsize=9, labelpad=1)
-
-
-def reconstruction(original, masked, painted) -> np.ndarray:
-    """Rows of originals, what the encoder saw, and what was painted; each [B, 3, H, W] in 0..1.
-
-    Returns:
-        Axes [3, B].
-    """
-    rows = {"original": original, "visible": masked, "painted": painted}
-    b = len(original)
-    _, axes = plt.subplots(3, b, figsize=(0.9 * b + 0.6, 2.9), squeeze=False)
-    for row, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(row, images, strict=True):
-            _show(axis, image)
-        row[0].set_ylabel(name)
-    return axes
-
-
-def embedding(maps: Mapping, labels, classes: Sequence[str]) -> np.ndarray:
-    """Side-by-side maps [N, 2], coloured and marked by class, with one legend.
-
-    Returns:
-        one Axes a map.
-    """
-    labels = np.asarray(labels)
-    fig, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 4.6), squeeze=False)
-    for axis, (name, xy) in zip(axes[0], maps.items(), strict=True):
-        xy = np.asarray(xy)
-        for c, toy in enumerate(classes):
-            look = _look(c) | {"marker": MARKERS[(c + c // len(PALETTE)) % len(MARKERS)]}
-            at = labels == c
-            axis.scatter(xy[at, 0], xy[at, 1], s=14, alpha=0.7, label=toy, linewidths=0.3,
-                         c=look["color"], marker=look["marker"])  # fmt: skip
-        axis.set(title=name, xlabel="first axis", ylabel="second axis", xticks=[], yticks=[])
-    handles, names = axes[0, -1].get_legend_handles_labels()
-    fig.legend(handles, names, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=9)
-    return axes[0]
-
-
-def history(entries: Sequence[dict]) -> np.ndarray:
-    """Course of a refinement: loss of each head, and how often neighbors are right.
+def history(
+    history: Sequence[Mapping], *, heads: Sequence[str] | None = None, ax=None
+) -> np.ndarray:
+    """Training curves of a refinement or a pretraining.
 
     Args:
-        entries: ``history`` of :func:`refiner.refine`.
+        history: the run's ``history``: one dict a logged step with "step" and "loss" (a number, or
+            a list with one a head), and maybe "stage", "neighbor_accuracy" (a list, or None) and
+            numbers from an evaluation. Steps count anew in each stage.
+        heads: the heads' names; default "head 1" and so on.
+        ax: as many Axes as there are panels; default a new figure.
 
     Returns:
-        two Axes.
+        Axes [P]: the loss, then neighbor accuracy and the evaluation's numbers where there are any.
+
+    Raises:
+        ValueError: for an empty history.
     """
-    offset = max((e["step"] for e in entries if e["stage"] == 2), default=0)
-    steps = [e["step"] + (offset if e["stage"] == 3 else 0) for e in entries]
-    _, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    panels = (("loss", "NNA loss"), ("neighbor_accuracy", "neighbors of the query's class"))
-    for axis, (key, label) in zip(axes, panels, strict=True):
-        rows = [e[key] for e in entries if e[key] is not None]
-        for head, values in enumerate(zip(*rows, strict=True)):
-            axis.plot(steps, values, label=f"head {head + 1}", markersize=3, **_look(head))
-        if 0 < offset < steps[-1]:
-            axis.axvline(offset, color="0.4", linestyle=":")
-            axis.annotate("encoder joins", (offset, axis.get_ylim()[1]), fontsize=9, va="top")
-        if not rows:
-            axis.text(0.5, 0.5, "no labels", transform=axis.transAxes, ha="center")
-        axis.set(xlabel="step", ylabel=label, title=label)
-    axes[0].legend(fontsize=9)
+    if not history:
+        raise ValueError("the history is empty")
+    steps, borders = _total_steps(history)
+    known = {"stage", "step", "loss", "similarity", "neighbor_accuracy", "lr", "seconds"}
+    extra = sorted({
+        key for entry in history for key, value in entry.items()
+        if key not in known and isinstance(value, int | float)
+    })  # fmt: skip
+    with_neighbors = any(entry.get("neighbor_accuracy") for entry in history)
+    axes = _axes(ax, 1 + with_neighbors + bool(extra), (
+        5.0 * (1 + with_neighbors + bool(extra)), 3.6))  # fmt: skip
+    panels = iter(axes)
+    loss = next(panels)
+    _per_head(loss, steps, history, "loss", heads)
+    loss.set(ylabel="loss", title="Loss")
+    if with_neighbors:
+        panel = next(panels)
+        _per_head(panel, steps, history, "neighbor_accuracy", heads)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panel.set(ylabel="neighbors of the query's class", title="Are the neighbors right?")
+    if extra:
+        panel = next(panels)
+        for i, key in enumerate(extra):
+            points = [(s, e[key]) for s, e in zip(steps, history, strict=True) if key in e]
+            panel.plot(*zip(*points, strict=True), label=key, **_look(i))
+        panel.set(ylabel="value", title="Evaluation on the way")
+        panel.legend()
+    for panel in axes:
+        panel.set_xlabel("step")
+        for at, stage in borders:
+            panel.axvline(at, color=GRAY, linestyle=":")
+            panel.annotate(f"stage {stage}", (at, 0.98), xycoords=("data", "axes fraction"),
+                           xytext=(3, 0), textcoords="offset points", va="top", fontsize=9,
+                           color=GRAY)  # fmt: skip
     return axes
 
 
-def bars_with_spread(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str = "",
-                     ax: Axes | None = None) -> Axes:  # fmt: skip
-    """Means as bars, with every single value as a point on top."""
-    ax = ax or plt.subplots(figsize=(1.6 * len(groups) + 1.5, 3.6))[1]
-    for i, values in enumerate(groups.values()):
-        values = np.asarray(values, dtype=float)
-        ax.bar(i, values.mean(), width=0.6, color=PALETTE[i % len(PALETTE)], alpha=0.6)
-        ax.scatter(
-            np.linspace(i - 0.15, i + 0.15, len(values)), values, s=14, color="black", zorder=3
-        )
-        ax.annotate(f"{values.mean():.2f}", (i, 0), xytext=(0, 4), textcoords="offset points",
-                    ha="center", fontsize=10)  # fmt: skip
-    ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel, title=title)
-    ax.set_xlabel("points: single runs or draws")
+def _total_steps(history: Sequence[Mapping]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Steps counted through all stages, and where each later stage begins."""
+    steps, borders, offset, before = [], [], 0, None
+    for entry in history:
+        stage = entry.get("stage")
+        if before is not None and stage != before:
+            offset = steps[-1]
+            borders.append((offset, stage))
+        before = stage
+        steps.append(offset + entry["step"])
+    return steps, borders
+
+
+def _per_head(ax: Axes, steps, history, key: str, heads: Sequence[str] | None) -> None:
+    points = [(s, e[key]) for s, e in zip(steps, history, strict=True) if e.get(key) is not None]
+    at, values = zip(*points, strict=True)
+    if not isinstance(values[0], list | tuple):
+        ax.plot(at, values, **_look(0), markevery=max(1, len(at) // 10), markersize=5)
+        return
+    names = heads or [f"head {i + 1}" for i in range(len(values[0]))]
+    for i, (name, curve) in enumerate(zip(names, zip(*values, strict=True), strict=True)):
+        # Markers at every tenth point, each curve's a little later, so that they do not hide.
+        every = max(1, len(at) // 8)
+        ax.plot(at, curve, label=name, markersize=5, markevery=(i % every, every), **_look(i))
+    ax.legend(ncols=1 + (len(names) > 5), fontsize=9)
+
+
+def bars_with_spread(
+    values: Mapping[str, object],
+    *,
+    ylabel: str = "accuracy",
+    chance: float | None = None,
+    percent: bool | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Means as bars with every single run as a point.
+
+    Args:
+        values: by name the results [S] of several seeds or draws.
+        ylabel: what they are.
+        chance: drawn as a dotted line.
+        percent: the values are shares and shown in percent; default if all lie in 0..1.
+
+    Returns:
+        The Axes.
+    """
+    runs = {name: np.atleast_1d(_array(x)) for name, x in values.items()}
+    if percent is None:
+        percent = all(0 <= x.min() and x.max() <= 1 for x in runs.values())
+    (ax,) = _axes(ax, 1, (max(4.0, 1.4 * len(runs) + 1.5), 3.8))
+    for i, x in enumerate(runs.values()):
+        ax.bar(i, x.mean(), 0.65, color=COLOURS[i % len(COLOURS)], alpha=0.55)
+        across = np.linspace(-0.18, 0.18, len(x)) if len(x) > 1 else np.zeros(1)
+        ax.plot(i + across, x, **_look(i) | {"linestyle": ""}, markeredgecolor="black",
+                markeredgewidth=0.6, markersize=5)  # fmt: skip
+        text = f"{x.mean():.1%}" if percent else f"{x.mean():.3g}"
+        ax.annotate(text, (i, max(x.max(), x.mean(), 0)), xytext=(0, 7), ha="center",
+                    textcoords="offset points")  # fmt: skip
+    if chance is not None:
+        ax.axhline(chance, color=GRAY, linestyle=":", label="chance")
+        ax.legend()
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.margins(y=0.12)
+    ax.set_xticks(range(len(runs)), list(runs))
+    ax.grid(False, axis="x")
+    most = max(len(x) for x in runs.values())
+    ax.set(xlabel=f"bars: means; points: up to {most} single runs" if most > 1 else "model",
+           ylabel=ylabel, title=title or _capital(ylabel))  # fmt: skip
     return ax
+
+
+# ---------------------------------------------------------------- maps
+
+
+def embedding(
+    maps: Mapping[str, Tensor | np.ndarray],
+    labels: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    ax=None,
+) -> np.ndarray:
+    """Images as points in the plane, one panel a map; classes differ in colour and marker.
+
+    Args:
+        maps: by name coordinates [N, 2].
+        labels: int64 [N]; None draws all points alike.
+        classes: names for the legend. More than 24 classes have no legend; their names are
+            written at the median of their points.
+        ax: as many Axes as maps; default a new figure.
+
+    Returns:
+        Axes, one a map.
+
+    Raises:
+        ValueError: for coordinates or labels that do not match.
+    """
+    points = {name: _array(xy) for name, xy in maps.items()}
+    labels = None if labels is None else torch.as_tensor(labels).cpu().numpy()
+    for name, xy in points.items():
+        if xy.ndim != 2 or xy.shape[1] != 2 or (labels is not None and len(labels) != len(xy)):
+            n = "N" if labels is None else len(labels)
+            raise ValueError(f"the map {name!r} must be [{n}, 2], not {list(xy.shape)}")
+    present = [] if labels is None else np.unique(labels).tolist()
+    legend = 0 < len(present) <= 24
+    axes = _axes(ax, len(points), (4.4 * len(points) + 1.6 * legend, 4.4))
+    size = float(np.clip(12000 / len(next(iter(points.values()))), 8, 36))
+    for panel, (name, xy) in zip(axes, points.items(), strict=True):
+        if not present:
+            panel.scatter(*xy.T, s=size, color=COLOURS[0], linewidths=0)
+        for label in present:
+            own = xy[labels == label]
+            # The marker goes round after 16 classes, the colour after 8: shifted, no pair repeats.
+            colour = COLOURS[(label + label // len(MARKERS)) % len(COLOURS)]
+            panel.scatter(*own.T, s=size, color=colour, marker=MARKERS[label % len(MARKERS)],
+                          alpha=0.8, linewidths=0, label=_name(label, classes))  # fmt: skip
+            if not legend:
+                panel.text(*np.median(own, axis=0), _name(label, classes), fontsize=7,
+                           ha="center")  # fmt: skip
+        panel.set(title=name, xlabel="first axis (no unit)", xticks=[], yticks=[])
+    axes[0].set_ylabel("second axis (no unit)")
+    if legend:
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9, markerscale=1.5)
+    return axes
+
+
+def factor_heatmap(
+    scores: Mapping[str, Tensor | np.ndarray],
+    factors: Sequence[str],
+    *,
+    label: str = "how well it can be read, 0 = not, 1 = fully",
+    limits: tuple[float, float] = (0.0, 1.0),
+    blocks: Sequence[int] | None = None,
+    ax=None,
+) -> np.ndarray:
+    """Which block knows which factor, one panel a model, all on one colour scale.
+
+    Args:
+        scores: by name [L, F].
+        factors: the F factors' names.
+        label: what the numbers are, for the colour bar.
+        limits: values at the ends of the colour scale.
+        blocks: the blocks' numbers; default 1 to L.
+        ax: as many Axes as models; default a new figure.
+
+    Returns:
+        Axes, one a model.
+
+    Raises:
+        ValueError: for scores that are not [L, F].
+    """
+    tables = {name: _array(x) for name, x in scores.items()}
+    for name, table in tables.items():
+        if table.ndim != 2 or table.shape[1] != len(factors):
+            raise ValueError(
+                f"the scores {name!r} must be [L, {len(factors)}], not {list(table.shape)}"
+            )
+    depth = max(len(table) for table in tables.values())
+    width = max(3.0, 0.42 * depth)
+    axes = _axes(ax, len(tables), (width * len(tables) + 2.6, 0.34 * len(factors) + 1.4))
+    low, high = limits
+    for panel, (name, table) in zip(axes, tables.items(), strict=True):
+        image = panel.imshow(table.T, aspect="auto", cmap="cividis", vmin=low, vmax=high)
+        for (block, factor), value in np.ndenumerate(table):
+            dark = value < low + 0.55 * (high - low)
+            panel.text(block, factor, f"{value:.2f}".lstrip("0") if value < 1 else "1", fontsize=7,
+                       ha="center", va="center", color="white" if dark else "black")  # fmt: skip
+        numbers = range(1, len(table) + 1) if blocks is None else blocks
+        panel.set_xticks(range(len(table)), numbers)
+        panel.set_yticks(range(len(factors)), factors if panel is axes[0] else [])
+        panel.grid(False)
+        panel.set(title=name, xlabel="block")
+    axes[0].set_ylabel("factor")
+    axes[0].figure.colorbar(image, ax=list(axes), label=label)
+    return axes
