@@ -1,6 +1,9 @@
-"""Flat maps of a feature space: PCA at once, UMAP from our exact neighbor graph.
+"""Features as points in the plane: UMAP on our exact neighbors, and PCA.
 
-Shape legend: N points, D features, k neighbors.
+UMAP shows who is whose neighbor, and bends everything else to show it: distances between groups
+and the size of a group mean little. PCA is a plain projection: instant, faithful, less telling.
+
+Shape legend: N images, D width of the features, k neighbors.
 """
 
 from __future__ import annotations
@@ -10,69 +13,112 @@ import warnings
 import numpy as np
 import torch
 
-from refiner.neighbors import Graph
+from refiner.neighbors import Graph, nearest_neighbors
 
 Tensor = torch.Tensor
 
 
-def pca_embedding(features: Tensor) -> np.ndarray:
-    """The two directions of largest variance, float32 [N, 2], with a fixed sign.
+@torch.no_grad()
+def pca_embedding(features: Tensor, *, axes_of: Tensor | None = None) -> Tensor:
+    """Projects features onto the two directions in which they vary most.
 
     Args:
         features: [N, D].
+        axes_of: other features [M, D] whose directions and mean are used, so that several sets
+            share one map; default the features themselves.
+
+    Returns:
+        float32 [N, 2], in the features' unit. The sign of each axis, which is free, is chosen such
+        that its largest weight is positive.
+
+    Raises:
+        ValueError: for features that are not [N, D] with D at least 2, or not finite.
     """
-    x_ND = features.double() - features.double().mean(0)
-    _, _, v_DD = torch.linalg.svd(x_ND, full_matrices=False)
-    axes_2D = v_DD[:2]
-    # A direction's sign is arbitrary: let its largest entry be positive.
-    largest = axes_2D.gather(1, axes_2D.abs().argmax(1, keepdim=True))
-    return (x_ND @ (axes_2D * largest.sign()).T).float().numpy()
+    base = features if axes_of is None else axes_of
+    for x in (features, base):
+        if x.ndim != 2 or x.shape[1] < 2 or x.shape[1] != base.shape[1] or len(x) == 0:
+            raise ValueError(f"features must be [N, D] with D at least 2, not {list(x.shape)}")
+        if not x.isfinite().all():
+            raise ValueError("the features hold NaN or infinity")
+    mean = base.double().mean(0)
+    centred = base.double() - mean
+    _, vectors_DD = torch.linalg.eigh(centred.T @ centred)  # ascending
+    axes_D2 = vectors_DD[:, -2:].flip(1)
+    largest = axes_D2.abs().argmax(0)
+    axes_D2 = axes_D2 * axes_D2[largest, torch.arange(2, device=largest.device)].sign()
+    return ((features.double() - mean) @ axes_D2).float()
 
 
 def umap_embedding(
     features: Tensor,
-    graph: Graph,
+    graph: Graph | None = None,
     *,
     n_neighbors: int = 15,
     seed: int = 0,
+    init: Tensor | np.ndarray | None = None,
     min_dist: float = 0.1,
-    init: np.ndarray | None = None,
-) -> np.ndarray:
-    """UMAP (McInnes et al. 2018, arXiv 1802.03426) from an exact graph, float32 [N, 2].
+) -> Tensor:
+    """Lays images out such that neighbors stay neighbors (McInnes et al. 2018, arXiv 1802.03426).
 
     Args:
-        features: [N, D], the points of the graph.
-        graph: of ``nearest_neighbors(x, x, k=…, exclude_self=True)``, at least n_neighbors - 1
-            neighbors a point.
-        n_neighbors: neighbors that shape the map; the point itself counts, as in umap-learn.
-        seed: fixes the map on one machine; coordinates differ between systems.
-        min_dist: how close points may come.
-        init: [N, 2] to start from, such as another map; default umap-learn's spectral start.
+        features: [N, D].
+        graph: their nearest neighbors among themselves, [N, ≥ n_neighbors - 1], searched with
+            ``exclude_self=True``; default searched here.
+        n_neighbors: how many neighbors count, the image itself included, as in umap-learn. Few
+            show fine structure, many the large one.
+        seed: of the optimisation. The same seed gives the same points on one machine; other
+            machines round differently and differ in detail.
+        init: where the points start, [N, 2]; default the PCA. Start a map from that of the block
+            before, and points move only as far as their neighbors make them.
+        min_dist: how close points may come in the map.
 
     Returns:
-        Coordinates [N, 2].
+        float32 [N, 2], no unit.
 
     Raises:
-        ValueError: when the graph is of other points or has too few neighbors.
+        ValueError: for a graph of other images, with too few neighbors or with images that are
+            their own neighbors, or an init that is not [N, 2].
     """
     n = len(features)
-    if len(graph.indices) != n or graph.indices.shape[1] < n_neighbors - 1:
+    if not 2 <= n_neighbors <= n:
+        raise ValueError(f"n_neighbors must be from 2 to the {n} images, not {n_neighbors}")
+    if graph is None:
+        graph = nearest_neighbors(features, features, k=n_neighbors - 1, exclude_self=True)
+    indices, distances = _with_self_first(graph, n, n_neighbors)
+    start = pca_embedding(features) if init is None else torch.as_tensor(init)
+    if start.shape != (n, 2):
+        raise ValueError(f"init must be [{n}, 2], not {list(start.shape)}")
+
+    import umap  # takes many seconds, so only when it is needed
+
+    mapper = umap.UMAP(
+        n_neighbors=n_neighbors, min_dist=min_dist, metric="cosine", random_state=seed,
+        n_jobs=1,  # a seed allows no more
+        init=start.detach().cpu().numpy().astype(np.float32),
+        precomputed_knn=(indices, distances),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        # New images could not be added to the map. Nobody asks for that.
+        warnings.filterwarnings("ignore", message="precomputed_knn.*NNDescent")
+        points = mapper.fit_transform(features.detach().cpu().float().numpy())
+    return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
+
+
+def _with_self_first(graph: Graph, n: int, n_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+    """The graph as umap-learn wants it: [N, n_neighbors], each image its own first neighbor.
+
+    Cut to size here, because umap-learn (0.5.12) uses surplus columns below 4096 images.
+    """
+    indices, similarities = graph.indices.cpu(), graph.similarities.cpu()
+    if indices.ndim != 2 or len(indices) != n or graph.k < n_neighbors - 1:
         raise ValueError(
-            f"the graph has {list(graph.indices.shape)} neighbors for {n} points; "
-            f"n_neighbors={n_neighbors} needs {n_neighbors - 1} other points each"
+            f"the graph is {list(indices.shape)}, but [{n}, ≥{n_neighbors - 1}] is needed: one "
+            "block's neighbors of all images"
         )
     itself = torch.arange(n)[:, None]
-    indices = torch.cat([itself, graph.indices.cpu()[:, : n_neighbors - 1]], dim=1).numpy()
-    distances = (1 - graph.similarities.cpu()[:, : n_neighbors - 1]).clamp(min=0)
-    distances = torch.cat([torch.zeros(n, 1), distances], dim=1).numpy().astype(np.float32)
-    import umap  # slow: compiles its kernels
-
-    with warnings.catch_warnings():
-        # It warns that a seed means one thread, and that a given graph cannot transform new points.
-        warnings.simplefilter("ignore")
-        mapper = umap.UMAP(
-            n_neighbors=n_neighbors, min_dist=min_dist, metric="cosine", random_state=seed,
-            n_jobs=1, init="spectral" if init is None else np.asarray(init, dtype=np.float32),
-            precomputed_knn=(indices.astype(np.int64), distances),
-        )  # fmt: skip
-        return mapper.fit_transform(features.cpu().numpy())
+    if (indices == itself).any():
+        raise ValueError("the graph must leave out the images themselves: exclude_self=True")
+    others = slice(n_neighbors - 1)
+    indices = torch.cat([itself, indices[:, others]], dim=1)
+    distances = torch.cat([torch.zeros(n, 1), 1 - similarities[:, others].float()], dim=1)
+    return indices.numpy(), distances.clamp_min(0).numpy()
