@@ -21,7 +21,7 @@ import torch
 import refiner
 from refiner.files import write_json
 from refiner.mae import MAERecipe, load_mae, pretrain
-from refiner.refine import Recipe, recipe_dict, save_refined
+from refiner.refine import Recipe, complete_recipe, recipe_dict, save_refined
 from refiner.training import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,10 +42,22 @@ def score(model, bank, test, k: int = 10) -> dict[str, list[float]]:
 
 
 def more_mae(name: str, images, *, batch: int, steps: int, seed: int):
-    """The embedded MAE trained on for some steps at its own recipe's rate, warm-up and all."""
+    """The embedded MAE trained on for some steps.
+
+    At a tenth of the rate it was made with: the full rate would first undo the end of the cosine,
+    and a control has to be as good as it can be.
+    """
     mae = load_mae(name)
     recipe = MAERecipe(**mae.encoder.refiner_card["recipe"])
-    recipe = replace(recipe, batch=batch, steps=steps, seed=1000 + seed, compile=False, ema=0.98)
+    recipe = replace(
+        recipe,
+        batch=batch,
+        steps=steps,
+        lr=recipe.lr / 10,
+        seed=1000 + seed,
+        compile=False,
+        ema=0.98,
+    )
     return pretrain(images, recipe=recipe, start=mae, progress=False).model
 
 
@@ -56,7 +68,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe changes")
     parser.add_argument("--time-control", action="store_true",
                         help="also train the MAE for the same time")  # fmt: skip
-    parser.add_argument("--keep", type=Path, help="folder for the refined encoders")
+    parser.add_argument(
+        "--keep", type=Path, help="keep refined encoders here, and use those that are"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "refine_controls.json")
     args = parser.parse_args()
     changes = {k: _literal(v) for k, v in (item.split("=", 1) for item in args.set)}
@@ -67,12 +81,8 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         recipe = Recipe.cpu(seed=seed, **changes)
-        began = time.monotonic()
-        run = refiner.refine(model, images, recipe=recipe)
-        seconds = time.monotonic() - began
-        row = {"seed": seed, "seconds": round(seconds, 1), "refined": score(run.model, bank, test)}
-        if args.keep:
-            save_refined(run, args.keep / f"seed{seed}", model)
+        refined, seconds = refined_model(model, images, recipe, args.keep)
+        row = {"seed": seed, "seconds": round(seconds, 1), "refined": score(refined, bank, test)}
         steps = recipe.head_steps + recipe.steps
         began = time.monotonic()
         row["mae_same_steps"] = score(
@@ -97,6 +107,20 @@ def main() -> None:
     }
     write_json(args.out, result)
     print(f"wrote {args.out}")
+
+
+def refined_model(model, images, recipe: Recipe, keep: Path | None):
+    """The refined encoder and its seconds; one kept by an interrupted call is used again."""
+    recipe = complete_recipe(recipe, model, images)
+    folder = keep and keep / f"seed{recipe.seed}"
+    if folder and (folder / "card.json").is_file():
+        kept = refiner.load_model(folder)
+        if kept.refiner_card["refine_recipe"] == recipe_dict(recipe):
+            return kept, kept.refiner_card["seconds"]
+    run = refiner.refine(model, images, recipe=recipe)
+    if folder:
+        save_refined(run, folder, model)
+    return run.model, run.history[-1]["seconds"]
 
 
 def _literal(text: str):
