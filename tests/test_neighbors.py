@@ -267,9 +267,11 @@ def test_the_order_of_the_train_set_does_not_matter():
 
 def test_constant_features_are_left_out():
     train_x, train_y, test_x, _ = problem()
-    # Not representable in float32 and different on the test set: still no information.
-    more_train = torch.cat([train_x, torch.full((120, 1), 0.1)], dim=1)
-    more_test = torch.cat([test_x, torch.full((60, 1), 7.0)], dim=1)
+    # Constant but different on the test set; constant but for float32's last digit.
+    noise = torch.where(torch.arange(120) % 2 == 0, 1000.0, 1000.0 + 2**-14)
+    more_train = torch.cat([train_x, torch.full((120, 1), 0.1), noise[:, None]], dim=1)
+    more_test = torch.cat([test_x, torch.full((60, 1), 7.0), noise[:60, None]], dim=1)
+    assert len(noise.unique()) == 2
     votes, predictions = knn_predict(more_train, train_y, more_test)
     expected_votes, expected = knn_predict(train_x, train_y, test_x)
     assert torch.equal(predictions, expected) and torch.equal(votes, expected_votes)
