@@ -195,12 +195,10 @@ def test_make_sets_up_once_and_again_when_the_packages_change(toy_project):
     commands = [line for line in run("test", "ARGS=-k x").splitlines() if not line[0].isupper()]
     assert commands == ["ruff check .", "ruff format --check .", "python -m pytest -k x"]
     assert run("lab").splitlines()[-1] == "jupyter lab notebooks/00_tour.ipynb"
-    (toy_project / "benchmarks").mkdir()
-    for name in ("a.py", "b.py"):
-        (toy_project / "benchmarks" / name).touch()
     benches = run("bench").splitlines()
-    assert "--editable .[bench]" in benches[-3]
-    assert benches[-2:] == ["python benchmarks/a.py", "python benchmarks/b.py"]
+    scripts = [line.removeprefix("python ") for line in benches if line.startswith("python bench")]
+    assert any("--editable .[bench]" in line for line in benches)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
     run("clean")
     assert not (toy_project / ".venv").exists()
     assert "--constraint" not in run("test", "CONSTRAINTS=")
