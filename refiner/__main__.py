@@ -233,16 +233,20 @@ def changed(recipe, settings: list[str]):
 
 
 def check_out(out: str) -> None:
-    """Makes the output folder before the work starts.
+    """Makes sure, before the work starts and without making it, that a folder can be written.
 
     Raises:
-        OSError: when it cannot be made or written to, naming it.
+        OSError: naming the place that is in the way or not writable.
     """
     import os
 
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"no permission to write to {out}; choose another --out")
+    place = Path(out).resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, not a folder; choose another --out")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"no permission to write to {place}; choose another --out")
 
 
 def resumable(train, *args, **kwargs):
