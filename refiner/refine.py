@@ -106,8 +106,9 @@ class Recipe:
     def cpu(cls, *, size: int = 32, **changes) -> Recipe:
         """About three minutes on two cores: small crops, few steps, first half frozen.
 
-        Toys are told apart by shape, so the views change every colour, but crop gently: crops down
-        to 0.4 (and 0.15 for the small views) gained half as much.
+        Toys are told apart by shape, so the views change every colour and crop gently. Half of a
+        large view's patches are dropped, which the paper does not do: it saves time, and a masked
+        autoencoder is used to it.
 
         Args:
             size: the model's image size; the small views have half of it.
