@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import refiner
 from refiner.files import replacing, write_json
-from refiner.models import data_folder, load_model, read_folder
+from refiner.models import data_folder, load_model, read_checkpoint
 from refiner.training import machine
 
 
@@ -43,10 +43,8 @@ def main() -> None:
     parser.add_argument("--name", help="default: the folder's name")
     args = parser.parse_args()
     name = args.name or args.folder.name
-    card, state = read_folder(args.folder)
-    decoder = args.folder / "decoder.safetensors"
-    if decoder.is_file():
-        state |= load_file(decoder)
+    card, encoder, decoder = read_checkpoint(args.folder)
+    state = encoder | decoder
     target = data_folder() / f"{name}.safetensors"
     with replacing(target) as temporary:
         save_file({k: v.half().contiguous() for k, v in state.items()}, temporary)

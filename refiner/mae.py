@@ -10,6 +10,7 @@ E decoder width, P pixels of a patch (patch * patch * C).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from refiner.features import preprocess
 from refiner.files import write_json
-from refiner.models import build_vit, data_folder, read_folder, save_model
+from refiner.models import build_vit, read_checkpoint, save_model
 from refiner.training import (
     EMA,
     batch_indices,
@@ -315,8 +316,8 @@ def pretrain(
         if done % log_every == 0 or done == recipe.steps:
             mean = torch.stack(losses).mean().item()
             losses.clear()
-            if not mean == mean:
-                raise FloatingPointError(f"the loss is NaN at step {done}; try a lower lr")
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is not finite at step {done}; try a lower lr")
             seconds = round(before + time.monotonic() - began, 1)
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
@@ -404,27 +405,14 @@ def load_mae(name: str | Path = "mae_toybox") -> MaskedAutoencoder:
     Raises:
         FileNotFoundError: when the checkpoint has no decoder (a refined encoder has none).
     """
-    from safetensors.torch import load_file
-
-    folder = Path(name)
-    if folder.is_dir():
-        card, encoder = read_folder(folder)
-        decoder = folder / "decoder.safetensors"
-        rest = load_file(decoder) if decoder.is_file() else {}
-    else:
-        import json
-
-        path = data_folder() / f"{name}.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"no masked autoencoder {str(name)!r}; try 'mae_toybox'")
-        state, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
-        rest = {k: v for k, v in state.items() if k.startswith(("decoder_", "mask_token"))}
-        encoder = {k: v for k, v in state.items() if k not in rest}
-    if not rest:
+    found = read_checkpoint(name)
+    if found is None:
+        raise FileNotFoundError(f"no masked autoencoder {str(name)!r}; try 'mae_toybox'")
+    card, encoder, decoder = found
+    if not decoder:
         raise FileNotFoundError(f"{name} has no decoder, so it cannot reconstruct")
     mae = MAERecipe(**card["recipe"]).build()
-    full = {f"encoder.{k}": v.float() for k, v in encoder.items()}
-    mae.load_state_dict(full | {k: v.float() for k, v in rest.items()})
+    mae.load_state_dict({f"encoder.{k}": v for k, v in encoder.items()} | decoder)
     mae.encoder.refiner_card = card
     return mae.eval()
 

@@ -118,25 +118,44 @@ def load_model(name: str | Path) -> VisionTransformer:
         ValueError: for an unknown name, with the nearest known ones, or an unsupported model.
         FileNotFoundError: when a path lacks its weights or card.
     """
-    path = Path(name)
-    embedded = data_folder() / f"{name}.safetensors"
-    if str(name) in embedded_models():
-        card, state = _read_card(embedded.with_suffix(".json")), load_file(embedded)
-    elif path.is_dir():
-        card, state = read_folder(path)
-        if "architecture" not in card:  # refined from one of timm's models
-            model = timm.create_model(f"local-dir:{path}", pretrained=True)
-            model.refiner_card = card
-            return model.eval()
-    elif path.suffix == ".safetensors" and path.is_file():
-        card, state = _read_card(path.with_suffix(".json")), load_file(path)
-    else:
+    found = read_checkpoint(name)
+    if found is None:
         return _load_timm(str(name))
+    card, encoder, _ = found
+    if "architecture" not in card:  # refined from one of timm's models
+        model = timm.create_model(f"local-dir:{name}", pretrained=True)
+        model.refiner_card = card
+        return model.eval()
     model = build_vit(**card["architecture"])
-    encoder = {k: v.float() for k, v in state.items() if not k.startswith(DECODER_PREFIXES)}
     model.load_state_dict(encoder)
     model.refiner_card = card
     return model
+
+
+def read_checkpoint(name: str | Path) -> tuple[dict, dict, dict] | None:
+    """Card, encoder and decoder of an embedded checkpoint, a saved folder or a ``.safetensors``.
+
+    Returns:
+        The card and two dicts of float32 tensors, the decoder's empty where there is none; None
+        when ``name`` is neither.
+
+    Raises:
+        FileNotFoundError: when weights or card are missing.
+    """
+    path = Path(name)
+    if str(name) in embedded_models():
+        path = data_folder() / f"{name}.safetensors"
+    if path.is_dir():
+        card, state = read_folder(path)
+        decoder = path / "decoder.safetensors"
+        state |= load_file(decoder) if decoder.is_file() else {}
+    elif path.suffix == ".safetensors" and path.is_file():
+        card, state = _read_card(path.with_suffix(".json")), load_file(path)
+    else:
+        return None
+    state = {k: v.float() for k, v in state.items()}
+    decoder = {k: v for k, v in state.items() if k.startswith(DECODER_PREFIXES)}
+    return card, {k: v for k, v in state.items() if k not in decoder}, decoder
 
 
 def _read_card(path: Path) -> dict:

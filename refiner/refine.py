@@ -10,6 +10,7 @@ width.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -530,8 +531,6 @@ def freeze_first(model: VisionTransformer, blocks: int) -> None:
 
 def recipe_dict(recipe: Recipe) -> dict:
     """The recipe as plain JSON types."""
-    import json
-
     return json.loads(json.dumps(asdict(recipe)))
 
 
