@@ -175,6 +175,7 @@ class Variant:
     shift: float = 0.12
     saturation: tuple[float, float] = (0.25, 0.75)
     background_contrast: float = 0.12
+    background_saturation: float = 0.18
     busy: bool = False
 
 
@@ -183,7 +184,7 @@ VARIANTS = {
     "toybox-new": Variant(toys=HELD_OUT),
     "toybox-hard": Variant(
         yaw=180.0, pitch=30.0, roll=30.0, scale=(0.4, 0.8), shift=0.4,
-        saturation=(0.1, 1.0), background_contrast=0.5, busy=True,
+        saturation=(0.1, 1.0), background_contrast=0.5, background_saturation=0.6, busy=True,
     ),
 }  # fmt: skip
 
@@ -338,7 +339,7 @@ def _surface(p: list[Tensor], pattern: Tensor) -> Tensor:
     return 1.0 - 0.3 * dark
 
 
-def _render_group(toy: str, factors: list[dict[str, float]], size: int, busy: bool, contrast: float,
+def _render_group(toy: str, factors: list[dict[str, float]], size: int, variant: Variant,
                   device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All images of one toy: colours float32 [N, 3, R] in 0..1 without noise, coverage [N, R]."""
     shape = _SHAPES[toy]
@@ -375,16 +376,16 @@ def _render_group(toy: str, factors: list[dict[str, float]], size: int, busy: bo
     brightness = (0.35 + 0.65 * lambert) * _surface(p, pattern)
 
     ramp = u_R * angle_c + v_R * angle_s  # [N, R]
-    if busy:
+    if variant.busy:
         ramp = 2 * (_wave(ramp * 2) - _wave((u_R * angle_s - v_R * angle_c) * 2)).abs() - 1
     toy_rgb = column([colorsys.hsv_to_rgb(f["hue"], f["saturation"], 0.9) for f in factors])
     back_rgb = column(
-        [colorsys.hsv_to_rgb(f["background_hue"], 0.6 if busy else 0.18, f["background_brightness"])
-         for f in factors]
+        [colorsys.hsv_to_rgb(f["background_hue"], variant.background_saturation,
+                             f["background_brightness"]) for f in factors]
     )  # fmt: skip
     colours = []
     for k in range(3):
-        back = back_rgb[k] * (1.0 + contrast * ramp)
+        back = back_rgb[k] * (1.0 + variant.background_contrast * ramp)
         front = toy_rgb[k] * brightness + 0.3 * shine
         colours.append(back + coverage * (front - back))
     return torch.stack(colours, dim=1), coverage
@@ -443,9 +444,7 @@ def render(
             where = group[start : start + chunk]
             rngs = [_generator(seed, split, indices[j]) for j in where]
             drawn = [_draw_factors(rng, variant) for rng in rngs]
-            colours, coverage = _render_group(
-                classes[toy], drawn, size, variant.busy, variant.background_contrast, device
-            )
+            colours, coverage = _render_group(classes[toy], drawn, size, variant, device)
             grain = np.stack([rng.standard_normal((3, size * size), np.float32) for rng in rngs])
             colours = colours + noise * torch.from_numpy(grain).to(device)
             pixels = (colours * 255.0 + 0.5).clamp(0, 255).to(torch.uint8)
