@@ -62,7 +62,8 @@ def test_masks_are_where_the_colours_change():
     one = toybox._draw_factors(toybox._generator(0, "train", 0), toybox.VARIANTS["toybox"])
     cpu = torch.device("cpu")
     (a, ca), (b, cb) = (
-        toybox._render_group(toy, [one], 32, False, 0.1, cpu) for toy in ("ball", "plus")
+        toybox._render_group(toy, [one], 32, toybox.VARIANTS["toybox"], cpu)
+        for toy in ("ball", "plus")
     )
     outside = (ca + cb)[0] == 0
     assert outside.any() and torch.equal(a[0][:, outside], b[0][:, outside])
