@@ -26,12 +26,14 @@ from refiner.files import write_json
 from refiner.models import build_vit, read_checkpoint, save_model
 from refiner.training import (
     EMA,
+    autocast,
     batch_indices,
     cosine_schedule,
     load_state,
     machine,
     save_state,
     step_generator,
+    take,
 )
 
 Tensor = torch.Tensor
@@ -278,6 +280,8 @@ def pretrain(
     pixels = getattr(images, "images", images)
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(pixels, Tensor):
+        pixels = pixels.to(device)  # uint8: small enough to stay there
     mae = (start or recipe.build()).to(device).train()
     card = mae.encoder.refiner_card
     optimizer = torch.optim.AdamW(
@@ -301,12 +305,13 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = batch_indices(len(pixels), recipe.batch, seed=recipe.seed, step=step)
-        x = preprocess(pixels[index].to(device), card)
+        x = preprocess(take(pixels, index, device), card)
         visible, mask = random_masking(
             len(x), mae.decoder_pos_embed.shape[1] - 1, recipe.mask_ratio,
             step_generator(recipe.seed, step),
         )  # fmt: skip
-        loss, _ = forward(x, visible.to(device), mask.to(device))
+        with autocast(device):
+            loss, _ = forward(x, visible.to(device), mask.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -28,12 +28,14 @@ from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import allow_any_size, copy_model, save_model
 from refiner.training import (
     EMA,
+    autocast,
     batch_indices,
     cosine_schedule,
     load_state,
     machine,
     save_state,
     step_generator,
+    take,
 )
 from refiner.views import View, make_views
 
@@ -376,7 +378,8 @@ class _Trainer:
         self.run, self.out = run, Path(out) if out else None
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.save_every, self.log_every, self.device = save_every, log_every, device
-        self.pixels = getattr(images, "images", images)
+        pixels = getattr(images, "images", images)
+        self.pixels = pixels.to(device) if isinstance(pixels, Tensor) else pixels
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
         self.ema = EMA(run.model, run.recipe.ema)
@@ -405,10 +408,9 @@ class _Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         index = batch_indices(len(self.pixels), recipe.batch, seed=recipe.seed, step=self.done)
         chance = 1.0 if stage == 2 else swap_chance(recipe, step)
-        gpu = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
+        with autocast(self.device):
             result = refine_step(
-                run.model, run.heads, run.queue, self.pixels[index].to(self.device),
+                run.model, run.heads, run.queue, take(self.pixels, index, self.device),
                 index.to(self.device), recipe, stage=stage, swap_chance=chance,
                 generator=step_generator(recipe.seed, self.done), labels=self.labels,
             )  # fmt: skip

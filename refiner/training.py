@@ -55,6 +55,17 @@ def batch_indices(n: int, batch: int, *, seed: int, step: int) -> Tensor:
     return torch.from_numpy(order[position * batch : (position + 1) * batch])
 
 
+def take(pixels, index: Tensor, device: torch.device) -> Tensor:
+    """The images of one step on the device; a tensor that lies there already is not copied."""
+    on_device = isinstance(pixels, Tensor) and pixels.device.type == device.type
+    return pixels[index.to(device)] if on_device else pixels[index].to(device)
+
+
+def autocast(device: torch.device):
+    """bf16 products on a GPU, nothing on a CPU, where they would be slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 class EMA:
     """Exponential moving average of a module's weights, for evaluation.
 

@@ -1,0 +1,61 @@
+"""What the training studies report about an encoder: one function, shared by their scripts."""
+
+from __future__ import annotations
+
+import refiner
+from refiner.training import machine
+
+SHOTS = (1, 2, 5)
+
+
+def rounded(values) -> list[float]:
+    """Plain numbers for JSON, four digits."""
+    return [round(float(v), 4) for v in values]
+
+
+def features_of(model, bank, test):
+    """Features of the labelled bank and of the held-out images."""
+    return tuple(refiner.extract(model, s, progress=False) for s in (bank, test))
+
+
+def knn_curves(model, bank, test, *, k: int = 10) -> dict[str, list[float]]:
+    """k-NN accuracy of each block: ``{"cls": [L], "patch": [L]}``."""
+    keys, queries = features_of(model, bank, test)
+    return {
+        p: rounded(refiner.knn_accuracy(keys[p], bank.labels, queries[p], test.labels, k=k))
+        for p in ("cls", "patch")
+    }
+
+
+def block_report(model, bank, test, *, k: int = 10, factors: bool = True) -> dict:
+    """Everything a card reports, per block and for both poolings.
+
+    Returns:
+        ``{"cls": {...}, "patch": {...}}``, each with ``knn``, ``linear``, ``1-shot`` … (mean and
+        spread over draws), ``kmeans_acc``, ``kmeans_nmi``, and ``factors`` (per factor) where the
+        images have any: all lists of L numbers.
+    """
+    keys, queries = features_of(model, bank, test)
+    report = {}
+    for pooling in ("cls", "patch"):
+        x, y, z, t = keys[pooling], bank.labels, queries[pooling], test.labels
+        found = {
+            "knn": rounded(refiner.knn_accuracy(x, y, z, t, k=k)),
+            "linear": rounded(refiner.linear_probe(x, y, z, t).accuracy),
+        }
+        shots = refiner.low_shot(x, y, z, t, shots=SHOTS)
+        for s, mean, spread in zip(SHOTS, shots.mean, shots.spread, strict=True):
+            found[f"{s}-shot"] = rounded(mean)
+            found[f"{s}-shot spread"] = rounded(spread)
+        groups = refiner.clustering(z, t)
+        found |= {"kmeans_acc": rounded(groups["acc"]), "kmeans_nmi": rounded(groups["nmi"])}
+        if factors and bank.factors:
+            scores = refiner.factor_probe(x, bank.factors, z, test.factors)
+            found["factors"] = {name: rounded(v) for name, v in scores.items()}
+        report[pooling] = found
+    return report
+
+
+def header(command: str) -> dict:
+    """Command and machine, for the top of a results file."""
+    return {"command": command, "machine": machine()}
