@@ -22,6 +22,7 @@ _HOME = {
     "IDHeads": "heads",
     "refine": "refine",
     "Recipe": "refine",
+    "load_heads": "refine",
     "pretrain": "mae",
     "reconstruct": "mae",
     "record": "course",

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -25,7 +26,13 @@ from tqdm.auto import tqdm
 
 from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
-from refiner.models import allow_any_size, copy_model, save_model
+from refiner.models import (
+    allow_any_size,
+    copy_model,
+    data_folder,
+    read_checkpoint,
+    save_model,
+)
 from refiner.training import (
     EMA,
     autocast,
@@ -593,3 +600,44 @@ def save_refined(run: Refined, out: Path, origin: VisionTransformer) -> None:
     state |= {f"queue.{k}": v for k, v in run.queue.state_dict().items()}
     save_state(out / "heads.pt", state)
     write_json(out / "history.json", run.history)
+
+
+def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, NeighborQueue, Recipe]:
+    """The ID heads and the filled queue that a refined encoder was trained with.
+
+    Args:
+        name: an embedded refined checkpoint, or a folder that :func:`refine` wrote.
+
+    Returns:
+        The heads in eval mode, the queue, and the recipe that made them.
+
+    Raises:
+        FileNotFoundError: when the checkpoint has no heads.
+    """
+    embedded, saved = data_folder() / "heads" / f"{name}.safetensors", Path(name) / "heads.pt"
+    if not (embedded.is_file() or saved.is_file()):
+        raise FileNotFoundError(
+            f"{name} has no heads: give a folder that refine wrote, or 'mae_toybox_refined'"
+        )
+    state = load_file(embedded) if embedded.is_file() else load_state(saved)
+    card, encoder, _ = read_checkpoint(name)
+    recipe = recipe_from(card["refine_recipe"])
+    parts: dict[str, dict] = {"heads": {}, "queue": {}}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        parts[part][rest] = value.float() if value.is_floating_point() else value
+    heads = IDHeads(
+        len(recipe.blocks), encoder["pos_embed"].shape[2], hidden=recipe.hidden,
+        predictor_hidden=recipe.predictor_hidden, out=recipe.out,
+    )  # fmt: skip
+    heads.load_state_dict(parts["heads"])
+    queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+    queue.load_state_dict(parts["queue"])
+    return heads.eval(), queue, recipe
+
+
+def recipe_from(values: dict) -> Recipe:
+    """The recipe that :func:`recipe_dict` wrote down."""
+    pair = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
+    views = tuple(View(**{k: pair(v) for k, v in view.items()}) for view in values["views"])
+    return Recipe(**{k: pair(v) for k, v in values.items() if k != "views"}, views=views)

@@ -160,6 +160,19 @@ def test_saved_model_is_the_refined_one(model, images, tmp_path):
     assert again.refiner_card["refined_from"] == "random"
 
 
+def test_heads_come_back_with_their_queue(model, images, tmp_path):
+    run = R.refine(model, images, recipe=TINY, out=tmp_path, progress=False)
+    heads, queue, recipe = R.load_heads(tmp_path)
+    assert recipe == run.recipe
+    x_TVBD = torch.randn(2, 2, 8, 16)
+    run.heads.eval()
+    for ours, theirs in zip(heads(x_TVBD), run.heads(x_TVBD), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(v, run.queue.state_dict()[k]) for k, v in queue.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="no heads"):
+        R.load_heads("mae_toybox")
+
+
 def test_labels_are_watched_but_never_learned_from(model, images):
     shuffled = ImageSet(images=images.images, labels=images.labels.flip(0), classes=images.classes)
     with_labels = R.refine(model, images, recipe=TINY, progress=False)
