@@ -58,13 +58,14 @@ def _views(globals_: int, locals_: int, keep: float = 1.0) -> tuple[View, ...]:
 
 PRESETS = {
     "cpu": Preset(
-        mae=MAERecipe(steps=3000, compile=True),
-        refine=Recipe.cpu(steps=300, head_steps=30, views=_views(2, 2, keep=0.5)),
+        mae=MAERecipe(steps=3000, normalize_targets=True, compile=True),
+        refine=Recipe.cpu(views=_views(2, 2, keep=0.5)),
         bank=10_000, queries=2_000,
     ),
     "gpu": Preset(
         mae=MAERecipe(dim=384, heads=6, decoder_dim=192, decoder_depth=2, decoder_heads=3,
-                      batch=1024, steps=16_000, lr=1.5e-3, compile=True),
+                      batch=1024, steps=16_000, lr=1.5e-3,
+                      normalize_targets=True, compile=True),
         refine=Recipe(
             blocks=(7, 8, 9, 10, 11), hidden=1024, predictor_hidden=2048, out=256,
             views=_views(2, 4), batch=512, head_steps=400, steps=7_000, head_lr=1e-3, lr=1e-3,

@@ -46,7 +46,7 @@ CELLS = {
     "d24-dec8": {"depth": 24, "decoder_depth": 8},
 }
 # Steps of the first cell; the others get as many as the same arithmetic pays for.
-PRESETS = {"cpu": {"steps": 1500, "images": 8192}, "gpu": {"steps": 60_000, "images": 65_536}}
+PRESETS = {"cpu": {"steps": 1200, "images": 8192}, "gpu": {"steps": 60_000, "images": 65_536}}
 
 
 def multiply_adds(recipe: MAERecipe) -> float:

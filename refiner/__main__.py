@@ -124,6 +124,7 @@ def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
     add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the state in --out")
     add("--device", help="default: cuda if there is one, else cpu")
+    add("--save-every", type=int, metavar="STEPS", help="steps between saved states")
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="change a value of the recipe; repeatable")  # fmt: skip
 
@@ -149,9 +150,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
     recipe = changed(MAERecipe(), args.settings)
     check_out(args.out)
     images = load_images(args.data, n=args.n, size=recipe.size)
-    run = resumable(
-        pretrain, images, recipe=recipe, out=args.out, resume=args.resume, device=args.device
-    )
+    run = resumable(pretrain, images, recipe=recipe, **training_options(args))
     last = run.history[-1]
     print(f"{args.out}: loss {last['loss']:.4f} after {last['seconds'] / 60:.1f} minutes")
     return 0
@@ -185,9 +184,7 @@ def refine_command(args: argparse.Namespace) -> int:
     recipe = changed(getattr(Recipe, args.preset)(size=size), args.settings)
     check_out(args.out)
     images = load_images(args.data, n=args.n, size=size)
-    run = resumable(
-        refine, model, images, recipe=recipe, out=args.out, resume=args.resume, device=args.device
-    )
+    run = resumable(refine, model, images, recipe=recipe, **training_options(args))
     last = run.history[-1]
     print(f"{args.out}: refined in {last['seconds'] / 60:.1f} minutes")
     return 0
@@ -230,6 +227,20 @@ def changed(recipe, settings: list[str]):
             kind = type(now).__name__
             raise ValueError(f"{name}={value!r}: expected a value of type {kind}, such as {now!r}")
     return replace(recipe, **values)
+
+
+def training_options(args: argparse.Namespace) -> dict:
+    """What both trainings take beside data and recipe.
+
+    Raises:
+        ValueError: for a number of steps below 1.
+    """
+    options = {"out": args.out, "resume": args.resume, "device": args.device}
+    if args.save_every is not None:
+        if args.save_every < 1:
+            raise ValueError(f"--save-every needs at least 1 step, got {args.save_every}")
+        options["save_every"] = args.save_every
+    return options
 
 
 def check_out(out: str) -> None:

@@ -289,12 +289,12 @@ def pretrain(
     )
     ema = EMA(mae, recipe.ema)
     run = Pretrained(mae)
-    first = 0
+    first, losses = 0, []  # losses: of the steps since the last entry of the history
     if resume:
-        first = _restore(Path(out or "."), mae, optimizer, ema, run, recipe)
+        first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe)
     forward = torch.compile(mae, dynamic=False) if recipe.compile else mae
 
-    began, losses = time.monotonic(), []
+    began = time.monotonic()
     before = run.history[-1]["seconds"] if run.history else 0.0
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="pretraining",
                unit="step", disable=not progress, mininterval=1.0)  # fmt: skip
@@ -327,7 +327,7 @@ def pretrain(
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
         if out and (done % save_every == 0 or done == recipe.steps):
-            _save(Path(out), mae, optimizer, ema, run, recipe, done)
+            _save(Path(out), mae, optimizer, ema, run, recipe, done, losses)
     ema.copy_to(mae)
     mae.eval()
     if out:
@@ -349,7 +349,8 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
         )
 
 
-def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe, step: int):
+def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe, step: int,
+          losses: list[Tensor]):  # fmt: skip
     state = {
         "step": step,
         "recipe": asdict(recipe),
@@ -357,11 +358,12 @@ def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecip
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict(),
         "history": run.history,
+        "losses": losses,
     }
     save_state(out / "state.pt", state)
 
 
-def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe) -> int:
+def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe):
     state = load_state(out / "state.pt")
     if state["recipe"] != asdict(recipe):
         changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
@@ -375,7 +377,7 @@ def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERe
     for key, value in ema.shadow.items():
         ema.shadow[key] = value.to(mae.mask_token.device)
     run.history[:] = state["history"]
-    return state["step"]
+    return state["step"], [loss.to(mae.mask_token.device) for loss in state["losses"]]
 
 
 # ---------------------------------------------------------------- saving, loading, looking
