@@ -29,6 +29,7 @@ from measured import features_of, header, rounded
 import refiner
 from refiner.files import write_json
 from refiner.mae import MAERecipe, load_mae, pretrain
+from refiner.models import build_vit
 from refiner.refine import Recipe, refine
 from refiner.views import View
 
@@ -135,7 +136,7 @@ class Ladder:
         total = self.train("mae")[1] + self.train("all_heads")[1]
         keys = ("size", "patch", "dim", "depth", "heads")
         shape = {k: getattr(self.mae_recipe, k) for k in keys}
-        model = refiner.build_vit(**shape, seed=self.seed)
+        model = build_vit(**shape, seed=self.seed)
         views = tuple(replace(v, keep=1.0) for v in self.recipe.views)
         recipe = replace(self.recipe, head_steps=0, frozen_blocks=0, layer_decay=1.0, views=views)
         plan = out / "plan.json"  # the timing must not change the recipe of a resumed run

@@ -29,6 +29,7 @@ import torch
 import refiner
 from refiner.files import write_json
 from refiner.mae import MAERecipe, pretrain
+from refiner.models import random_like
 from refiner.training import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,23 +82,36 @@ def curves(model, bank, test) -> dict[str, list[float]]:
     return {name: [round(float(v), 4) for v in value] for name, value in found.items()}
 
 
-def run_cell(name: str, preset: str, seed: int) -> dict:
-    """Trains (or finds) one cell and measures it."""
+def train_cell(name: str, preset: str, seed: int) -> None:
+    """Trains one cell, unless that was done."""
     recipe = cell_recipe(name, preset, seed=seed)
     folder = RUNS / preset / f"{name}-seed{seed}"
-    done = folder / "cell.json"
-    if done.is_file() and (cell := json.loads(done.read_text()))["recipe"] == asdict(recipe):
-        return cell
+    if (folder / "history.json").is_file() and kept_recipe(folder) == asdict(recipe):
+        return
     images = refiner.load_images("toybox", split="train", n=PRESETS[preset]["images"])
-    bank, test = images[:2048], refiner.load_images("toybox", split="test", n=1024)
     print(f"{name}, seed {seed}: {recipe.steps} steps", flush=True)
-    resume = (folder / "state.pt").is_file()
-    run = pretrain(images, recipe=recipe, out=folder, resume=resume)
-    last = run.history[-1]
-    cell = {"name": name, "seed": seed, "recipe": asdict(recipe), "loss": last["loss"],
+    pretrain(images, recipe=recipe, out=folder, resume=(folder / "state.pt").is_file())
+
+
+def kept_recipe(folder: Path) -> dict:
+    """The recipe of a finished run."""
+    return json.loads((folder / "card.json").read_text())["recipe"]
+
+
+def measured_cell(name: str, preset: str, seed: int) -> dict:
+    """The curves of a trained cell; measured once."""
+    folder = RUNS / preset / f"{name}-seed{seed}"
+    done, recipe = folder / "cell.json", kept_recipe(folder)
+    if done.is_file() and (cell := json.loads(done.read_text()))["recipe"] == recipe:
+        return cell
+    bank = refiner.load_images("toybox", split="train", n=2048)
+    test = refiner.load_images("toybox", split="test", n=1024)
+    last = json.loads((folder / "history.json").read_text())[-1]
+    model = refiner.load_model(folder)
+    cell = {"name": name, "seed": seed, "recipe": recipe, "loss": last["loss"],
             "seconds": last["seconds"], "machine": machine(),
-            "untrained": curves(refiner.random_like(run.model), bank, test),
-            **curves(run.model, bank, test)}  # fmt: skip
+            "untrained": curves(random_like(model), bank, test),
+            **curves(model, bank, test)}  # fmt: skip
     write_json(done, cell)
     return cell
 
@@ -126,10 +140,10 @@ def draw(cells: list[dict], path: Path) -> None:
 
 
 def collect(preset: str, out: Path) -> None:
-    """Writes the results file and the figure from the finished cells."""
-    found = [json.loads(p.read_text()) for p in sorted((RUNS / preset).glob("*/cell.json"))]
-    wanted = {(n, s): cell_recipe(n, preset, seed=s) for n in CELLS for s in range(10)}
-    cells = [c for c in found if c["recipe"] == asdict(wanted[c["name"], c["seed"]])]
+    """Measures the trained cells; writes the results file and the figure."""
+    trained = [(name, seed) for name in CELLS for seed in range(10)
+               if (RUNS / preset / f"{name}-seed{seed}" / "history.json").is_file()]  # fmt: skip
+    cells = [measured_cell(name, preset, seed) for name, seed in trained]
     budget = multiply_adds(MAERecipe()) * MAERecipe().batch * PRESETS[preset]["steps"]
     write_json(out, {
         "command": f"python benchmarks/small_vit_study.py --preset {preset}",
@@ -155,13 +169,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
     parser.add_argument("--only", nargs="+", choices=tuple(CELLS), default=list(CELLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--collect", action="store_true", help="only gather finished cells")
+    parser.add_argument("--collect", action="store_true", help="only measure trained cells")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not args.collect:
         for seed in args.seeds:
             for name in args.only:
-                run_cell(name, args.preset, seed)
+                train_cell(name, args.preset, seed)
     suffix = "" if args.preset == "cpu" else f"_{args.preset}"
     collect(args.preset, args.out or RESULTS / f"small_vit_study{suffix}.json")
 

@@ -48,26 +48,38 @@ def rung_recipe(name: str, seed: int) -> Recipe:
     return replace(recipe, pooling="patch") if rest else recipe
 
 
-def run_rung(name: str, seed: int, model_name: str) -> None:
-    """Refines (or finds) one rung and measures it."""
+def train_rung(name: str, seed: int, model_name: str) -> None:
+    """Refines one rung, unless that was done."""
     folder = RUNS / f"{name}-seed{seed}"
     images = refiner.load_images("toybox", split="train")
     model = refiner.load_model(model_name)
     recipe = complete_recipe(rung_recipe(name, seed), model, images)
-    done = folder / "cell.json"
-    if done.is_file() and json.loads(done.read_text())["recipe"] == recipe_dict(recipe):
+    if (folder / "history.json").is_file() and kept_recipe(folder) == recipe_dict(recipe):
         return
-    resume = (folder / "state.pt").is_file()
     print(f"{name}, seed {seed}", flush=True)
-    run = refine(model, images, recipe=recipe, out=folder, resume=resume)
-    history = [h for h in run.history if h["stage"] == 3]
+    refine(model, images, recipe=recipe, out=folder, resume=(folder / "state.pt").is_file())
+
+
+def kept_recipe(folder: Path) -> dict:
+    """The recipe of a finished run."""
+    return json.loads((folder / "card.json").read_text())["refine_recipe"]
+
+
+def measured_rung(name: str, seed: int) -> dict:
+    """What a trained rung scores; measured once."""
+    folder = RUNS / f"{name}-seed{seed}"
+    done, recipe = folder / "cell.json", kept_recipe(folder)
+    if done.is_file() and (cell := json.loads(done.read_text()))["recipe"] == recipe:
+        return cell
+    history = json.loads((folder / "history.json").read_text())
+    stage_3 = [h for h in history if h["stage"] == 3]
     cell = {
-        "rung": name, "seed": seed, "recipe": recipe_dict(recipe),
-        "seconds": history[-1]["seconds"],
-        "neighbor_accuracy": [[h["step"], h["neighbor_accuracy"][-1]] for h in history],
-        **block_report(run.model, *bank_and_test()),
+        "rung": name, "seed": seed, "recipe": recipe, "seconds": history[-1]["seconds"],
+        "neighbor_accuracy": [[h["step"], h["neighbor_accuracy"][-1]] for h in stage_3],
+        **block_report(refiner.load_model(folder), *bank_and_test()),
     }  # fmt: skip
     write_json(done, cell)
+    return cell
 
 
 def bank_and_test():
@@ -102,9 +114,10 @@ def draw(before: dict, cells: list[dict], path: Path) -> None:
 
 
 def collect(model_name: str, out: Path) -> None:
-    """Writes the results file and the figure from the finished rungs."""
-    found = [json.loads(p.read_text()) for p in sorted(RUNS.glob("*/cell.json"))]
-    cells = sorted(found, key=lambda c: (RUNGS.index(c["rung"]), c["seed"]))
+    """Measures the trained rungs; writes the results file and the figure."""
+    trained = [(name, seed) for name in RUNGS for seed in range(10)
+               if (RUNS / f"{name}-seed{seed}" / "history.json").is_file()]  # fmt: skip
+    cells = [measured_rung(name, seed) for name, seed in trained]
     before = block_report(refiner.load_model(model_name), *bank_and_test())
     command = f"python benchmarks/toybox_ladder.py --model {model_name}"
     write_json(out, {**header(command), "before": before, "cells": cells})
@@ -121,13 +134,13 @@ def main() -> None:
     parser.add_argument("--model", default="mae_toybox")
     parser.add_argument("--only", nargs="+", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--collect", action="store_true", help="only gather finished rungs")
+    parser.add_argument("--collect", action="store_true", help="only measure trained rungs")
     parser.add_argument("--out", type=Path, default=RESULTS / "toybox_ladder.json")
     args = parser.parse_args()
     if not args.collect:
         for seed in args.seeds:
             for name in args.only:
-                run_rung(name, seed, args.model)
+                train_rung(name, seed, args.model)
     collect(args.model, args.out)
 
 

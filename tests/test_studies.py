@@ -1,0 +1,98 @@
+"""Training studies: budgets are equal, rungs differ where they say, results tell their origin."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from refiner.mae import MAERecipe, random_masking
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(BENCHMARKS))
+    names = ("small_vit_study", "toybox_ladder", "cifar10")
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("change", [{}, {"depth": 16}, {"decoder_depth": 4, "decoder_dim": 48}])
+def test_multiply_adds_are_those_that_torch_counts(scripts, change):
+    recipe = replace(MAERecipe(), **change, decoder_heads=2 if "decoder_dim" in change else 3)
+    mae = recipe.build().eval()
+    x = torch.randn(2, 3, 32, 32)
+    visible, mask = random_masking(2, 64, recipe.mask_ratio, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        mae(x, visible, mask)
+    counted = counter.get_total_flops() / 2 / len(x)
+    # Embedding, prediction and the decoder's entry are left out of the formula: a few percent.
+    assert scripts["small_vit_study"].multiply_adds(recipe) == pytest.approx(counted, rel=0.06)
+
+
+def test_every_cell_of_the_study_has_the_same_budget(scripts):
+    study = scripts["small_vit_study"]
+    for preset, sizes in study.PRESETS.items():
+        budget = study.multiply_adds(MAERecipe()) * sizes["steps"]
+        for name in study.CELLS:
+            recipe = study.cell_recipe(name, preset)
+            spent = study.multiply_adds(recipe) * recipe.steps
+            assert spent == pytest.approx(budget, rel=2e-3), name
+            recipe.build()  # and it is a network that can be made
+
+
+def test_rungs_of_the_ladder_differ_in_colour_and_swap_only(scripts):
+    ladder = scripts["toybox_ladder"]
+    base = asdict(ladder.rung_recipe("strong-ramp", 0))
+    for rung in ladder.RUNGS:
+        other = asdict(ladder.rung_recipe(rung, 0))
+        changed = {key for key in base if base[key] != other[key]}
+        assert changed <= {"swap", "swap_from", "swap_full", "views", "pooling"}, rung
+        assert ("views" in changed) == rung.startswith("mild")
+        crops = [(v["size"], v["scale"], v["keep"]) for v in other["views"]]
+        assert crops == [(v["size"], v["scale"], v["keep"]) for v in base["views"]]
+
+
+def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
+    """A whole ladder of seconds: every rung is trained, kept, and found again."""
+    from refiner.images import ImageSet
+    from refiner.refine import Recipe
+    from refiner.toybox import render
+
+    cifar = scripts["cifar10"]
+    scene = render(232)
+    images = ImageSet(images=scene.images, labels=scene.labels, classes=scene.classes)
+    tiny = cifar.Preset(
+        mae=MAERecipe(dim=16, depth=3, heads=2, decoder_dim=16, decoder_heads=2, batch=8, steps=4),
+        refine=Recipe.cpu(batch=8, head_steps=1, steps=2, hidden=8, predictor_hidden=8, out=4,
+                          queue=16, frozen_blocks=1, blocks=(1, 2)),
+        bank=24, queries=8,
+    )  # fmt: skip
+    cifar.PRESETS["tiny"], cifar.RUNS = tiny, tmp_path
+    ladder = cifar.Ladder("tiny", 0, images)
+    steps = {rung: ladder.train(rung)[2] for rung in cifar.RUNGS}
+    assert steps["mae"] == 4 and steps["all_heads"] == 2 and steps["from_scratch"] >= 1
+    cards = {rung: ladder.train(rung)[0].refiner_card for rung in cifar.RUNGS}  # found again
+    assert all(cards[r]["refined_from"] == "mae" for r in ("all_heads", "one_head", "swap_both"))
+    assert cards["from_scratch"]["refined_from"] == "random"
+    assert cards["one_head"]["refine_recipe"]["blocks"] == [2]
+    assert cards["swap_both"]["refine_recipe"]["swap"] == "both"
+    found = cifar.measure(ladder.train("mae")[0], images[:200], images[200:])
+    assert len(found["cls"]["k200"]) == len(found["patch"]["k10"]) == 3
+
+
+def test_every_result_tells_its_command_and_machine():
+    results = sorted((BENCHMARKS / "results").glob("*.json"))
+    assert results
+    for path in results:
+        content = json.loads(path.read_text())
+        machines = [content.get("machine")] + [c.get("machine") for c in content.get("cells", [])]
+        assert content["command"].startswith("python benchmarks/"), path.name
+        assert (BENCHMARKS.parent / content["command"].split()[1]).is_file(), path.name
+        assert any(m and m["processor"] for m in machines), path.name
