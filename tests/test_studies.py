@@ -87,6 +87,18 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     assert len(found["cls"]["k200"]) == len(found["patch"]["k10"]) == 3
 
 
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_cifar_presets_fit_together(scripts, preset):
+    """The recipe refines the network that the preset pretrains, heads included."""
+    refine_module = importlib.import_module("refiner.refine")
+    chosen = scripts["cifar10"].PRESETS[preset]
+    mae = chosen.mae.build()
+    images = torch.zeros(chosen.refine.batch, 3, 32, 32, dtype=torch.uint8)
+    recipe = refine_module.complete_recipe(chosen.refine, mae.encoder, images)
+    assert recipe.blocks[-1] == chosen.mae.depth - 1 and recipe.pooling == "cls"
+    assert chosen.mae.patch <= 4 and chosen.mae.size == 32
+
+
 def test_every_result_tells_its_command_and_machine():
     results = sorted((BENCHMARKS / "results").glob("*.json"))
     assert results
