@@ -16,6 +16,8 @@ _HOME = {
     "save_model": "models",
     "extract": "features",
     "knn_accuracy": "neighbors",
+    "knn_predict": "neighbors",
+    "knn_report": "neighbors",
     "nearest_neighbors": "neighbors",
     "rankme": "measures",
     "participation_ratio": "measures",

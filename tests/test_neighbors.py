@@ -14,6 +14,7 @@ from refiner.neighbors import (
     Graph,
     knn_accuracy,
     knn_predict,
+    knn_report,
     nearest_neighbors,
     neighbor_accuracy,
     neighbor_agreement,
@@ -57,11 +58,21 @@ SETS = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["topk", "groups", "scan", "bfloat16"])
+def way(request, monkeypatch):
+    """Every way to the candidates, at a size that a loop can follow; options of the search."""
+    monkeypatch.setattr(module, "GROUP", 1 if request.param == "groups" else 16)
+    if request.param == "scan":
+        monkeypatch.setattr(module, "SCAN", 0)
+        monkeypatch.setattr(module, "SCAN_KEYS", 7)  # parts of 7 keys, the last one shorter
+    return {"products": torch.bfloat16} if request.param == "bfloat16" else {}
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("k", [1, 7])
-def test_neighbors_equal_a_float64_loop(name, k):
+def test_neighbors_equal_a_float64_loop(name, k, way):
     queries, keys = SETS[name]
-    graph = nearest_neighbors(queries, keys, k=k)
+    graph = nearest_neighbors(queries, keys, k=k, **way)
     indices, similarities = reference(queries, keys, k)
     assert torch.equal(graph.indices, indices)
     assert torch.equal(graph.similarities, similarities.float()) or torch.allclose(
@@ -71,9 +82,9 @@ def test_neighbors_equal_a_float64_loop(name, k):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_leave_one_out_equals_a_float64_loop_and_never_finds_itself(name):
+def test_leave_one_out_equals_a_float64_loop_and_never_finds_itself(name, way):
     _, keys = SETS[name]
-    graph = nearest_neighbors(keys, keys, k=8, exclude_self=True)
+    graph = nearest_neighbors(keys, keys, k=8, exclude_self=True, **way)
     assert torch.equal(graph.indices, reference(keys, keys, 8, exclude_self=True)[0])
     assert not (graph.indices == torch.arange(len(keys))[:, None]).any()
 
@@ -86,37 +97,84 @@ def test_leave_one_out_may_take_all_the_others_and_no_more():
         nearest_neighbors(keys, keys, k=9, exclude_self=True)
 
 
-def test_dot_products_equal_a_float64_loop():
+def test_dot_products_equal_a_float64_loop(way):
     queries, keys = SETS["random"]
-    graph = nearest_neighbors(queries, keys, k=5, normalize=False)
+    graph = nearest_neighbors(queries, keys, k=5, normalize=False, **way)
     indices, similarities = reference(queries, keys, 5, unit=False)
     assert torch.equal(graph.indices, indices)
     assert torch.allclose(graph.similarities, similarities.float(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_chunk_changes_nothing(name):
+def test_the_chunk_changes_nothing(name, way):
     queries, keys = SETS[name]
-    whole = nearest_neighbors(queries, keys, k=7)
+    whole = nearest_neighbors(queries, keys, k=7, **way)
     for chunk in (1, 4, 29, 1000):
-        graph = nearest_neighbors(queries, keys, k=7, chunk=chunk)
+        graph = nearest_neighbors(queries, keys, k=7, chunk=chunk, **way)
         assert torch.equal(graph.indices, whole.indices)
         assert torch.equal(graph.similarities, whole.similarities)
 
 
-def test_only_doubtful_queries_are_searched_in_float64(monkeypatch):
+def doubtful(monkeypatch, *sets, **options) -> list[int]:
+    """The queries of a search that had to be repeated in float64."""
     seen = []
-    slow = module._Search._float64_scores
+    slow = module._Search.by_float64
 
-    def spy(self, q, x, rows, *scales):
-        seen.extend(rows.tolist())
-        return slow(self, q, x, rows, *scales)
+    def spy(self, q, x, indices, scores, unsure):
+        seen.extend(unsure.tolist())
+        return slow(self, q, x, indices, scores, unsure)
 
-    monkeypatch.setattr(module._Search, "_float64_scores", spy)
-    nearest_neighbors(*SETS["random"], k=7)
-    assert seen == []  # the fast way decides where it can …
-    nearest_neighbors(*SETS["duplicates"], k=7)
-    assert seen == list(range(30))  # … and knows where it cannot
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Search, "by_float64", spy)
+        nearest_neighbors(*sets, **options)
+    return seen
+
+
+def test_only_doubtful_queries_are_searched_in_float64(monkeypatch):
+    assert doubtful(monkeypatch, *SETS["random"], k=7) == []  # the fast way decides where it can …
+    assert doubtful(monkeypatch, *SETS["duplicates"], k=7) == list(range(30))  # … and knows where
+
+
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_large_searches_equal_float64_products(k, monkeypatch):
+    """A realistic size, the compiled loops' own tiles; five keys in a hundred are duplicates."""
+    queries, keys = normal(300, 64), normal(9000, 64, seed=1)
+    keys[:450] = keys[4500:4950]
+    monkeypatch.setattr(module, "SCAN", 0)
+    assert doubtful(monkeypatch, queries, keys, k=k) == []
+    graph = nearest_neighbors(queries, keys, k=k)
+    unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (queries, keys)]
+    packed = ((unit[0] @ unit[1].T) / TIE).round() * 9000 - torch.arange(9000)
+    assert torch.equal(graph.indices, packed.topk(k, dim=1).indices)
+    # Copies that are as near as each other come in order.
+    twice = (graph.similarities.diff(dim=1) == 0) & (graph.indices.diff(dim=1) == 4500)
+    assert twice.any() == (k > 1)
+    monkeypatch.setattr(module, "SCAN", 2**62)
+    other = nearest_neighbors(queries, keys, k=k)
+    assert torch.equal(other.indices, graph.indices)
+    assert torch.allclose(other.similarities, graph.similarities, atol=1e-7)
+
+
+def test_many_keys_nearly_as_close_overflow_the_candidates(monkeypatch):
+    queries, keys = normal(9, 16), normal(50, 16, seed=1).repeat(100, 1)  # 100 copies of each
+    monkeypatch.setattr(module, "SCAN", 0)
+    assert doubtful(monkeypatch, queries, keys, k=3) == []
+    keys = torch.cat([keys, keys[:1] + 1e-9 * normal(600, 16, seed=2)])
+    queries = torch.cat([queries, keys[:1]])
+    assert doubtful(monkeypatch, queries, keys, k=3) == [9]
+    graph = nearest_neighbors(queries, keys, k=3)
+    indices, _ = reference(queries[9:], keys, 3)
+    assert torch.equal(graph.indices[9:], indices)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_rows(threads, monkeypatch):
+    queries, keys = normal(100, 8), normal(500, 8, seed=1)
+    expected = nearest_neighbors(queries, keys, k=5).indices
+    monkeypatch.setattr(module, "SCAN", 0)
+    monkeypatch.setattr(module, "SCAN_KEYS", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(nearest_neighbors(queries, keys, k=5).indices, expected)
 
 
 def test_results_do_not_depend_on_reduced_precision_around_them():
@@ -202,7 +260,7 @@ def problem(blocks=None, seed=0):
 
 @pytest.mark.parametrize("k", [1, 10, 120])
 @pytest.mark.parametrize("standardize", [True, False])
-def test_predictions_equal_scikit_learn(k, standardize):
+def test_predictions_equal_scikit_learn(k, standardize, way):
     train_x, train_y, test_x, test_y = problem()
     a, b = train_x.double().numpy(), test_x.double().numpy()
     if standardize:
@@ -308,6 +366,105 @@ def test_test_classes_that_the_train_set_lacks_count_as_wrong():
         x, torch.tensor([0, 1, 1]), x, torch.tensor([0, 1, 9]), k=1, standardize=False
     )
     assert float(accuracy) == pytest.approx(2 / 3)
+
+
+def float64_votes(train_x, train_y, test_x, ks, temperature, itself=False):
+    """Votes [S, Q, C] by plain float64 products; ties by index."""
+    mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
+    a, b = (torch.nn.functional.normalize((x.double() - mean) / std, dim=1)
+            for x in (test_x, train_x))  # fmt: skip
+    cosines = a @ b.T
+    if itself:
+        cosines.fill_diagonal_(-torch.inf)
+    packed = (cosines / TIE).round().clamp_min(-(2.0**39)) * len(b) - torch.arange(len(b))
+    order = packed.topk(max(ks), dim=1).indices
+    votes = torch.zeros(len(ks), len(a), int(train_y.max()) + 1, dtype=torch.float64)
+    for s, k in enumerate(ks):
+        some = order[:, :k]
+        weights = (cosines.gather(1, some) / temperature).exp()
+        votes[s].scatter_add_(1, train_y[some], weights)
+    return votes / votes.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("itself", [False, True])
+def test_predictions_at_a_realistic_size_equal_float64(scan, itself, monkeypatch):
+    monkeypatch.setattr(module, "SCAN", 0 if scan else 2**62)
+    ks = [1, 10, 20, 100, 200]
+    labels = torch.randint(0, 10, (4200,), generator=torch.Generator().manual_seed(3))
+    centres = normal(10, 48, seed=4)
+    train = (centres[labels] + 4 * normal(4200, 48)) * 10.0 ** torch.linspace(-2, 2, 48) + 3
+    test, truth = (None, None) if itself else (train[:400] + 1e-3 * normal(400, 48), labels[:400])
+    report = knn_report(train, labels, test, truth, k=ks)
+    truth = labels if itself else truth
+    expected = float64_votes(train, labels, train if itself else test, ks, 0.07, itself)
+    assert torch.equal(report.predictions, expected.argmax(-1))
+    assert torch.allclose(report.votes.double(), expected, atol=1e-6)
+    assert torch.equal(report.accuracy, (expected.argmax(-1) == truth).double().mean(-1).float())
+    assert torch.equal(knn_accuracy(train, labels, test, None if itself else truth, k=ks),
+                       report.accuracy)  # fmt: skip
+
+
+def test_leave_one_out_never_counts_the_image_itself():
+    x, y = normal(40, 5), torch.arange(40)  # each a class of its own
+    assert float(knn_accuracy(x, y, k=1)) == 0
+    assert float(knn_accuracy(x, y, x, y, k=1)) == 1
+    report = knn_report(x, y, k=39)
+    assert not (report.graph.indices == torch.arange(40)[:, None]).any()
+    with pytest.raises(ValueError, match="k=40 .* 39 keys"):
+        knn_report(x, y, k=40)
+    with pytest.raises(ValueError, match="leave both out"):
+        knn_report(x, y, None, y)
+
+
+def test_a_report_agrees_with_itself_and_with_the_parts():
+    train_x, train_y, test_x, test_y = problem(blocks=2)
+    test_y = test_y.clone()
+    test_y[0] = 6  # a class that the train set lacks; class 4 and 5 occur nowhere
+    ks = [20, 3]
+    report = knn_report(train_x, train_y, test_x, test_y, k=ks)
+    assert report.votes.shape == (2, 2, 60, 7) and report.confusion.shape == (2, 2, 7, 7)
+    assert torch.equal(report.predictions, report.votes.argmax(-1))
+    assert torch.equal(report.accuracy, knn_accuracy(train_x, train_y, test_x, test_y, k=ks))
+    for s, k in enumerate(ks):
+        votes, predictions = knn_predict(train_x, train_y, test_x, k=k)
+        assert torch.equal(report.predictions[s], predictions)
+        assert torch.equal(report.votes[s, ..., :4], votes) and not report.votes[s, ..., 4:].any()
+        for l in range(2):
+            for a in range(7):
+                for b in range(7):
+                    cell = (test_y == a) & (predictions[l] == b)
+                    assert int(report.confusion[s, l, a, b]) == int(cell.sum())
+    shares = report.class_accuracy
+    assert shares[..., 4:6].isnan().all() and (shares[..., 6] == 0).all()
+    weights = torch.bincount(test_y, minlength=7) / 60
+    assert torch.allclose((shares.nan_to_num() * weights).sum(-1), report.accuracy)
+    a, b = standardized(train_x[1], test_x[1])
+    graph = nearest_neighbors(b, a, k=20)
+    assert torch.equal(report.graph[1].indices, graph.indices)
+    assert torch.allclose(report.graph[1].similarities, graph.similarities, atol=1e-6)
+
+
+def test_a_report_loses_the_axes_that_were_not_asked_for():
+    train_x, train_y, test_x, test_y = problem(blocks=2)
+    every = knn_report(train_x, train_y, test_x, test_y, k=[5])
+    for x, z, k, shape in ((train_x, test_x, 5, (2,)), (train_x[0], test_x[0], [5], (1,)),
+                           (train_x[0], test_x[0], 5, ())):  # fmt: skip
+        report = knn_report(x, train_y, z, test_y, k=k, keep_votes=False)
+        assert report.votes is None and report.accuracy.shape == shape
+        assert report.predictions.shape == (*shape, 60)
+        assert report.confusion.shape == (*report.class_accuracy.shape, 4) == (*shape, 4, 4)
+        assert torch.equal(report.predictions.flatten()[:60], every.predictions[0, 0])
+        assert report.graph.indices.shape == (*x.shape[:-2], 60, 5)
+
+
+def test_votes_are_counted_in_chunks(monkeypatch):
+    arguments = problem()
+    whole = knn_report(*arguments, k=[3, 9])
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 7 * 8 * 4 * 3})  # seven queries at a time
+    part = knn_report(*arguments, k=[3, 9])
+    assert torch.equal(part.votes, whole.votes)
+    assert torch.equal(part.predictions, whole.predictions)
 
 
 @pytest.mark.parametrize(
