@@ -18,9 +18,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
+from refiner.encoders import (
+    Encoder,
+    embed,
+    final_features,
+    final_pooling,
+    has_class_token,
+    patch_count,
+    prefix_tokens,
+    run_block,
+    width,
+)
 from refiner.images import ImageSet, LazyImages
 
 Tensor = torch.Tensor
@@ -33,7 +43,9 @@ class Features(Mapping):
 
     ``["cls"]`` and ``["patch"]`` are [L, N, D]: class token and mean of the patch tokens after
     each block, before the final norm. ``["final"]`` is [N, D]: after the final norm, the class
-    token or, in a model without one, the patch mean.
+    token or, in a model without one or made for mean pooling, the patch mean. Where blocks have
+    different widths (Hiera), narrower ones are filled up with zeros to D, the width of the last:
+    distances, cosines and linear probes stay what they are.
 
     Attributes:
         tensors: the tensors by kind.
@@ -78,12 +90,13 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
     Args:
         images: uint8 [B, 3, H, W], values 0 to 255.
         card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels), "mean" and
-            "std" (of brightness 0 to 1) and "interpolation" ("bicubic" or "bilinear").
+            "std" (of brightness 0 to 1), "interpolation" ("bicubic" or "bilinear") and, optional,
+            "crop_pct", the share of the shorter side that is kept.
         dtype: of the result.
 
     Returns:
         Normalised [B, 3, size, size]. If the size differs, images are cropped to their central
-        square and resized with antialiasing.
+        square (its middle ``crop_pct``) and resized with antialiasing.
 
     Raises:
         ValueError: for anything but uint8 [B, 3, H, W].
@@ -96,7 +109,7 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
     size, (h, w) = how["size"], images.shape[2:]
     x = images.to(dtype) / 255
     if (h, w) != (size, size):
-        side = min(h, w)
+        side = round(min(h, w) * how.get("crop_pct", 1.0))
         top, left = (h - side) // 2, (w - side) // 2
         x = x[:, :, top : top + side, left : left + side]
         mode = how.get("interpolation", "bicubic")
@@ -106,7 +119,7 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
     return (x - mean.to(x.device)) / std.to(x.device)
 
 
-def preprocessing_card(model: VisionTransformer) -> dict:
+def preprocessing_card(model: Encoder) -> dict:
     """The model's ``refiner_card``, or what timm knows about a model that has none.
 
     Returns:
@@ -118,7 +131,7 @@ def preprocessing_card(model: VisionTransformer) -> dict:
         return card
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, dict) else known.to_dict()
-    built_for = model.patch_embed.img_size
+    built_for = getattr(model.patch_embed, "img_size", None)
     return {
         "preprocessing": {
             "size": built_for[0] if built_for else known["input_size"][-1],
@@ -133,7 +146,7 @@ def preprocessing_card(model: VisionTransformer) -> dict:
 
 
 def extract(
-    model: VisionTransformer,
+    model: Encoder,
     images: ImageSet | Tensor | Iterable,
     *,
     batch_size: int | None = None,
@@ -148,7 +161,7 @@ def extract(
     device.
 
     Args:
-        model: a timm VisionTransformer.
+        model: a timm VisionTransformer, or one of the other classes of :mod:`refiner.encoders`.
         images: an ImageSet, a uint8 tensor [N, 3, H, W], or an iterable of batches such as a
             DataLoader, each ``x`` or ``(x, labels, …)``. Float batches are taken as already
             preprocessed.
@@ -199,21 +212,20 @@ def extract(
                     numbers)  # fmt: skip
 
 
-def _pooled_pass(model: VisionTransformer, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
     """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
-    wanted, prefix = set(numbers), model.num_prefix_tokens
+    wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
     cls, patch = {}, {}
-    x_BTD = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    x_BTD, context = embed(model, x)
     for number, block in enumerate(model.blocks, start=1):
-        x_BTD = block(x_BTD)
+        x_BTD = run_block(block, x_BTD, context)
         if number in wanted:
-            if model.has_class_token:
+            if with_cls:
                 cls[number] = x_BTD[:, 0]
-            patch[number] = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
-    x_BTD = model.norm(x_BTD)
-    final = x_BTD[:, 0] if model.has_class_token else x_BTD[:, prefix:].mean(1)
-    # Models made for mean pooling have their final norm behind the pooling, under another name.
-    pooled = {"final": model.fc_norm(final), "patch": torch.stack([patch[i] for i in numbers])}
+            mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
+            patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
+    final = final_features(model, x_BTD, final_pooling(model))
+    pooled = {"final": final, "patch": torch.stack([patch[i] for i in numbers])}
     if cls:
         pooled["cls"] = torch.stack([cls[i] for i in numbers])
     return pooled
@@ -247,8 +259,8 @@ def _block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     return numbers
 
 
-def _default_batch(model: VisionTransformer, device: torch.device) -> int:
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+def _default_batch(model: Encoder, device: torch.device) -> int:
+    tokens = patch_count(model) + prefix_tokens(model)
     budget = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH["cpu"])
     return min(1024, max(1, budget // tokens))
 
@@ -284,7 +296,7 @@ def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _borrowed(model: VisionTransformer, device: torch.device) -> Iterator[None]:
+def _borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
     """Eval mode on a device without gradients; afterwards every module is as it was."""
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device

@@ -403,8 +403,15 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
     write_json(Path(out) / "history.json", run.history)
 
 
-def load_mae(name: str | Path = "mae_toybox") -> MaskedAutoencoder:
-    """Loads encoder and decoder: an embedded checkpoint or a folder of :func:`pretrain`.
+def load_mae(name: str | Path = "mae_toybox", *, decoder_heads: int | None = None,
+             normalize_targets: bool | None = None) -> MaskedAutoencoder:  # fmt: skip
+    """Loads encoder and decoder.
+
+    Args:
+        name: an embedded checkpoint, a folder of :func:`pretrain`, or a file in the format of
+            facebookresearch/mae with a decoder (in the catalogue: ``"mae_l16_with_decoder"``).
+        decoder_heads, normalize_targets: for such a file, whose keys cannot tell them. By default
+            16 heads and plain pixels, as in that repository's file for looking at.
 
     Returns:
         A :class:`MaskedAutoencoder` in eval mode.
@@ -418,10 +425,25 @@ def load_mae(name: str | Path = "mae_toybox") -> MaskedAutoencoder:
     card, encoder, decoder = found
     if not decoder:
         raise FileNotFoundError(f"{name} has no decoder, so it cannot reconstruct")
-    mae = MAERecipe(**card["recipe"]).build()
+    mae = _built(card, decoder, decoder_heads, normalize_targets)
     mae.load_state_dict({f"encoder.{k}": v for k, v in encoder.items()} | decoder)
     mae.encoder.refiner_card = card
     return mae.eval()
+
+
+def _built(card: dict, decoder: dict[str, Tensor], heads: int | None,
+           normalize_targets: bool | None) -> MaskedAutoencoder:  # fmt: skip
+    """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
+    if "recipe" in card:
+        return MAERecipe(**card["recipe"]).build()
+    blocks = {key.split(".")[1] for key in decoder if key.startswith("decoder_blocks.")}
+    return MaskedAutoencoder(
+        build_vit(**card["architecture"]),
+        decoder_dim=len(decoder["decoder_embed.weight"]),
+        decoder_depth=len(blocks),
+        decoder_heads=heads or 16,
+        normalize_targets=bool(normalize_targets),
+    )
 
 
 @torch.no_grad()

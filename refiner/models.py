@@ -1,13 +1,13 @@
-"""Models: build small ViTs, load and save them, and the embedded checkpoints.
+"""Models: build, load and save encoders: the front door to every masked-image model.
 
-Every model is a timm VisionTransformer in eval mode that carries ``refiner_card``, a plain dict:
-where it comes from, how it was made, and how images have to be preprocessed for it.
+Every model is one of timm's (a VisionTransformer, mostly; see :mod:`refiner.encoders`) in eval mode
+that carries ``refiner_card``, a plain dict: where it comes from, how it was made, and how images
+have to be preprocessed for it.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 from pathlib import Path
@@ -15,13 +15,36 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import Format, build_sincos2d_pos_embed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from refiner.files import replacing, write_json
+from refiner.catalogue import Entry, find, nearest
+from refiner.convert import DECODER_PREFIXES, convert, read_file
+from refiner.download import download, from_hub
+from refiner.encoders import (
+    Encoder,
+    Eva,
+    Hiera,
+    PostNormBlock,
+    allow_any_size,
+    check_supported,
+    plain_vit,
+    sincos_positions,
+    timm_arguments,
+)
+from refiner.files import replacing, write_json, write_text
+
+__all__ = [
+    "allow_any_size", "build_vit", "copy_model", "embedded_models", "load_model", "random_like",
+    "read_checkpoint", "save_model",
+]  # fmt: skip
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
-DECODER_PREFIXES = ("decoder_", "mask_token")
+# What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use.
+IMAGENET = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
+            "interpolation": "bicubic", "crop_pct": 0.875}  # fmt: skip
+FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
 
 def data_folder() -> Path:
@@ -36,15 +59,18 @@ def embedded_models() -> list[str]:
 
 
 def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12, heads: int = 3,
-              seed: int | None = None) -> VisionTransformer:  # fmt: skip
-    """A plain pre-norm ViT with a class token and random weights.
+              seed: int | None = None, **details) -> VisionTransformer:  # fmt: skip
+    """A plain ViT with random weights.
 
-    Positions start as 2-D sine-cosine (as in MAE) and are trained; the class token's is zero.
+    Positions start as 2-D sine-cosine (as in MAE) and are trained; those of prefix tokens are zero.
 
     Args:
         size: image height and width, pixels.
         patch: patch height and width, pixels.
         seed: of the weights; None uses torch's global generator.
+        **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
+            ``final_norm``, ``post_norm``: see :func:`refiner.encoders.plain_vit`. By default a
+            pre-norm ViT with a class token.
 
     Returns:
         A timm VisionTransformer in eval mode, with a ``refiner_card``.
@@ -57,17 +83,14 @@ def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12,
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
         )
     architecture = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    architecture |= details
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        model = VisionTransformer(
-            img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads,
-            num_classes=0,
-        )  # fmt: skip
-    positions = build_sincos2d_pos_embed(model.patch_embed.grid_size, dim, interleave_sin_cos=False)
+        model = plain_vit(**architecture)
+    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
     with torch.no_grad():
-        model.pos_embed.zero_()
-        model.pos_embed[0, 1:] = positions
+        model.pos_embed.copy_(sincos_positions(grid, dim, prefix))
     model.refiner_card = {
         "name": "random",
         "architecture": architecture,
@@ -76,81 +99,174 @@ def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12,
     return model.eval()
 
 
-def random_like(model: VisionTransformer, *, seed: int = 0) -> VisionTransformer:
+def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
     """The same architecture with fresh weights: the control for everything that is measured.
 
     Raises:
-        ValueError: for a model that :func:`build_vit` cannot build.
+        ValueError: for a model that neither :func:`build_vit` nor :func:`load_model` made.
     """
-    if "architecture" not in model.refiner_card:
+    card = model.refiner_card
+    if "architecture" in card:
+        twin = build_vit(**card["architecture"], seed=seed)
+    elif "timm" in card:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin = timm.create_model(card["timm"]["architecture"], **card["timm"]["model_args"])
+        twin.eval().refiner_card = {"name": "random", "timm": copy.deepcopy(card["timm"])}
+    else:
         raise ValueError(
-            "random_like needs a model that build_vit made; build a random one in timm"
+            "random_like needs a model of build_vit or load_model; build a random one in timm"
         )
-    twin = build_vit(**model.refiner_card["architecture"], seed=seed)
-    twin.refiner_card["preprocessing"] = dict(model.refiner_card["preprocessing"])
+    twin.refiner_card["preprocessing"] = dict(card["preprocessing"])
     return twin
-
-
-def allow_any_size(model: VisionTransformer) -> VisionTransformer:
-    """Lets a ViT take other image sizes by interpolating its positions; returns the model."""
-    model.dynamic_img_size = True
-    patch = model.patch_embed
-    patch.strict_img_size, patch.flatten, patch.output_fmt = False, False, Format.NHWC
-    return model
 
 
 # ---------------------------------------------------------------- loading
 
 
-def load_model(name: str | Path) -> VisionTransformer:
-    """Loads an encoder by name or path.
+def load_model(name: str | Path, *, num_heads: int | None = None,
+               size: int | None = None) -> Encoder:  # fmt: skip
+    """Loads an encoder by name, path or address.
 
     Args:
-        name: an embedded checkpoint (``"mae_toybox"``), a folder written by :func:`save_model`, a
-            ``.safetensors`` file with its card (a ``.json`` of the same name) beside it, or a
-            pretrained VisionTransformer of timm (``"vit_base_patch16_224.mae"``; downloads).
+        name: one of
+            an embedded checkpoint (``"mae_toybox"``);
+            a model of the catalogue (``"mae_refined_l16"``; ``refiner models`` lists them) or any
+            other model of timm of a supported class (``"vit_base_patch16_224.mae"``), fetched on
+            first use;
+            a folder written by :func:`save_model` or by timm, or a repository ``"hf-hub:…"``;
+            a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
+            data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
+            an http(s) address of such a file.
+        num_heads: attention heads a block, for a file: its keys cannot tell. Default 64 channels a
+            head, or what the known models of that width have.
+        size: other image size than the model's own, pixels; positions are interpolated.
 
     Returns:
-        A timm VisionTransformer in eval mode; ``.refiner_card`` tells origin, architecture and
-        preprocessing.
+        A timm model in eval mode; ``.refiner_card`` tells origin, architecture and preprocessing.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones, or an unsupported model.
-        FileNotFoundError: when a path lacks its weights or card.
+        ValueError: for an unknown name, with the nearest known ones; an unsupported model; a file
+            that is damaged, wants to run code or does not fit (what is missing, extra or of wrong
+            shape is listed).
+        FileNotFoundError: when a file is missing or cannot be fetched; it says what to put where.
     """
-    found = read_checkpoint(name)
-    if found is None:
-        return _load_timm(str(name))
-    card, encoder, _ = found
-    if "architecture" not in card:  # refined from one of timm's models
+    model = _load(str(name), num_heads)
+    return model if size is None else resized(model, size)
+
+
+def _load(name: str, num_heads: int | None) -> Encoder:
+    path, entry = Path(name), find(name)
+    if name in embedded_models() or path.is_dir() or _has_card(path):
+        if num_heads is not None:
+            raise ValueError(f"{name} tells its number of heads itself; leave num_heads out")
+        return _load_carded(name)
+    if path.is_file():
+        return _load_file(path, num_heads, name=path.stem)
+    if entry is not None and entry.address:
+        return _load_entry(entry, num_heads)
+    if name.startswith(("http://", "https://")):
+        return _load_file(download(name), num_heads, name=Path(name).stem)
+    if path.suffix in FILE_KINDS or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
+        raise FileNotFoundError(f"there is no file or folder {name}")
+    if num_heads is not None:
+        raise ValueError(f"{name} tells its number of heads itself; leave num_heads out")
+    return _load_timm(name)
+
+
+def _has_card(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.with_suffix(".json").is_file()
+
+
+def _load_carded(name: str) -> Encoder:
+    """An embedded checkpoint, or a folder of ours or of timm's."""
+    folder = Path(name)
+    ours = not folder.is_dir() or (folder / "card.json").is_file()
+    if not ours and (folder / "config.json").is_file():
+        return _load_timm_folder(f"local-dir:{name}", folder / "config.json")
+    card, encoder, _ = read_checkpoint(name)
+    if "architecture" not in card:  # one of timm's models, or refined from one
         model = timm.create_model(f"local-dir:{name}", pretrained=True)
-        model.refiner_card = card
-        return model.eval()
-    model = build_vit(**card["architecture"])
-    model.load_state_dict(encoder)
+        check_supported(model, name)
+    else:
+        model = build_vit(**card["architecture"])
+        model.load_state_dict(encoder)
     model.refiner_card = card
+    return model.eval()
+
+
+def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransformer:
+    """A checkpoint in another repository's format."""
+    found = convert(read_file(path), name=str(path), num_heads=num_heads)
+    with torch.device("meta"):  # large models would take their time to draw random weights
+        model = build_vit(**found.architecture)
+    model.load_state_dict(found.encoder, assign=True)
+    model.refiner_card |= {
+        "name": name,
+        "format": found.format,
+        "left_out": list(found.left_out),
+        "preprocessing": {"size": found.architecture["size"], **IMAGENET},
+    }
+    return model
+
+
+def _load_entry(entry: Entry, num_heads: int | None) -> VisionTransformer:
+    """A model of the catalogue that lies at an address."""
+    path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
+    model = _load_file(path, num_heads or entry.shape[2], name=entry.name)
+    model.refiner_card |= {"origin": entry.address, **_told(entry)}
+    return model
+
+
+def resized(model: Encoder, size: int) -> Encoder:
+    """The same model made for another image size, its positions interpolated.
+
+    Raises:
+        ValueError: for a Hiera, or a size that the patch does not divide.
+    """
+    if isinstance(model, Hiera):
+        raise ValueError("a Hiera takes one image size only")
+    patch = model.patch_embed.patch_size[0]
+    if size % patch:
+        raise ValueError(f"size {size} is no multiple of the patch of {patch} pixels")
+    model.set_input_size(img_size=(size, size))
+    card = model.refiner_card = copy.deepcopy(model.refiner_card)
+    card["preprocessing"]["size"] = size
+    if "architecture" in card:
+        card["architecture"]["size"] = size
+    if "timm" in card:
+        card["timm"]["model_args"]["img_size"] = size
     return model
 
 
 def read_checkpoint(name: str | Path) -> tuple[dict, dict, dict] | None:
-    """Card, encoder and decoder of an embedded checkpoint, a saved folder or a ``.safetensors``.
+    """Card, encoder and decoder of an embedded checkpoint, a saved folder, a file or a catalogue
+    model that lies in the cache.
 
     Returns:
         The card and two dicts of float32 tensors, the decoder's empty where there is none; None
-        when ``name`` is neither.
+        when ``name`` is none of these.
 
     Raises:
         FileNotFoundError: when weights or card are missing.
     """
-    path = Path(name)
+    path, entry = Path(name), find(str(name))
     if str(name) in embedded_models():
         path = data_folder() / f"{name}.safetensors"
+    elif entry is not None and entry.address:
+        path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
     if path.is_dir():
         card, state = read_folder(path)
         decoder = path / "decoder.safetensors"
         state |= load_file(decoder) if decoder.is_file() else {}
-    elif path.suffix == ".safetensors" and path.is_file():
+    elif _has_card(path):
         card, state = _read_card(path.with_suffix(".json")), load_file(path)
+    elif path.is_file():
+        found = convert(read_file(path), name=str(path))
+        preprocessing = {"size": found.architecture["size"], **IMAGENET}
+        card = {"name": path.stem, "architecture": found.architecture, "format": found.format,
+                "preprocessing": preprocessing}  # fmt: skip
+        return card, found.encoder, found.decoder
     else:
         return None
     state = {k: v.float() for k, v in state.items()}
@@ -176,97 +292,226 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return _read_card(card), load_file(weights)
 
 
-def _load_timm(name: str) -> VisionTransformer:
-    known = timm.list_pretrained("*vit*")
-    if name not in known and name not in timm.list_models("*vit*"):
-        near = difflib.get_close_matches(name, [*embedded_models(), *known], n=3, cutoff=0.4)
+def _load_timm(name: str) -> Encoder:
+    """A pretrained model of timm, by name or from the hub."""
+    hub = name.startswith("hf-hub:")
+    known = timm.is_model(name) and ("." not in name or name in timm.list_pretrained())
+    if not hub and not known:
+        near = nearest(name, [*embedded_models(), *timm.list_pretrained("*vit*")])
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ValueError(
             f"no model {name!r}: neither a path nor one of the embedded models "
-            f"({', '.join(embedded_models())}) nor a pretrained ViT of timm.{hint}"
+            f"({', '.join(embedded_models())}) nor of the catalogue (`refiner models`) nor a "
+            f"pretrained model of timm.{hint}"
         )
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except OSError as error:  # no network, or the hub refused
-        raise FileNotFoundError(
-            f"the weights of {name} are not in the local cache and could not be downloaded; "
-            "connect once, or use an embedded model such as 'mae_toybox'"
-        ) from error
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"{name} is a {type(model).__name__}; only VisionTransformer is supported so far"
-        )
-    config = timm.data.resolve_data_config(model=model)
-    preprocessing = {
-        "size": config["input_size"][1],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "interpolation": config["interpolation"],
+    if hub:
+        repository = name.removeprefix("hf-hub:")
+        from_hub(repository, "model.safetensors")
+        return _load_timm_folder(name, from_hub(repository, "config.json"))
+    options = _timm_options(name, name)
+    path = _timm_file(name)
+    if path.suffix != ".safetensors":  # I-JEPA's original files
+        model = _load_file(path, None, name=name)
+        return _carded(model, name, "timm")
+    overlay = {"pretrained_cfg_overlay": {"file": str(path)}}
+    model = timm.create_model(name, pretrained=True, **options, **overlay)
+    return _carded(model, name, "timm", {"architecture": name.split(".")[0], "model_args": options})
+
+
+def _load_timm_folder(source: str, config: Path) -> Encoder:
+    """A folder or repository that timm wrote; ``config`` is its ``config.json``."""
+    told = json.loads(config.read_text())
+    name, given = told["architecture"], told.get("model_args", {})
+    options = given | _timm_options(name, source, **given)
+    model = timm.create_model(source, pretrained=True, **options)
+    return _carded(model, source, source, {"architecture": name, "model_args": options})
+
+
+def _timm_options(architecture: str, name: str, **given) -> dict:
+    """Arguments for timm; checks, before anything is fetched, that the class is supported."""
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **given | {"num_classes": 0})
+    check_supported(model, name)
+    # Rotary positions are computed for one size otherwise.
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if isinstance(model, Eva) else {})
+
+
+def _timm_file(name: str) -> Path:
+    """The weights of one of timm's models in the cache, fetched if need be."""
+    config = get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no pretrained weights for {name}")
+    if config.hf_hub_id:
+        repository = config.hf_hub_id
+        return from_hub(repository, config.hf_hub_filename or "model.safetensors")
+    return download(config.url)
+
+
+def _carded(model: torch.nn.Module, name: str, origin: str, recipe: dict | None = None) -> Encoder:
+    """A model of timm with the card that tells where it is from and what it needs."""
+    check_supported(model, name)
+    known = model.pretrained_cfg if recipe else get_pretrained_cfg(name).to_dict()
+    config = timm.data.resolve_data_config(pretrained_cfg=known)
+    card = getattr(model, "refiner_card", {}) | {
+        "name": name,
+        "origin": origin,
+        "preprocessing": {
+            "size": config["input_size"][1],
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "interpolation": config["interpolation"],
+            "crop_pct": config["crop_pct"],
+        },
     }
-    model.refiner_card = {"name": name, "origin": "timm", "preprocessing": preprocessing}
+    if recipe:
+        card["timm"] = recipe
+    if entry := find(name):
+        card |= _told(entry)
+    model.refiner_card = card
     return model.eval()
+
+
+def _told(entry: Entry) -> dict:
+    """What the catalogue adds to a card."""
+    return {
+        "method": f"{entry.method} (arXiv {entry.paper})",
+        "licence": entry.licence,
+        "pooling": entry.pooling.split(),
+    }
 
 
 # ---------------------------------------------------------------- saving
 
 
-def copy_model(model: VisionTransformer) -> VisionTransformer:
+def copy_model(model: Encoder) -> Encoder:
     """An independent copy, card included."""
     return copy.deepcopy(model)
 
 
-def save_model(model: VisionTransformer, folder: str | os.PathLike, *,
+def save_model(model: Encoder, folder: str | os.PathLike, *,
                extra: dict[str, torch.Tensor] | None = None) -> Path:  # fmt: skip
     """Saves an encoder as a folder that refiner and timm open.
 
-    Writes ``model.safetensors``, timm's ``config.json`` and ``card.json``;
-    ``timm.create_model("local-dir:<folder>")`` gives the same network.
+    Writes ``model.safetensors``, timm's ``config.json``, ``card.json`` and a model card
+    ``README.md``; ``timm.create_model("local-dir:<folder>")`` gives the same network, and
+    ``"hf-hub:…"`` does once the folder was pushed to the hub. A post-norm model (data2vec 2.0) has
+    no counterpart in timm: it gets no ``config.json``, and only :func:`load_model` opens it.
 
     Args:
-        model: a VisionTransformer with a ``refiner_card``.
+        model: an encoder with a ``refiner_card``.
         folder: made if missing; files in it are replaced one by one, each atomically.
         extra: more tensors (an MAE's decoder), saved in ``decoder.safetensors``.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: for a model that neither timm nor :func:`build_vit` could build again.
     """
     folder = Path(folder)
+    config = _timm_config(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary)
+        save_file(weights, temporary, metadata={"format": "pt"})
     if extra:
         with replacing(folder / "decoder.safetensors") as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in extra.items()}, temporary)
-    write_json(folder / "config.json", _timm_config(model))
+    if config is None:
+        (folder / "config.json").unlink(missing_ok=True)
+    else:
+        write_json(folder / "config.json", config)
     write_json(folder / "card.json", model.refiner_card)
+    write_text(folder / "README.md", model_card(model.refiner_card, timm_opens=config is not None))
     return folder
 
 
-def _timm_config(model: VisionTransformer) -> dict:
-    """timm's config.json: a registered architecture plus the arguments that differ."""
-    patch, block = model.patch_embed, model.blocks[0]
-    size = patch.img_size if isinstance(patch.img_size, int) else patch.img_size[0]
-    preprocessing = model.refiner_card["preprocessing"]
+def _timm_config(model: Encoder) -> dict | None:
+    """timm's config.json: a registered architecture plus the arguments that differ.
+
+    None for post-norm models, which timm cannot build.
+
+    Raises:
+        ValueError: when what they build has other weights than the model.
+    """
+    if isinstance(model.blocks[0], PostNormBlock):
+        return None
+    name, arguments = _timm_recipe(model)
+    with torch.device("meta"):
+        twin = timm.create_model(name, num_classes=0, **arguments)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, twin)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"cannot describe this {type(model).__name__} so that timm builds it again; load it "
+            "with load_model, or build it with build_vit"
+        )
+    how = model.refiner_card["preprocessing"]
     return {
-        "architecture": "vit_base_patch16_224",
+        "architecture": name,
         "num_classes": 0,
         "num_features": model.num_features,
-        "model_args": {
-            "img_size": size,
-            "patch_size": patch.patch_size[0],
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
-            "num_heads": block.attn.num_heads,
-        },
+        "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, size, size],
-            "mean": preprocessing["mean"],
-            "std": preprocessing["std"],
-            "interpolation": preprocessing["interpolation"],
+            "input_size": [3, how["size"], how["size"]],
+            "mean": how["mean"],
+            "std": how["std"],
+            "interpolation": how["interpolation"],
+            "crop_pct": how.get("crop_pct", 1.0),
             "num_classes": 0,
             "pool_size": None,
             "classifier": "head",
             "first_conv": "patch_embed.proj",
         },
     }
+
+
+def _timm_recipe(model: Encoder) -> tuple[str, dict]:
+    """timm's name of the architecture, and the arguments that make it this model."""
+    card = model.refiner_card
+    if "architecture" in card:
+        return "vit_base_patch16_224", timm_arguments(**card["architecture"])
+    if "timm" in card:
+        options = {k: v for k, v in card["timm"]["model_args"].items() if k != "num_classes"}
+        return card["timm"]["architecture"], options
+    config = getattr(model, "pretrained_cfg", None) or {}
+    patch = model.patch_embed
+    arguments = {"img_size": patch.img_size[0], "patch_size": patch.patch_size[0]}
+    if config.get("architecture"):
+        return config["architecture"], arguments
+    block = model.blocks[0]
+    return "vit_base_patch16_224", arguments | {
+        "embed_dim": model.embed_dim, "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+    }  # fmt: skip
+
+
+def model_card(card: dict, *, timm_opens: bool = True) -> str:
+    """The text of a ``README.md`` for a model, as the Hugging Face hub shows it.
+
+    Args:
+        card: a ``refiner_card``.
+        timm_opens: whether timm can build the model.
+    """
+    how = card["preprocessing"]
+    lines = ["---", "library_name: timm", "tags: [masked-image-modeling, image-feature-extraction]",
+             "---", "", f"# {card['name']}", ""]  # fmt: skip
+    told = {"method": "Method", "refined_from": "Refined from", "origin": "Origin",
+            "licence": "Licence of the original weights", "machine": "Machine",
+            "seconds": "Seconds of training", "loss": "Loss"}  # fmt: skip
+    lines += [f"- {label}: {card[key]}" for key, label in told.items() if key in card]
+    lines += [f"- {k}: {v}" for k, v in card.get("architecture", {}).items()]
+    lines += [
+        f"- Images: {how['size']} pixels, mean {how['mean']}, std {how['std']}, "
+        f"{how['interpolation']}, crop {how.get('crop_pct', 1.0)}",
+        "", "```python", "import refiner", 'model = refiner.load_model("path/to/this/folder")',
+    ]  # fmt: skip
+    if timm_opens:
+        opened = 'timm.create_model("local-dir:path/to/this/folder", pretrained=True)'
+        lines += ["", "import timm", f"model = {opened}"]
+    lines += ["```", ""]
+    if not timm_opens:
+        lines += ["A post-norm ViT: timm has no such architecture, only refiner opens it.", ""]
+    for key, title in (("results", "Figures"), ("recipe", "Recipe"), ("refine_recipe", "Recipe")):
+        if key in card:
+            lines += [f"## {title}", "", "```json", json.dumps(card[key], indent=1), "```", ""]
+    return "\n".join(lines)

@@ -19,11 +19,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from tqdm.auto import tqdm
 
+from refiner.encoders import (
+    Encoder,
+    check_refinable,
+    embed,
+    final_features,
+    has_class_token,
+    keep_patches,
+    pool,
+    prefix_tokens,
+    run_block,
+)
 from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import (
@@ -165,7 +175,7 @@ def _toy_views(size: int, *, keep: float = 1.0) -> tuple[View, ...]:
 # ---------------------------------------------------------------- features of the views
 
 
-def head_features(model: VisionTransformer, x_BCHW: Tensor, blocks: tuple[int, ...], *,
+def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
                   pooling: str = "cls", keep: float = 1.0, frozen_blocks: int = 0,
                   generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
     """Pooled output of the chosen blocks, [T, B, D], in one pass.
@@ -181,31 +191,31 @@ def head_features(model: VisionTransformer, x_BCHW: Tensor, blocks: tuple[int, .
     """
     frozen = torch.no_grad() if frozen_blocks else nullcontext()
     with frozen:
-        x_BND = model.norm_pre(model._pos_embed(model.patch_embed(x_BCHW)))
+        x_BND, context = embed(model, x_BCHW)
         if keep < 1:
-            x_BND = _drop_patches(x_BND, model.num_prefix_tokens, keep, generator)
+            kept_BK = _draw_patches(x_BND, prefix_tokens(model), keep, generator)
+            x_BND, context = keep_patches(model, x_BND, context, kept_BK)
     pooled = []
     last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks[: max(blocks) + 1]):
         with torch.no_grad() if i < frozen_blocks else nullcontext():
-            x_BND = block(x_BND)
+            x_BND = run_block(block, x_BND, context)
         if i in blocks:
-            out_BND = model.norm(x_BND) if i == last else x_BND
-            patches_BND = out_BND[:, model.num_prefix_tokens :]
-            pooled.append(out_BND[:, 0] if pooling == "cls" else patches_BND.mean(1))
+            take_out = final_features if i == last else pool
+            pooled.append(take_out(model, x_BND, pooling))
     return torch.stack(pooled)
 
 
-def _drop_patches(x_BND: Tensor, prefix: int, keep: float, generator) -> Tensor:
-    b, n, d = x_BND.shape
-    count = max(1, round((n - prefix) * keep))
-    order_BN = torch.rand(b, n - prefix, generator=generator).argsort(dim=1)[:, :count] + prefix
-    patches = x_BND.gather(1, order_BN.to(x_BND.device)[:, :, None].expand(-1, -1, d))
-    return torch.cat([x_BND[:, :prefix], patches], dim=1)
+def _draw_patches(x_BND: Tensor, prefix: int, keep: float, generator) -> Tensor:
+    """Random patches that stay, int64 [B, K] on the tokens' device."""
+    b, n = len(x_BND), x_BND.shape[1] - prefix
+    count = max(1, round(n * keep))
+    order_BN = torch.rand(b, n, generator=generator).argsort(dim=1)[:, :count]
+    return order_BN.to(x_BND.device)
 
 
 def view_features(
-    model: VisionTransformer,
+    model: Encoder,
     views: list[Tensor],
     recipe: Recipe,
     *,
@@ -310,7 +320,7 @@ class Refined:
         recipe: with blocks and pooling filled in.
     """
 
-    model: VisionTransformer
+    model: Encoder
     heads: IDHeads
     queue: NeighborQueue
     recipe: Recipe
@@ -318,13 +328,13 @@ class Refined:
 
 
 def refine(
-    model: VisionTransformer,
+    model: Encoder,
     images,
     *,
     recipe: Recipe | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    evaluate: Callable[[VisionTransformer], dict] | None = None,
+    evaluate: Callable[[Encoder], dict] | None = None,
     evaluate_every: int = 0,
     save_every: int = 100,
     log_every: int = 10,
@@ -334,7 +344,7 @@ def refine(
     """Refines a masked-image model with ID heads and Nearest Neighbor Alignment.
 
     Args:
-        model: a timm VisionTransformer with a ``refiner_card``; it is copied, not changed.
+        model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
         images: an ImageSet or uint8 [N, 3, H, W]. Labels are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
         out: folder for the refined model, heads, ``history.json`` and the training state.
@@ -524,7 +534,7 @@ def _full_optimizer(run: Refined) -> torch.optim.Optimizer:
     return torch.optim.AdamW([*kept, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 
 
-def freeze_first(model: VisionTransformer, blocks: int) -> None:
+def freeze_first(model: Encoder, blocks: int) -> None:
     """Takes the embedding and the first ``blocks`` blocks out of training; 0 freezes nothing."""
     model.requires_grad_(True)
     if blocks:
@@ -543,12 +553,13 @@ def recipe_dict(recipe: Recipe) -> dict:
     return json.loads(json.dumps(asdict(recipe)))
 
 
-def complete_recipe(recipe: Recipe, model: VisionTransformer, images) -> Recipe:
+def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     """Fills in blocks and pooling and checks the recipe against model and data.
 
     Raises:
         ValueError: in one sentence, for what would fail later.
     """
+    check_refinable(model)
     depth = len(model.blocks)
     blocks = recipe.blocks
     if blocks is None:
@@ -563,7 +574,7 @@ def complete_recipe(recipe: Recipe, model: VisionTransformer, images) -> Recipe:
             f"a head on block {blocks[0]} trains nothing when {recipe.frozen_blocks} blocks are "
             "frozen; freeze fewer blocks or move the head up"
         )
-    has_cls = getattr(model, "has_class_token", model.num_prefix_tokens > 0)
+    has_cls = has_class_token(model)
     pooling = recipe.pooling or ("cls" if has_cls else "patch")
     if pooling not in ("cls", "patch") or (pooling == "cls" and not has_cls):
         raise ValueError(f"pooling {pooling!r} does not exist for this model; use 'patch' or 'cls'")
@@ -584,7 +595,7 @@ def complete_recipe(recipe: Recipe, model: VisionTransformer, images) -> Recipe:
     return replace(recipe, blocks=blocks, pooling=pooling)
 
 
-def save_refined(run: Refined, out: Path, origin: VisionTransformer) -> None:
+def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
     """Writes encoder, card, heads with their queue, and history of a run into a folder."""
     card = run.model.refiner_card
     card |= {
@@ -627,7 +638,7 @@ def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, Neighb
         part, _, rest = key.partition(".")
         parts[part][rest] = value.float() if value.is_floating_point() else value
     heads = IDHeads(
-        len(recipe.blocks), encoder["pos_embed"].shape[2], hidden=recipe.hidden,
+        len(recipe.blocks), encoder["patch_embed.proj.weight"].shape[0], hidden=recipe.hidden,
         predictor_hidden=recipe.predictor_hidden, out=recipe.out,
     )  # fmt: skip
     heads.load_state_dict(parts["heads"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from refiner.encoders import keep_patches
 from refiner.images import ImageSet
 from refiner.models import allow_any_size, build_vit, copy_model, load_model
 from refiner.toybox import render
@@ -78,7 +79,8 @@ def test_grouping_views_by_size_changes_nothing(model):
 
 def test_dropping_patches_keeps_the_class_token_and_the_share(model):
     tokens = torch.randn(6, 65, 16)
-    kept = R._drop_patches(tokens, 1, 0.5, torch.Generator().manual_seed(0))
+    chosen = R._draw_patches(tokens, 1, 0.5, torch.Generator().manual_seed(0))
+    kept, _ = keep_patches(model, tokens, {}, chosen)
     assert kept.shape == (6, 33, 16) and torch.equal(kept[:, 0], tokens[:, 0])
     for b in range(6):
         matches = (kept[b, 1:, None] == tokens[b, None, 1:]).all(-1)
