@@ -101,11 +101,16 @@ def read_file(path: str | Path) -> Mapping:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path} was refused: reading it would call {wanted.group(1)}, and a file that "
                 "calls code can do anything to your machine; ask its authors for the weights alone "
                 "(safetensors, or a plain state_dict)"
+            ) from None
+        if "Unsupported operand" in str(error) and path.read_bytes()[:1] == b"\x80":
+            raise ValueError(
+                f"{path} was refused: it is a Python pickle, not torch's, and reading it could run "
+                "code; ask its authors for the weights alone (safetensors, or a plain state_dict)"
             ) from None
         raise _damaged(path) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:

@@ -82,26 +82,34 @@ def timm_arguments(
 
 
 def plain_vit(*, post_norm: bool = False, **description) -> VisionTransformer:
-    """A VisionTransformer without head, with timm's initial weights.
+    """A VisionTransformer without head, with timm's initial weights (none on the meta device).
 
     Args:
         post_norm: data2vec 2.0's architecture: a norm after the embedding (``norm_pre``), blocks of
             :class:`PostNormBlock`, no norm after them.
         **description: see :func:`timm_arguments`.
     """
+    shapes_only = torch.get_default_device().type == "meta"
+    options = {"num_classes": 0, "weight_init": "skip" if shapes_only else ""}
     if not post_norm:
-        return VisionTransformer(**timm_arguments(**description), num_classes=0)
+        return VisionTransformer(**timm_arguments(**description), **options)
     arguments = timm_arguments(**description | {"final_norm": False})
-    model = VisionTransformer(**arguments, num_classes=0, block_fn=PostNormBlock)
+    model = VisionTransformer(**arguments, **options, block_fn=PostNormBlock)
     # timm's own pre_norm would take the bias from the patch embedding.
     model.norm_pre = type(model.blocks[0].norm1)(model.embed_dim)
     return model
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
-    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens."""
-    positions = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
-    return F.pad(positions, (0, 0, prefix, 0))[None]
+    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens.
+
+    The order of channels is that of facebookresearch/mae (sines and cosines of the column, then of
+    the row), so that its files without positions can be completed; timm's own order is another.
+    """
+    positions_ND = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
+    sin_row, sin_column, cos_row, cos_column = positions_ND.chunk(4, dim=1)
+    positions_ND = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
+    return F.pad(positions_ND, (0, 0, prefix, 0))[None]
 
 
 # ---------------------------------------------------------------- what a model is

@@ -403,15 +403,22 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
     write_json(Path(out) / "history.json", run.history)
 
 
-def load_mae(name: str | Path = "mae_toybox", *, decoder_heads: int | None = None,
-             normalize_targets: bool | None = None) -> MaskedAutoencoder:  # fmt: skip
+def load_mae(
+    name: str | Path = "mae_toybox",
+    *,
+    num_heads: int | None = None,
+    decoder_heads: int = 16,
+    normalize_targets: bool = False,
+) -> MaskedAutoencoder:
     """Loads encoder and decoder.
 
     Args:
         name: an embedded checkpoint, a folder of :func:`pretrain`, or a file in the format of
             facebookresearch/mae with a decoder (in the catalogue: ``"mae_l16_with_decoder"``).
-        decoder_heads, normalize_targets: for such a file, whose keys cannot tell them. By default
-            16 heads and plain pixels, as in that repository's file for looking at.
+        num_heads, decoder_heads, normalize_targets: for such a file, whose keys cannot tell them;
+            others tell them themselves. By default the encoder's usual number (see
+            :func:`refiner.models.load_model`), 16 heads, and plain pixels, as in that repository's
+            file for looking at.
 
     Returns:
         A :class:`MaskedAutoencoder` in eval mode.
@@ -419,7 +426,7 @@ def load_mae(name: str | Path = "mae_toybox", *, decoder_heads: int | None = Non
     Raises:
         FileNotFoundError: when the checkpoint has no decoder (a refined encoder has none).
     """
-    found = read_checkpoint(name)
+    found = read_checkpoint(name, num_heads=num_heads)
     if found is None:
         raise FileNotFoundError(f"no masked autoencoder {str(name)!r}; try 'mae_toybox'")
     card, encoder, decoder = found
@@ -431,8 +438,8 @@ def load_mae(name: str | Path = "mae_toybox", *, decoder_heads: int | None = Non
     return mae.eval()
 
 
-def _built(card: dict, decoder: dict[str, Tensor], heads: int | None,
-           normalize_targets: bool | None) -> MaskedAutoencoder:  # fmt: skip
+def _built(card: dict, decoder: dict[str, Tensor], heads: int,
+           normalize_targets: bool) -> MaskedAutoencoder:  # fmt: skip
     """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
     if "recipe" in card:
         return MAERecipe(**card["recipe"]).build()
@@ -441,8 +448,8 @@ def _built(card: dict, decoder: dict[str, Tensor], heads: int | None,
         build_vit(**card["architecture"]),
         decoder_dim=len(decoder["decoder_embed.weight"]),
         decoder_depth=len(blocks),
-        decoder_heads=heads or 16,
-        normalize_targets=bool(normalize_targets),
+        decoder_heads=heads,
+        normalize_targets=normalize_targets,
     )
 
 

@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
@@ -30,7 +31,6 @@ from refiner.encoders import (
     allow_any_size,
     check_supported,
     plain_vit,
-    sincos_positions,
     timm_arguments,
 )
 from refiner.files import replacing, write_json, write_text
@@ -88,9 +88,10 @@ def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12,
         if seed is not None:
             torch.manual_seed(seed)
         model = plain_vit(**architecture)
-    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
+    positions = build_sincos2d_pos_embed(model.patch_embed.grid_size, dim, interleave_sin_cos=False)
     with torch.no_grad():
-        model.pos_embed.copy_(sincos_positions(grid, dim, prefix))
+        model.pos_embed.zero_()
+        model.pos_embed[0, model.num_prefix_tokens :] = positions
     model.refiner_card = {
         "name": "random",
         "architecture": architecture,
@@ -239,9 +240,13 @@ def resized(model: Encoder, size: int) -> Encoder:
     return model
 
 
-def read_checkpoint(name: str | Path) -> tuple[dict, dict, dict] | None:
-    """Card, encoder and decoder of an embedded checkpoint, a saved folder, a file or a catalogue
-    model that lies in the cache.
+def read_checkpoint(name: str | Path, *,
+                    num_heads: int | None = None) -> tuple[dict, dict, dict] | None:  # fmt: skip
+    """Card, encoder and decoder of an embedded checkpoint, a folder, a file or a catalogue model.
+
+    Args:
+        name: as for :func:`load_model`, but for timm's models.
+        num_heads: for a file in another repository's format.
 
     Returns:
         The card and two dicts of float32 tensors, the decoder's empty where there is none; None
@@ -262,7 +267,7 @@ def read_checkpoint(name: str | Path) -> tuple[dict, dict, dict] | None:
     elif _has_card(path):
         card, state = _read_card(path.with_suffix(".json")), load_file(path)
     elif path.is_file():
-        found = convert(read_file(path), name=str(path))
+        found = convert(read_file(path), name=str(path), num_heads=num_heads)
         preprocessing = {"size": found.architecture["size"], **IMAGENET}
         card = {"name": path.stem, "architecture": found.architecture, "format": found.format,
                 "preprocessing": preprocessing}  # fmt: skip
