@@ -21,7 +21,7 @@ import torch
 import refiner
 from refiner.files import write_json
 from refiner.mae import MAERecipe, load_mae, pretrain
-from refiner.refine import Recipe, complete_recipe, recipe_dict, save_refined
+from refiner.refine import Recipe, complete_recipe, recipe_dict, recipe_from, save_refined
 from refiner.training import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,7 +115,7 @@ def refined_model(model, images, recipe: Recipe, keep: Path | None):
     folder = keep and keep / f"seed{recipe.seed}"
     if folder and (folder / "card.json").is_file():
         kept = refiner.load_model(folder)
-        if kept.refiner_card["refine_recipe"] == recipe_dict(recipe):
+        if recipe_from(kept.refiner_card["refine_recipe"]) == recipe:
             return kept, kept.refiner_card["seconds"]
     run = refiner.refine(model, images, recipe=recipe)
     if folder:

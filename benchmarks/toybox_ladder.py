@@ -25,7 +25,7 @@ from measured import block_report, header
 
 import refiner
 from refiner.files import write_json
-from refiner.refine import Recipe, complete_recipe, recipe_dict, refine
+from refiner.refine import Recipe, complete_recipe, recipe_from, refine
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/toybox_ladder")
@@ -54,7 +54,7 @@ def train_rung(name: str, seed: int, model_name: str) -> None:
     images = refiner.load_images("toybox", split="train")
     model = refiner.load_model(model_name)
     recipe = complete_recipe(rung_recipe(name, seed), model, images)
-    if (folder / "history.json").is_file() and kept_recipe(folder) == recipe_dict(recipe):
+    if (folder / "history.json").is_file() and recipe_from(kept_recipe(folder)) == recipe:
         return
     print(f"{name}, seed {seed}", flush=True)
     refine(model, images, recipe=recipe, out=folder, resume=(folder / "state.pt").is_file())

@@ -13,12 +13,16 @@ O output width, Q queue entries.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from refiner import parallel
+from refiner.training import draw
 
 Tensor = torch.Tensor
 
@@ -35,6 +39,7 @@ def nna_loss(
     swap_negatives: Tensor | None = None,
     reference_indexing: bool = False,
     per_head: bool = False,
+    first: int = 0,
 ) -> Tensor:
     """Nearest Neighbor Alignment (MIM-Refiner, section 3.2).
 
@@ -58,6 +63,8 @@ def nna_loss(
         reference_indexing: reproduce the authors' loop, which reads local view k from position k
             instead of G + k: self-pairs enter and the last G local views get no gradient.
         per_head: return [T] instead of its sum.
+        first: where targets of fewer samples than predictions begin among these: one process's
+            share of a batch, against the predictions gathered from all.
 
     Returns:
         A scalar: mean over pairs and samples, summed over heads.
@@ -74,8 +81,10 @@ def nna_loss(
             f"{list(predictions.shape)}, {list(targets.shape)}, {list(neighbors.shape)}"
         )
     t, v, b, o = predictions.shape
-    g = targets.shape[1]
-    weight_GV = _pair_weights(g, v, reference_indexing).to(predictions)
+    g, m = targets.shape[1:3]  # m = b but for a share of the batch
+    if first + m > b:
+        raise ValueError(f"targets {first} to {first + m} of only {b} predictions")
+    weight_GV = _pair_weights(g, v, reference_indexing, predictions.device)
 
     p_TVBO = F.normalize(predictions, dim=-1)
     z_TGBO = F.normalize(targets.detach(), dim=-1)
@@ -83,17 +92,19 @@ def nna_loss(
     negatives = z_TGBO if swap_negatives is None else F.normalize(swap_negatives.detach(), dim=-1)
 
     # One product gives the logits of every pair of views; then the diagonal gets the neighbors.
-    flat = torch.bmm(negatives.reshape(t, g * b, o), p_TVBO.reshape(t, v * b, o).mT) / temperature
-    logits_TGVBB = flat.reshape(t, g, b, v, b).transpose(2, 3)
-    positive_TGVB = (nn_TGBO[:, :, None] * p_TVBO[:, None]).sum(-1) / temperature
-    eye = torch.eye(b, dtype=torch.bool, device=predictions.device)
+    flat = torch.bmm(negatives.reshape(t, g * m, o), p_TVBO.reshape(t, v * b, o).mT) / temperature
+    logits_TGVBB = flat.reshape(t, g, m, v, b).transpose(2, 3)
+    own_TVBO = p_TVBO[:, :, first : first + m]
+    positive_TGVB = (nn_TGBO[:, :, None] * own_TVBO[:, None]).sum(-1) / temperature
+    eye = torch.eye(b, dtype=torch.bool, device=predictions.device)[first : first + m]
     logits_TGVBB = torch.where(eye, positive_TGVB[..., None], logits_TGVBB)
     loss_TGV = (logits_TGVBB.logsumexp(dim=-1) - positive_TGVB).mean(dim=-1)
-    loss_T = (loss_TGV * weight_GV).sum(dim=(1, 2))
+    loss_T = (loss_TGV * weight_GV.to(loss_TGV.dtype)).sum(dim=(1, 2))
     return loss_T if per_head else loss_T.sum()
 
 
-def _pair_weights(g: int, v: int, reference_indexing: bool) -> Tensor:
+@lru_cache(maxsize=8)  # on a GPU, copying it there at every step would make the host wait
+def _pair_weights(g: int, v: int, reference_indexing: bool, device: torch.device) -> Tensor:
     """How much each pair (global target, view) counts, [G, V], summing to 1."""
     if v < g or v < 2 or g < 1:
         raise ValueError(f"NNA needs a pair of different views; got {g} global of {v} views")
@@ -102,7 +113,7 @@ def _pair_weights(g: int, v: int, reference_indexing: bool) -> Tensor:
     if reference_indexing:
         weight[:, g:] = 0
         weight[:, : v - g] += 1  # their local loop starts at view 0
-    return weight / weight.sum()
+    return (weight / weight.sum()).to(device)
 
 
 # ---------------------------------------------------------------- the queue
@@ -159,7 +170,8 @@ class NeighborQueue(nn.Module):
 
     @torch.no_grad()
     def lookup(self, z: Tensor, sample_ids: Tensor, k: int = 1,
-               generator: torch.Generator | None = None) -> Neighbors:  # fmt: skip
+               generator: torch.Generator | None = None,
+               rows: tuple[int, int] | None = None) -> Neighbors:  # fmt: skip
         """One neighbor of each query, drawn uniformly from its k nearest queue entries.
 
         A query with no candidate (empty queue, or only its own entries) gets itself back, with
@@ -169,7 +181,9 @@ class NeighborQueue(nn.Module):
             z: [M, O] or [T, M, O]; M may be several views of the B samples, view after view.
             sample_ids: int64 [B]; entries with the query's own id are never returned.
             k: 1 gives the nearest (the paper's stage 2), 20 its stage 3.
-            generator: for the draw; on the device of z.
+            generator: for the draw.
+            rows: (first, total) when the B samples are some rows of a batch: the draws are those
+                that a lookup of the whole batch would make.
 
         Returns:
             A :class:`Neighbors`; without the head axis if z had none.
@@ -177,7 +191,8 @@ class NeighborQueue(nn.Module):
         stacked = z.dim() == 3
         z_TMO = F.normalize(z.detach() if stacked else z.detach()[None], dim=-1)
         t, m, o = z_TMO.shape
-        ids_M = sample_ids.repeat(m // len(sample_ids))
+        b = len(sample_ids)
+        ids_M = sample_ids.repeat(m // b)
         similarity_TMQ = torch.bmm(z_TMO.to(self.vectors.dtype), self.vectors.mT)
         forbidden_MQ = (ids_M[:, None] == self.ids) | (self.ids < 0)
         similarity_TMQ.masked_fill_(forbidden_MQ, -torch.inf)
@@ -185,8 +200,10 @@ class NeighborQueue(nn.Module):
         values_TMK, where_TMK = similarity_TMQ.topk(k, dim=-1)
         # With fewer than k candidates, draw among those that exist.
         candidates_TM = values_TMK.isfinite().sum(-1)
-        draw_TM = torch.rand(t, m, generator=generator, device=z.device) * candidates_TM
-        pick_TM1 = draw_TM.long().clamp(max=k - 1)[..., None]
+        first, total = rows or (0, b)
+        draw_TVB = draw(t, m // b, total, generator=generator, device=z.device)
+        draw_TM = draw_TVB[..., first : first + b].reshape(t, m)
+        pick_TM1 = (draw_TM * candidates_TM).long().clamp(max=k - 1)[..., None]
         value_TM, where_TM = (x.gather(-1, pick_TM1)[..., 0] for x in (values_TMK, where_TMK))
         found_TMO = self.vectors.gather(1, where_TM[..., None].expand(-1, -1, o)).to(z.dtype)
         none_TM = candidates_TM == 0
@@ -227,8 +244,10 @@ class StackedBatchNorm(nn.Module):
         if self.training:
             wide = x_TBF if x_TBF.dtype == torch.float64 else x_TBF.float()  # never in bf16
             var, mean = torch.var_mean(wide, dim=1, keepdim=True, correction=0)
+            if parallel.world() > 1:
+                mean, var = parallel.pooled_statistics(mean, var)
             with torch.no_grad():  # running averages, unbiased variance as in torch
-                b = x_TBF.shape[1]
+                b = x_TBF.shape[1] * parallel.world()
                 self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
                 self.var.lerp_((var * b / max(1, b - 1)).to(self.var.dtype), self.momentum)
         else:

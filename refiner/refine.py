@@ -3,35 +3,37 @@
 Alkin et al. 2025, arXiv 2402.10093. Instance-discrimination heads are attached to several late
 blocks. Stage 2 trains the heads on the frozen encoder (stage 1 was the masked pretraining);
 stage 3 trains the encoder with them. Views → blocks → heads → NNA loss; the queue feeds neighbors.
+What is done is decided in :mod:`refiner.recipe`; several processes share it by
+:mod:`refiner.parallel`.
 
 Shape legend: T heads, V views, G global views, B samples, N tokens, D encoder width, O output
-width.
+width, K patches kept.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from refiner import parallel
 from refiner.encoders import (
     Encoder,
-    check_refinable,
     embed,
     final_features,
-    has_class_token,
     keep_patches,
     pool,
-    prefix_tokens,
     run_block,
 )
 from refiner.files import write_json
@@ -43,175 +45,86 @@ from refiner.models import (
     read_checkpoint,
     save_model,
 )
+from refiner.recipe import (
+    Recipe,
+    complete_recipe,
+    head_loss_weights,
+    recipe_dict,
+    recipe_from,
+    swap_chance,
+)
 from refiner.training import (
     EMA,
+    Batches,
     autocast,
     batch_indices,
+    constant,
     cosine_schedule,
+    draw,
     load_state,
     machine,
     save_state,
     step_generator,
-    take,
 )
-from refiner.views import View, make_views
+from refiner.views import make_views
+from refiner.watch import Guard
+
+__all__ = [
+    "Recipe", "Refined", "Step", "complete_recipe", "freeze_first", "head_features", "load_heads",
+    "recipe_dict", "recipe_from", "refine", "refine_step", "save_refined", "swap_chance",
+    "view_features",
+]  # fmt: skip
 
 Tensor = torch.Tensor
-
-
-# ---------------------------------------------------------------- the recipe
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a refinement. Defaults follow the paper; presets adapt them.
-
-    Attributes:
-        blocks: which blocks get a head, counted from 0; None is the last third. The last block's
-            head reads the encoder's output, after the final norm.
-        pooling: "cls", "patch" (mean), or None for the class token where there is one.
-        hidden, predictor_hidden, out: widths of the heads, see :class:`refiner.heads.IDHeads`.
-        views: the random views of each image; the first ``global_views`` are targets too.
-        batch: images a step.
-        head_steps: steps of stage 2 (heads only).
-        steps: steps of stage 3 (encoder and heads).
-        head_lr, lr: peak learning rates of the two stages for a batch of 256; scaled linearly.
-        layer_decay: factor on the learning rate from each block to the one before it.
-        weight_decay, head_weight_decay: of the encoder's and the heads' matrices in stage 3.
-        warmup: share of each stage's steps.
-        frozen_blocks: this many first blocks, and the embedding, are not trained.
-        temperature: τ of the NNA loss.
-        queue: entries of the neighbor queue.
-        top_k: stage 3 draws among this many nearest; stage 2 takes the nearest.
-        swap: "neighbor" (NNA), "both" (NNCLR's swap of positives and negatives) or "none".
-        swap_from, swap_full: shares of stage 3 between which the chance to swap grows from 0 to
-            1. Neighbors are only useful once they are mostly right; (0, 0) swaps from the start.
-        ema: decay of the averaged encoder that is returned.
-        clip: largest gradient norm, None for no limit.
-        seed: of heads, batches, views and draws.
-    """
-
-    blocks: tuple[int, ...] | None = None
-    pooling: str | None = None
-    hidden: int = 2048
-    predictor_hidden: int = 4096
-    out: int = 256
-    views: tuple[View, ...] = (
-        View(blur=1.0),
-        View(blur=0.1, solarize=0.2),
-        *(View(size=96, scale=(0.05, 0.25), blur=0.5) for _ in range(10)),
-    )
-    global_views: int = 2
-    batch: int = 1024
-    head_steps: int = 25_000
-    steps: int = 37_500
-    head_lr: float = 2e-4
-    lr: float = 4e-4
-    layer_decay: float = 0.65
-    weight_decay: float = 0.05
-    head_weight_decay: float = 1e-5
-    warmup: float = 0.15
-    frozen_blocks: int = 0
-    temperature: float = 0.2
-    queue: int = 65_536
-    top_k: int = 20
-    swap: str = "neighbor"
-    swap_from: float = 0.0
-    swap_full: float = 0.0
-    ema: float = 0.9999
-    clip: float | None = None
-    seed: int = 0
-
-    @classmethod
-    def cpu(cls, *, size: int = 32, **changes) -> Recipe:
-        """About three minutes on two cores: small crops, few steps, first half frozen.
-
-        Toys are told apart by shape, so the views change every colour and crop gently. Half of a
-        large view's patches are dropped, which the paper does not do: it saves time, and a masked
-        autoencoder is used to it.
-
-        Args:
-            size: the model's image size; the small views have half of it.
-            **changes: other values for any attribute.
-        """
-        base = cls(
-            blocks=(8, 9, 10, 11), hidden=256, predictor_hidden=512, out=128,
-            views=_toy_views(size, keep=0.5), batch=128, head_steps=20, steps=160, head_lr=4e-3,
-            lr=6e-3, layer_decay=0.75, frozen_blocks=6, queue=4096, top_k=5, ema=0.98, warmup=0.1,
-            swap_from=0.3, swap_full=0.9,
-        )  # fmt: skip
-        return replace(base, **changes)
-
-    @classmethod
-    def gpu(cls, *, size: int = 32, **changes) -> Recipe:
-        """The full run on one GPU; up to 64 pixels the cpu preset's views, above the paper's.
-
-        Not yet run on a GPU: the numbers are the paper's, scaled to one card by its own rules.
-
-        Args:
-            size: the model's image size.
-            **changes: other values for any attribute.
-        """
-        base = cls(hidden=1024, predictor_hidden=2048, batch=512, head_steps=500, steps=6000,
-                   head_lr=1e-3, lr=1e-3, queue=8192, ema=0.999)  # fmt: skip
-        if size <= 64:
-            base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)
-        else:
-            scaled = {224: size, 96: 16 * round(size * 96 / 224 / 16)}
-            views = tuple(replace(view, size=scaled[view.size]) for view in base.views)
-            base = replace(base, views=views, hidden=2048, predictor_hidden=4096, queue=65_536)
-        return replace(base, **changes)
-
-
-def _toy_views(size: int, *, keep: float = 1.0) -> tuple[View, ...]:
-    """Two large and two small views whose colours say nothing."""
-    colour = {"jitter": 0.95, "brightness": 0.6, "contrast": 0.6, "saturation": 0.8, "hue": 0.5,
-              "gray": 0.4}  # fmt: skip
-    large = View(size=size, scale=(0.6, 1.0), keep=keep, **colour)
-    small = View(size=size // 2, scale=(0.3, 0.6), **colour)
-    return large, large, small, small
+# What a resumed run may do otherwise than before, as after a loss that was not finite.
+CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
 
 
 # ---------------------------------------------------------------- features of the views
 
 
 def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
-                  pooling: str = "cls", keep: float = 1.0, frozen_blocks: int = 0,
-                  generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+                  pooling: str | tuple[str, ...] = "cls", kept_BK: Tensor | None = None,
+                  frozen_blocks: int = 0, recompute: bool = False) -> Tensor:  # fmt: skip
     """Pooled output of the chosen blocks, [T, B, D], in one pass.
 
     Args:
         model: an encoder that takes any size (:func:`refiner.models.allow_any_size`).
         x_BCHW: normalised views of one size.
         blocks: indices from 0, ascending; the last block's is read after the final norm.
-        pooling: "cls" or "patch".
-        keep: share of patches that stay; the rest are dropped at random, per sample.
+        pooling: "cls" or "patch", or one for each of ``blocks``.
+        kept_BK: int64 [B, K], the patches that stay; None keeps all.
         frozen_blocks: the embedding and this many blocks run without gradient.
-        generator: for the drop, on the CPU.
+        recompute: run the other blocks again in the backward pass instead of storing activations.
     """
-    frozen = torch.no_grad() if frozen_blocks else nullcontext()
-    with frozen:
+    poolings = [pooling] * len(blocks) if isinstance(pooling, str) else pooling
+    reads = dict(zip(blocks, poolings, strict=True))
+    with torch.no_grad() if frozen_blocks else nullcontext():
         x_BND, context = embed(model, x_BCHW)
-        if keep < 1:
-            kept_BK = _draw_patches(x_BND, prefix_tokens(model), keep, generator)
+        if kept_BK is not None:
             x_BND, context = keep_patches(model, x_BND, context, kept_BK)
     pooled = []
     last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks[: max(blocks) + 1]):
         with torch.no_grad() if i < frozen_blocks else nullcontext():
-            x_BND = run_block(block, x_BND, context)
-        if i in blocks:
+            if recompute and i >= frozen_blocks and torch.is_grad_enabled():
+                x_BND = checkpoint(run_block, block, x_BND, context, use_reentrant=False)
+            else:
+                x_BND = run_block(block, x_BND, context)
+        if i in reads:
             take_out = final_features if i == last else pool
-            pooled.append(take_out(model, x_BND, pooling))
+            pooled.append(take_out(model, x_BND, reads[i]))
     return torch.stack(pooled)
 
 
-def _draw_patches(x_BND: Tensor, prefix: int, keep: float, generator) -> Tensor:
-    """Random patches that stay, int64 [B, K] on the tokens' device."""
-    b, n = len(x_BND), x_BND.shape[1] - prefix
-    count = max(1, round(n * keep))
-    order_BN = torch.rand(b, n, generator=generator).argsort(dim=1)[:, :count]
-    return order_BN.to(x_BND.device)
+def draw_patches(views: int, batch: int, patches: int, keep: float, *,
+                 generator: torch.Generator | None = None, rows: tuple[int, int] | None = None,
+                 device: torch.device | None = None) -> Tensor:  # fmt: skip
+    """Random patches that stay, int64 [views * B, K], other ones for each view and sample."""
+    first, total = rows or (0, batch)
+    chance_VBN = draw(views, total, patches, generator=generator)[:, first : first + batch]
+    count = max(1, round(patches * keep))
+    return chance_VBN.flatten(0, 1).argsort(dim=1)[:, :count].to(device)
 
 
 def view_features(
@@ -221,17 +134,23 @@ def view_features(
     *,
     frozen_blocks: int,
     generator: torch.Generator | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """Features of all views, [T, V, B, D]; views of one size share a forward pass."""
     groups: dict[tuple[int, float], list[int]] = {}
     for position, spec in enumerate(recipe.views):
         groups.setdefault((spec.size, spec.keep), []).append(position)
     features: list[Tensor] = [torch.empty(0)] * len(views)
-    for (_, keep), members in groups.items():
+    for (size, keep), members in groups.items():
         batch = torch.cat([views[m] for m in members])
+        kept_BK = None
+        if keep < 1:
+            patches = (size // model.patch_embed.patch_size[0]) ** 2
+            kept_BK = draw_patches(len(members), len(views[0]), patches, keep,
+                                   generator=generator, rows=rows, device=batch.device)  # fmt: skip
         out_TMD = head_features(
-            model, batch, recipe.blocks, pooling=recipe.pooling, keep=keep,
-            frozen_blocks=frozen_blocks, generator=generator,
+            model, batch, recipe.blocks, pooling=recipe.pooling, kept_BK=kept_BK,
+            frozen_blocks=frozen_blocks, recompute=recipe.checkpoint,
         )  # fmt: skip
         for member, chunk in zip(members, out_TMD.chunk(len(members), dim=1), strict=True):
             features[member] = chunk
@@ -243,11 +162,22 @@ def view_features(
 
 @dataclass
 class Step:
-    """Loss and observations of one step: all [T] tensors on the device."""
+    """Loss and observations of one step: all [T] tensors on the device.
+
+    Attributes:
+        loss: NNA loss of this process's samples.
+        similarity: mean cosine similarity of the neighbors.
+        neighbor_accuracy: share of neighbors with their query's label; None without labels.
+        age: how many steps ago the neighbors entered the queue, in the mean.
+        spread: standard deviation of the normalised projections over samples, times √O: 1 when
+            they point everywhere, 0 when all are the same.
+    """
 
     loss: Tensor
     similarity: Tensor
     neighbor_accuracy: Tensor | None
+    age: Tensor
+    spread: Tensor
 
 
 def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor, ids: Tensor,
@@ -255,52 +185,71 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor, ids
                 labels: Tensor | None = None) -> Step:  # fmt: skip
     """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
 
+    With several processes each hands in its rows of the batch and the ids of the whole one. The
+    batch's loss is the mean of the processes' losses, its gradient the mean of their gradients.
+
     Args:
-        pixels: uint8 [B, 3, H, W] on the device.
-        ids: int64 [B] sample ids on the device.
+        pixels: uint8 [b, 3, H, W] on the device.
+        ids: int64 [B] sample ids on the device; b = B with one process.
         stage: 2 keeps the encoder out of the graph.
         swap_chance: probability that a sample's target is swapped for its neighbor.
+        generator: of views and draws; on the device it is fastest.
         labels: int64 [all samples] on the device; only watched, never learned from.
     """
+    first, count = parallel.rows(len(ids))
+    rows, own = (first, len(ids)), ids[first : first + count]
     pre = model.refiner_card["preprocessing"]
-    mean, std = (torch.tensor(pre[k], device=pixels.device)[:, None, None] for k in ("mean", "std"))
-    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator)]
+    mean, std = (constant(tuple(pre[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
+    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator, rows=rows)]
     frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
     with torch.no_grad() if stage == 2 else nullcontext():
-        x_TVBD = view_features(model, views, recipe, frozen_blocks=frozen, generator=generator)
+        x_TVBD = view_features(
+            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
+        )
     z_TVBO, p_TVBO = heads(x_TVBD)
 
     t, _, b, o = z_TVBO.shape
     g = recipe.global_views
     targets = z_TVBO[:, :g].detach().float()
     found = queue.lookup(
-        targets.reshape(t, g * b, o), ids, k=1 if stage == 2 else recipe.top_k,
-        generator=generator if pixels.device.type == "cpu" else None,
+        targets.reshape(t, g * b, o), own, k=1 if stage == 2 else recipe.top_k,
+        generator=generator, rows=rows,
     )  # fmt: skip
     neighbors = found.vectors.reshape(t, g, b, o)
     if recipe.swap == "none":
         swap_chance = 0.0
     if swap_chance < 1:
-        swapped = torch.rand(1, g, b, 1, generator=generator).to(targets.device) < swap_chance
+        chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
+        swapped = chance[:, :, first : first + b] < swap_chance
         neighbors = torch.where(swapped, neighbors, targets)
     loss_T = nna_loss(
-        p_TVBO.float(), targets, neighbors, temperature=recipe.temperature, per_head=True,
+        parallel.gather(p_TVBO, dim=2).float(), targets, neighbors, first=first, per_head=True,
+        temperature=recipe.temperature,
         swap_negatives=neighbors if recipe.swap == "both" else None,
     )  # fmt: skip
-    accuracy = None
-    if labels is not None:
-        same = labels[queue.ids[found.positions]] == labels[ids].repeat(g)
-        accuracy = (same & (found.positions >= 0)).float().mean(dim=1)
-    queue.push(targets[:, 0], ids)
-    return Step(loss_T, found.similarity.mean(dim=1), accuracy)
+    step = Step(loss_T, found.similarity.mean(dim=1), _right(found, queue, labels, own, g),
+                _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
+    queue.push(parallel.gather(targets[:, 0], dim=1), ids)
+    return step
 
 
-def swap_chance(recipe: Recipe, step: int) -> float:
-    """Probability to swap at a step of stage 3: a ramp from ``swap_from`` to ``swap_full``."""
-    share = step / max(1, recipe.steps)
-    if share >= recipe.swap_full:
-        return 1.0
-    return max(0.0, (share - recipe.swap_from) / (recipe.swap_full - recipe.swap_from))
+def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):
+    """Share of the neighbors with their query's label, [T]."""
+    if labels is None:
+        return None
+    same = labels[queue.ids[found.positions]] == labels[own].repeat(g)
+    return (same & (found.positions >= 0)).float().mean(dim=1)
+
+
+def _age(found, queue: NeighborQueue) -> Tensor:
+    """Steps since the neighbors were pushed, [T]; a query that found nobody counts 0."""
+    age_TM = queue.pushes - queue.born[found.positions]
+    return torch.where(found.positions >= 0, age_TM, 0).float().mean(dim=1)
+
+
+def _spread(z_TBO: Tensor) -> Tensor:
+    deviation_TO = F.normalize(z_TBO, dim=-1).std(dim=1, correction=0)
+    return deviation_TO.mean(dim=1) * math.sqrt(z_TBO.shape[-1])
 
 
 # ---------------------------------------------------------------- the two stages
@@ -314,9 +263,9 @@ class Refined:
         model: the refined encoder (averaged weights), eval mode; the input model is untouched.
         heads: the trained heads.
         queue: the neighbor queue as it was at the end.
-        history: one dict per logged step: stage, step, loss and similarity per head,
-            neighbor_accuracy per head (None without labels), lr, seconds, and what ``evaluate``
-            returned.
+        history: one dict per logged step: stage, step, loss, similarity, age, spread (see
+            :class:`Step`) and neighbor_accuracy per head (None without labels), lr, seconds, and
+            what ``evaluate`` returned.
         recipe: with blocks and pooling filled in.
     """
 
@@ -336,6 +285,7 @@ def refine(
     resume: bool = False,
     evaluate: Callable[[Encoder], dict] | None = None,
     evaluate_every: int = 0,
+    watch: Sequence[Callable[[list[dict]], None]] = (),
     save_every: int = 100,
     log_every: int = 10,
     device: str | torch.device | None = None,
@@ -343,14 +293,23 @@ def refine(
 ) -> Refined:
     """Refines a masked-image model with ID heads and Nearest Neighbor Alignment.
 
+    Called in several processes at once (``accelerate launch``, ``torchrun``, or accelerate's
+    ``notebook_launcher``), with the same arguments in each, they share every batch and end with the
+    same model; the first one writes.
+
     Args:
         model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
         images: an ImageSet or uint8 [N, 3, H, W]. Labels are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
-        out: folder for the refined model, heads, ``history.json`` and the training state.
-        resume: go on from the state in ``out``.
-        evaluate: called with the averaged encoder; its dict of numbers goes into the history.
+        out: folder for the refined model, heads, ``history.json`` and the training state, of which
+            the last two are kept.
+        resume: go on from the state in ``out``; ``lr``, ``head_lr``, ``clip``, ``checkpoint`` and
+            ``compile`` may be others than before.
+        evaluate: called with the averaged encoder; its dict of numbers goes into the history
+            (:func:`refiner.watch.online_knn` makes one).
         evaluate_every: steps of stage 3 between evaluations; 0 evaluates never.
+        watch: each is called with the history after every logged step
+            (:class:`refiner.watch.LiveFigure`, :class:`refiner.watch.TensorBoard`).
         save_every, log_every: steps.
         device: default CUDA if there is one, else CPU.
         progress: show a bar with the loss, the neighbors' accuracy and the remaining time.
@@ -360,10 +319,31 @@ def refine(
 
     Raises:
         ValueError: for data or recipes that do not fit, before training starts.
-        FloatingPointError: when the loss is no longer finite; the last saved state is kept.
+        FloatingPointError: when the loss is no longer finite.
+        refiner.watch.Collapse: when all projections became the same. Both keep the saved states.
     """
+    device = parallel.join(device)
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = begin(model, recipe, device)
+    trainer = Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device,
+                      watch)  # fmt: skip
+    if resume:
+        trainer.restore()
+    total = recipe.head_steps + recipe.steps
+    with tqdm(total=total, initial=trainer.done, desc="refining", unit="step", mininterval=1.0,
+              disable=not progress or parallel.rank() > 0) as bar:  # fmt: skip
+        trainer.train(bar)
+    trainer.ema.copy_to(run.model)
+    run.model = copy_model(run.model) if recipe.compile else run.model  # a copy is not compiled
+    run.model.eval()
+    if out and parallel.rank() == 0:
+        save_refined(run, Path(out), model)
+    parallel.wait()
+    return run
+
+
+def begin(model: Encoder, recipe: Recipe, device: torch.device) -> Refined:
+    """A run before its first step: a copy of the encoder, fresh heads, an empty queue."""
     student = allow_any_size(copy_model(model)).to(device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -371,42 +351,56 @@ def refine(
             len(recipe.blocks), student.embed_dim, hidden=recipe.hidden,
             predictor_hidden=recipe.predictor_hidden, out=recipe.out,
         ).to(device).train()  # fmt: skip
+    if recipe.compile:
+        for block in student.blocks:
+            block.compile()
     queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks)).to(device)
-    run = Refined(student, heads, queue, recipe)
-    trainer = _Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device)
-    if resume:
-        trainer.restore()
-    total = recipe.head_steps + recipe.steps
-    with tqdm(total=total, initial=trainer.done, desc="refining", unit="step",
-              disable=not progress, mininterval=1.0) as bar:  # fmt: skip
-        trainer.run_stage(2, bar)
-        trainer.run_stage(3, bar)
-    trainer.ema.copy_to(student)
-    student.eval()
-    if out:
-        save_refined(run, Path(out), model)
-    return run
+    return Refined(student, heads, queue, recipe)
 
 
-class _Trainer:
+class Trainer:
     """The loop's state: what one step hands to the next, and what a checkpoint holds."""
 
-    def __init__(self, run, images, out, evaluate, evaluate_every, save_every, log_every, device):
+    def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=100,
+                 log_every=10, device="cpu", watch=()):  # fmt: skip
         self.run, self.out = run, Path(out) if out else None
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.save_every, self.log_every, self.device = save_every, log_every, device
+        self.save_every, self.log_every, self.device = save_every, log_every, torch.device(device)
+        self.watch, self.guard = watch, Guard(run.recipe, self.out)
+        recipe = run.recipe
+        first, count = parallel.rows(recipe.batch)
+        self.mine = slice(first, first + count)
         pixels = getattr(images, "images", images)
-        self.pixels = pixels.to(device) if isinstance(pixels, Tensor) else pixels
+        parallel.check_same(len(pixels), "the number of images")
+        self.total = recipe.head_steps + recipe.steps
+        self.batches = Batches(
+            pixels.to(device) if isinstance(pixels, Tensor) else pixels,
+            lambda step: self.indices(step)[self.mine], self.device, steps=self.total,
+        )  # fmt: skip
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
-        self.ema = EMA(run.model, run.recipe.ema)
+        self.ema = EMA(run.model, recipe.ema)
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
         self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
+
+    def indices(self, step: int) -> Tensor:
+        """The whole batch of a step, the same in every process."""
+        recipe = self.run.recipe
+        return batch_indices(len(self.batches.pixels), recipe.batch, seed=recipe.seed, step=step)
+
+    def train(self, bar) -> None:
+        try:
+            self.run_stage(2, bar)
+            self.run_stage(3, bar)
+        finally:
+            self.batches.close()
 
     def run_stage(self, stage: int, bar) -> None:
         recipe = self.run.recipe
         first = 0 if stage == 2 else recipe.head_steps
         steps = recipe.head_steps if stage == 2 else recipe.steps
+        if stage == 3:
+            self.optimizers.pop(2, None)  # its averages are as large as the heads, twice
         for step in range(max(self.done - first, 0), steps):
             self.one_step(stage, step, steps, bar)
             self.done = first + step + 1
@@ -418,23 +412,17 @@ class _Trainer:
         run, recipe = self.run, self.run.recipe
         run.model.train(stage == 3)
         optimizer = self.optimizers[stage]
-        scale = recipe.batch / 256
-        peak = (recipe.head_lr if stage == 2 else recipe.lr) * scale
-        lr = cosine_schedule(step, total=steps, warmup=int(recipe.warmup * steps), peak=peak)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        index = batch_indices(len(self.pixels), recipe.batch, seed=recipe.seed, step=self.done)
-        chance = 1.0 if stage == 2 else swap_chance(recipe, step)
-        with autocast(self.device):
-            result = refine_step(
-                run.model, run.heads, run.queue, take(self.pixels, index, self.device),
-                index.to(self.device), recipe, stage=stage, swap_chance=chance,
-                generator=step_generator(recipe.seed, self.done), labels=self.labels,
-            )  # fmt: skip
+        lr = self.set_rate(optimizer, stage, step, steps)
+        result = self.forward(stage, step)
+        weights = None if stage == 2 else head_loss_weights(recipe, step)
+        loss_T = result.loss
+        if weights is not None:
+            loss_T = loss_T * torch.tensor(weights).to(loss_T.device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        result.loss.sum().backward()
+        loss_T.sum().backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parallel.average_gradients(parameters)
         if recipe.clip:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         if stage == 3:
@@ -443,72 +431,97 @@ class _Trainer:
         if (step + 1) % self.log_every == 0 or last:
             self.log(result, stage, step + 1, lr, bar)
         if self.evaluate_every and stage == 3 and ((step + 1) % self.evaluate_every == 0 or last):
-            run.history[-1] |= self.evaluate_average()
+            self.evaluate_average()
+
+    def set_rate(self, optimizer, stage: int, step: int, steps: int) -> float:
+        """Sets the step's learning rate and returns it (the heads')."""
+        recipe = self.run.recipe
+        peak = (recipe.head_lr if stage == 2 else recipe.lr) * (recipe.batch / 256)
+        share = recipe.warmup
+        if stage == 2 and recipe.head_warmup is not None:
+            share = recipe.head_warmup
+        warmup = int(share * steps + 1e-6)  # 4 / 30 of 30 epochs are 4 epochs, rounding or not
+        lr = cosine_schedule(step, total=steps, warmup=warmup, peak=peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def forward(self, stage: int, step: int) -> Step:
+        run, recipe = self.run, self.run.recipe
+        ids = self.indices(self.done).to(self.device, non_blocking=True)
+        with autocast(self.device):
+            return refine_step(
+                run.model, run.heads, run.queue, self.batches[self.done], ids, recipe,
+                stage=stage, swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
+                generator=step_generator(recipe.seed, self.done, self.device), labels=self.labels,
+            )  # fmt: skip
 
     def log(self, result: Step, stage: int, step: int, lr: float, bar) -> None:
-        loss = result.loss.detach()
-        if not bool(loss.isfinite().all()):
-            raise FloatingPointError(
-                f"the loss is not finite at stage {stage}, step {step}; try a lower learning rate. "
-                + (f"The last good state is in {self.out}." if self.out else "")
-            )
-        accuracy = result.neighbor_accuracy
-        entry = {
-            "stage": stage,
-            "step": step,
-            "loss": loss.tolist(),
-            "similarity": result.similarity.tolist(),
-            "neighbor_accuracy": None if accuracy is None else accuracy.tolist(),
-            "lr": lr,
-            "seconds": round(self.before + time.monotonic() - self.began, 1),
-        }
+        names = [f.name for f in fields(Step) if getattr(result, f.name) is not None]
+        seen = torch.stack([getattr(result, name).detach().float() for name in names])
+        entry = {"stage": stage, "step": step, "loss": None, "similarity": None,
+                 "neighbor_accuracy": None}  # fmt: skip
+        entry |= dict(zip(names, parallel.average(seen).tolist(), strict=True))
+        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 1)}
+        self.guard.check(entry)
         self.run.history.append(entry)
-        shown = {"stage": stage, "loss": f"{loss.mean():.3f}"}
-        if accuracy is not None:
-            shown["neighbors right"] = f"{accuracy[-1]:.0%}"
+        shown = {"stage": stage, "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}
+        if entry["neighbor_accuracy"] is not None:
+            shown["neighbors right"] = f"{entry['neighbor_accuracy'][-1]:.0%}"
         bar.set_postfix(shown)
+        if parallel.rank() == 0:
+            for watcher in self.watch:
+                watcher(self.run.history)
 
-    def evaluate_average(self) -> dict:
+    def evaluate_average(self) -> None:
         """Runs the user's evaluation on the averaged weights, then puts the trained ones back."""
+        if parallel.rank():
+            return
         model = self.run.model
         trained = {k: v.clone() for k, v in model.state_dict().items()}
         self.ema.copy_to(model)
         model.eval()
-        result = self.evaluate(model)
+        self.run.history[-1] |= self.evaluate(model)
         model.load_state_dict(trained)
-        return result
+        for watcher in self.watch:
+            watcher(self.run.history)
 
     def save(self) -> None:
         run = self.run
-        save_state(
-            self.out / "state.pt",
-            {
-                "done": self.done,
-                "recipe": recipe_dict(run.recipe),
-                "model": run.model.state_dict(),
-                "heads": run.heads.state_dict(),
-                "queue": run.queue.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizers": {str(s): o.state_dict() for s, o in self.optimizers.items()},
-                "history": run.history,
-            },
-        )
+        self.guard.check_weights(run.model, run.heads)
+        if parallel.rank():
+            return
+        state = {
+            "done": self.done,
+            "recipe": recipe_dict(run.recipe),
+            "model": run.model.state_dict(),
+            "heads": run.heads.state_dict(),
+            "queue": run.queue.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": {str(s): o.state_dict() for s, o in self.optimizers.items()},
+            "history": run.history,
+        }
+        save_state(self.out / "state.pt", state, keep_previous=True)
 
     def restore(self) -> None:
         run = self.run
         state = load_state((self.out or Path(".")) / "state.pt")
-        if state["recipe"] != recipe_dict(run.recipe):
+        saved = recipe_from(state["recipe"])
+        others = [f.name for f in fields(Recipe)
+                  if getattr(saved, f.name) != getattr(run.recipe, f.name)]  # fmt: skip
+        others = [name for name in others if name not in CHANGEABLE]
+        if others:
             raise ValueError(
-                f"cannot resume {self.out}: its recipe is another one; use the same settings, "
-                "or start again without --resume"
+                f"cannot resume {self.out}: its recipe is another one ({', '.join(others)}); "
+                "use the same settings, or start again without --resume"
             )
         run.model.load_state_dict(state["model"])
         run.heads.load_state_dict(state["heads"])
         run.queue.load_state_dict(state["queue"])
         self.ema.load_state_dict(state["ema"])
         self.ema.shadow = {k: v.to(self.device) for k, v in self.ema.shadow.items()}
-        for stage, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][str(stage)])
+        for stage, optimizer in state["optimizers"].items():
+            self.optimizers[int(stage)].load_state_dict(optimizer)
         run.history[:] = state["history"]
         self.done = state["done"]
         self.before = run.history[-1]["seconds"] if run.history else 0.0
@@ -545,54 +558,7 @@ def freeze_first(model: Encoder, blocks: int) -> None:
                 getattr(model, name).requires_grad_(False)
 
 
-# ---------------------------------------------------------------- checks, saving
-
-
-def recipe_dict(recipe: Recipe) -> dict:
-    """The recipe as plain JSON types."""
-    return json.loads(json.dumps(asdict(recipe)))
-
-
-def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
-    """Fills in blocks and pooling and checks the recipe against model and data.
-
-    Raises:
-        ValueError: in one sentence, for what would fail later.
-    """
-    check_refinable(model)
-    depth = len(model.blocks)
-    blocks = recipe.blocks
-    if blocks is None:
-        blocks = tuple(range(depth - max(1, round(depth / 3)), depth))
-    blocks = tuple(sorted(depth + b if b < 0 else b for b in blocks))
-    if not blocks or len(set(blocks)) < len(blocks) or blocks[0] < 0 or blocks[-1] >= depth:
-        raise ValueError(
-            f"heads on blocks {list(blocks)}: choose different blocks from 0 to {depth - 1}"
-        )
-    if blocks[0] < recipe.frozen_blocks - 1:
-        raise ValueError(
-            f"a head on block {blocks[0]} trains nothing when {recipe.frozen_blocks} blocks are "
-            "frozen; freeze fewer blocks or move the head up"
-        )
-    has_cls = has_class_token(model)
-    pooling = recipe.pooling or ("cls" if has_cls else "patch")
-    if pooling not in ("cls", "patch") or (pooling == "cls" and not has_cls):
-        raise ValueError(f"pooling {pooling!r} does not exist for this model; use 'patch' or 'cls'")
-    if recipe.swap not in ("neighbor", "both", "none"):
-        raise ValueError(f"swap {recipe.swap!r}: choose 'neighbor', 'both' or 'none'")
-    patch = model.patch_embed.patch_size[0]
-    for view in recipe.views:
-        if view.size % patch:
-            raise ValueError(f"a view of {view.size} pixels is no multiple of the patch of {patch}")
-    if len(recipe.views) < 2 or not 1 <= recipe.global_views <= len(recipe.views):
-        raise ValueError("a recipe needs at least two views, and one to all of them global")
-    n = len(getattr(images, "images", images))
-    if n < recipe.batch:
-        raise ValueError(
-            f"{n} images are fewer than one batch of {recipe.batch}; "
-            "give more images or a smaller batch"
-        )
-    return replace(recipe, blocks=blocks, pooling=pooling)
+# ---------------------------------------------------------------- saving and loading
 
 
 def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
@@ -645,10 +611,3 @@ def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, Neighb
     queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
     queue.load_state_dict(parts["queue"])
     return heads.eval(), queue, recipe
-
-
-def recipe_from(values: dict) -> Recipe:
-    """The recipe that :func:`recipe_dict` wrote down."""
-    pair = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
-    views = tuple(View(**{k: pair(v) for k, v in view.items()}) for view in values["views"])
-    return Recipe(**{k: pair(v) for k, v in values.items() if k != "views"}, views=views)

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +60,64 @@ def batch_indices(n: int, batch: int, *, seed: int, step: int) -> Tensor:
     return torch.from_numpy(order[position * batch : (position + 1) * batch])
 
 
+def draw(*shape: int, generator: torch.Generator | None = None,
+         device: torch.device | None = None) -> Tensor:  # fmt: skip
+    """Uniform numbers from 0 to 1, drawn where the generator lives and given on ``device``.
+
+    With a generator on the GPU nothing travels, and the host need not wait.
+    """
+    home = device if generator is None else generator.device
+    return torch.rand(*shape, generator=generator, device=home).to(device or home)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A small float tensor that is copied to a device once, not at every step."""
+    return torch.tensor(values, device=device)
+
+
 def take(pixels, index: Tensor, device: torch.device) -> Tensor:
     """The images of one step on the device; a tensor that lies there already is not copied."""
     on_device = isinstance(pixels, Tensor) and pixels.device.type == device.type
-    return pixels[index.to(device)] if on_device else pixels[index].to(device)
+    if on_device:
+        return pixels[index.to(device, non_blocking=True)]
+    chosen = pixels[index]
+    return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen
+
+
+class Batches:
+    """The images of each step; files are decoded ahead of it by a thread.
+
+    Args:
+        pixels: a tensor, or images that are read when indexed.
+        index: gives a step's indices.
+        device: where the images shall be.
+        steps: no batch is prepared from this step on.
+        ahead: batches that are prepared while a step runs.
+    """
+
+    def __init__(self, pixels, index: Callable[[int], Tensor], device: torch.device, *,
+                 steps: int, ahead: int = 2):  # fmt: skip
+        self.pixels, self.index, self.device, self.steps = pixels, index, device, steps
+        self.ahead = 0 if isinstance(pixels, Tensor) else ahead
+        self.pool = ThreadPoolExecutor(1) if self.ahead else None
+        self.coming: dict[int, Future] = {}
+
+    def __getitem__(self, step: int) -> Tensor:
+        if self.pool is None:
+            return self._take(step)
+        for soon in range(step, min(step + 1 + self.ahead, self.steps)):
+            if soon not in self.coming:
+                self.coming[soon] = self.pool.submit(self._take, soon)
+        return self.coming.pop(step).result()
+
+    def _take(self, step: int) -> Tensor:
+        return take(self.pixels, self.index(step), self.device)
+
+    def close(self) -> None:
+        """Ends the thread; what it had begun is thrown away."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
 
 
 def autocast(device: torch.device):
@@ -100,22 +159,65 @@ class EMA:
         self.shadow, self.updates = state["shadow"], state["updates"]
 
 
-def save_state(path: str | Path, state: dict) -> None:
-    """Writes a training state atomically."""
+def save_state(path: str | Path, state: dict, *, keep_previous: bool = False) -> None:
+    """Writes a training state atomically and durably.
+
+    Args:
+        path: the file.
+        state: tensors and plain containers.
+        keep_previous: the state that was there stays as ``<name>.previous<suffix>``.
+
+    Raises:
+        OSError: when it cannot be written (a full disk); the states that were there stay.
+    """
+    path = Path(path)
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a power cut leaves an empty file
+        except RuntimeError as error:  # torch's writer hides the reason, a full disk in the main
+            raise OSError(f"cannot write {path}: is the disk full? ({error})") from error
+        if keep_previous and path.is_file():
+            with replacing(previous_state(path)) as second:
+                second.unlink()
+                _same_file(path, second)
+
+
+def _same_file(old: Path, new: Path) -> None:
+    """A second name for a file, or a copy of it where the file system knows no hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        new.write_bytes(old.read_bytes())
+
+
+def previous_state(path: Path) -> Path:
+    """Where the state before the last one lies."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load_state(path: str | Path) -> dict:
-    """Reads a training state; tensors and plain containers only, no code is run.
+    """Reads a training state, or the one before it where that is damaged or missing.
+
+    Tensors and plain containers only; no code is run.
 
     Raises:
         FileNotFoundError: when there is nothing to resume from, saying so.
+        OSError: when what is there cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
+    there = [p for p in (path, previous_state(path)) if p.is_file()]
+    if not there:
         raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without --resume")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    for file in there:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            broken = error
+            warnings.warn(f"{file} is damaged ({error})", stacklevel=2)
+    raise OSError(f"cannot read {path}: {broken}")
 
 
 def machine() -> dict[str, object]:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
+
+from refiner.training import constant, draw
 
 Tensor = torch.Tensor
 
@@ -58,11 +61,11 @@ class View:
 
 
 def _uniform(n: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
-    return low + (high - low) * torch.rand(n, generator=generator)
+    return low + (high - low) * draw(n, generator=generator)
 
 
 def _chance(n: int, p: float, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(n, generator=generator) < p
+    return draw(n, generator=generator) < p
 
 
 def crop_boxes(
@@ -83,8 +86,8 @@ def crop_boxes(
     aspect = _uniform(n, math.log(ratio[0]), math.log(ratio[1]), generator).exp()
     w = (area * aspect).sqrt().clamp(max=width)
     h = (area / aspect).sqrt().clamp(max=height)
-    x0 = torch.rand(n, generator=generator) * (width - w)
-    y0 = torch.rand(n, generator=generator) * (height - h)
+    x0 = draw(n, generator=generator) * (width - w)
+    y0 = draw(n, generator=generator) * (height - h)
     return torch.stack([x0, y0, x0 + w, y0 + h], dim=1)
 
 
@@ -110,19 +113,19 @@ def colour_matrices(n: int, view: View, generator: torch.Generator | None = None
     Order: brightness, contrast, saturation, hue, gray. torchvision shuffles the first four and
     clamps between them; here nothing is clamped before the end, which keeps them one linear map.
     """
-    gray_3 = torch.tensor(_GRAY)
-    eye_33 = torch.eye(3).expand(n, 3, 3)
-    to_gray_33 = gray_3.expand(3, 3)
     jitter_n = _chance(n, view.jitter, generator)
+    gray_3 = constant(_GRAY, jitter_n.device)
+    eye_33 = torch.eye(3, device=jitter_n.device).expand(n, 3, 3)
+    to_gray_33 = gray_3.expand(3, 3)
 
     def factor(strength: float) -> Tensor:
         drawn = _uniform(n, max(0.0, 1 - strength), 1 + strength, generator)
-        return torch.where(jitter_n, drawn, torch.ones(()))[:, None, None]
+        return torch.where(jitter_n, drawn, 1.0)[:, None, None]
 
     brightness, contrast, saturation = map(
         factor, (view.brightness, view.contrast, view.saturation)
     )
-    turns = torch.where(jitter_n, _uniform(n, -view.hue, view.hue, generator), torch.zeros(()))
+    turns = torch.where(jitter_n, _uniform(n, -view.hue, view.hue, generator), 0.0)
     saturate = saturation * eye_33 + (1 - saturation) * to_gray_33
     grayed = _chance(n, view.gray, generator)[:, None, None]
     colour = _hue_rotation(turns) @ saturate
@@ -130,32 +133,45 @@ def colour_matrices(n: int, view: View, generator: torch.Generator | None = None
     # contrast * (b * x) + (1 - contrast) * b * mean, then colour; gray is a fixed point of colour.
     pixel = colour @ (eye_33 * (brightness * contrast))
     mean = ((1 - contrast) * brightness).expand(n, 3, 1)
-    return torch.cat([pixel, mean, torch.zeros(n, 3, 1)], dim=2)
+    return torch.cat([pixel, mean, torch.zeros_like(mean)], dim=2)
 
 
 def _hue_rotation(turns: Tensor) -> Tensor:
     """Rotation of the colour plane of YIQ by an angle, as RGB matrices [n, 3, 3]."""
-    to_yiq = torch.tensor([_GRAY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    to_yiq, to_rgb = (constant(rows, turns.device) for rows in _yiq())
     cos, sin = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1)
-    return torch.linalg.inv(to_yiq) @ rotation.reshape(-1, 3, 3) @ to_yiq
+    return to_rgb @ rotation.reshape(-1, 3, 3) @ to_yiq
+
+
+@lru_cache(maxsize=1)
+def _yiq() -> tuple[tuple, tuple]:
+    """The matrix from RGB to YIQ and its inverse, as numbers."""
+    to_yiq = torch.tensor([_GRAY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    return tuple(
+        tuple(tuple(row) for row in m.tolist()) for m in (to_yiq, torch.linalg.inv(to_yiq))
+    )
 
 
 def _jitter(images: Tensor, matrices: Tensor) -> Tensor:
     b, c, h, w = images.shape
     matrices = matrices.to(images)
-    gray = torch.tensor(_GRAY).to(images)
+    gray = constant(_GRAY, images.device).to(images.dtype)
     mean_B1 = torch.einsum("bchw,c->b", images, gray)[:, None] / (h * w)
     offset_B31 = matrices[:, :, 3:4] * mean_B1[:, None] + matrices[:, :, 4:5]
     pixels = torch.baddbmm(offset_B31, matrices[:, :, :3], images.reshape(b, c, h * w))
     return pixels.reshape(b, c, h, w).clamp(0, 1)
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with one standard deviation (pixels) a sample, reflected at the border."""
+def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
+    """Gaussian blur with one standard deviation (pixels) a sample, reflected at the border.
+
+    The kernel reaches three times ``largest``: a radius from the samples' own largest would make
+    the result depend on who shares the batch, and the host wait for a GPU.
+    """
     b, c, h, w = images.shape
-    radius = max(1, min(math.ceil(3 * float(sigma.max())), h - 1))
+    radius = max(1, min(math.ceil(3 * largest), h - 1))
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = (-0.5 * (offsets / sigma.to(images)[:, None].clamp(min=1e-3)).square()).exp()
     kernel_BK = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, dim=0)
@@ -164,36 +180,54 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(x, kernel_BK[:, None, None, :], groups=b * c).reshape(b, c, h, w)
 
 
-def make_view(images: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
+def make_view(images: Tensor, view: View, generator: torch.Generator | None = None, *,
+              rows: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
     """One random view of each image.
 
     Args:
         images: uint8 [B, 3, H, W], or float in 0..1.
         view: what to do.
-        generator: a CPU generator; the same state gives the same views.
+        generator: the same state gives the same views; on the images' device it is fastest.
+        rows: (first, total) when the images are some rows of a batch: they get the views that they
+            get in the whole batch.
 
     Returns:
         float32 [B, 3, view.size, view.size] in 0..1 on the images' device.
     """
     b, _, h, w = images.shape
+    first, n = rows or (0, b)
+    mine = slice(first, first + b)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = crop(x, crop_boxes(b, h, w, view.scale, view.ratio, generator), view.size)
-    flip = _chance(b, view.flip, generator).to(x.device)
+    x = crop(x, crop_boxes(n, h, w, view.scale, view.ratio, generator)[mine], view.size)
+    flip = _chance(n, view.flip, generator)[mine].to(x.device)
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     if view.jitter or view.gray:
-        x = _jitter(x, colour_matrices(b, view, generator))
+        x = _jitter(x, colour_matrices(n, view, generator)[mine])
     if view.blur:
-        at = _chance(b, view.blur, generator).nonzero()[:, 0]
-        sigma = _uniform(len(at), *view.sigma, generator) * view.size / 224
-        if len(at):
-            x = x.index_copy(0, at.to(x.device), _blur(x[at.to(x.device)], sigma))
+        x = _blurred(x, _chance(n, view.blur, generator), view, generator, mine)
     if view.solarize:
-        flip = _chance(b, view.solarize, generator).to(x.device)[:, None, None, None] & (x > 0.5)
-        x = torch.where(flip, 1 - x, x)
+        flip = _chance(n, view.solarize, generator)[mine].to(x.device)[:, None, None, None]
+        x = torch.where(flip & (x > 0.5), 1 - x, x)
     return x
 
 
+def _blurred(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
+    """Some samples blurred; on a GPU all are and some are taken, as a count would make it wait."""
+    scale = view.size / 224
+    if chosen.is_cuda:
+        sigma = _uniform(len(chosen), *view.sigma, generator)[mine] * scale
+        blurred = _blur(x, sigma, view.sigma[1] * scale)
+        return torch.where(chosen[mine, None, None, None], blurred, x)
+    sigma = _uniform(int(chosen.sum()), *view.sigma, generator) * scale
+    sigma = sigma[chosen.cumsum(0)[mine][chosen[mine]] - 1]  # of the chosen ones among mine
+    at = chosen[mine].nonzero()[:, 0].to(x.device)
+    if not len(at):
+        return x
+    return x.index_copy(0, at, _blur(x[at], sigma, view.sigma[1] * scale))
+
+
 def make_views(images: Tensor, views: tuple[View, ...],
-               generator: torch.Generator | None = None) -> list[Tensor]:  # fmt: skip
+               generator: torch.Generator | None = None, *,
+               rows: tuple[int, int] | None = None) -> list[Tensor]:  # fmt: skip
     """All views of a batch: a list of float [B, 3, S_v, S_v] in the order of ``views``."""
-    return [make_view(images, view, generator) for view in views]
+    return [make_view(images, view, generator, rows=rows) for view in views]

@@ -79,7 +79,7 @@ def test_grouping_views_by_size_changes_nothing(model):
 
 def test_dropping_patches_keeps_the_class_token_and_the_share(model):
     tokens = torch.randn(6, 65, 16)
-    chosen = R._draw_patches(tokens, 1, 0.5, torch.Generator().manual_seed(0))
+    chosen = R.draw_patches(2, 3, 64, 0.5, generator=torch.Generator().manual_seed(0))
     kept, _ = keep_patches(model, tokens, {}, chosen)
     assert kept.shape == (6, 33, 16) and torch.equal(kept[:, 0], tokens[:, 0])
     for b in range(6):
@@ -221,6 +221,6 @@ def test_bad_recipes_are_refused_before_training(model, images, change, message)
 
 
 def test_a_broken_loss_stops_with_an_explanation(model, images):
-    with pytest.raises(FloatingPointError, match="not finite at stage"):
-        R.refine(model, images, recipe=replace(TINY, head_lr=1e38, batch=8), progress=False,
+    with pytest.raises(FloatingPointError, match="not finite at stage 3, step 2"):
+        R.refine(model, images, recipe=replace(TINY, lr=1e38, warmup=0), progress=False,
                  log_every=1)  # fmt: skip

@@ -93,7 +93,7 @@ def test_cifar_presets_fit_together(scripts, preset):
     refine_module = importlib.import_module("refiner.refine")
     chosen = scripts["cifar10"].PRESETS[preset]
     mae = chosen.mae.build()
-    images = torch.zeros(chosen.refine.batch, 3, 32, 32, dtype=torch.uint8)
+    images = torch.randint(256, (chosen.refine.batch, 3, 32, 32), dtype=torch.uint8)
     recipe = refine_module.complete_recipe(chosen.refine, mae.encoder, images)
     assert recipe.blocks[-1] == chosen.mae.depth - 1 and recipe.pooling == "cls"
     assert chosen.mae.patch <= 4 and chosen.mae.size == 32

@@ -95,7 +95,7 @@ def test_hue_of_a_full_turn_is_the_identity():
 
 def test_blur_is_torchvisions_gaussian():
     x = photos().float() / 255
-    ours = views._blur(x, torch.full((len(x),), 1.5))
+    ours = views._blur(x, torch.full((len(x),), 1.5), 1.5)
     assert torch.allclose(ours, TF.gaussian_blur(x, [11, 11], [1.5, 1.5]), atol=1e-4)
 
 

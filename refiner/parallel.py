@@ -1,0 +1,138 @@
+"""Several processes that take one step together, on one machine or many.
+
+``accelerate launch -m refiner refine …`` (or torchrun) starts the processes; :func:`join` makes
+them one group. Each has its rows of the same global batch, and everything that looks across samples
+is exchanged, so that W processes take the step that one process takes with the whole batch:
+
+* predictions, gathered with their gradient: every target meets every negative;
+* mean and variance of each BatchNorm, one exchange a layer for all heads;
+* projections for the queue, which stays identical everywhere;
+* gradients, averaged at the end in a few large pieces.
+
+With one process every function returns what it got.
+
+Shape legend: W processes, B samples of the global batch, b = B / W of them here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+Tensor = torch.Tensor
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0; number 0 writes the files and talks."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def join(device: str | torch.device | None = None) -> torch.device:
+    """Joins the processes that a launcher started, if one did, and gives this one's device."""
+    cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        return PartialState(cpu=cpu).device
+    return torch.device("cpu" if cpu else device or "cuda")
+
+
+def rows(batch: int) -> tuple[int, int]:
+    """This process's samples of a global batch, as (first, count).
+
+    Raises:
+        ValueError: when the batch cannot be shared out evenly.
+    """
+    if batch % world():
+        raise ValueError(f"a batch of {batch} cannot be shared by {world()} processes evenly")
+    count = batch // world()
+    return rank() * count, count
+
+
+class _Gather(torch.autograd.Function):
+    """[...] of each process → [W, ...] everywhere; the gradient is the sum of all processes'."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        own = torch.empty_like(gradient[0])
+        dist.reduce_scatter(own, list(gradient.contiguous()))
+        return own
+
+
+def gather(x: Tensor, dim: int = 0) -> Tensor:
+    """Joins the processes' tensors of one shape along an axis, in their order; with gradient."""
+    if world() == 1:
+        return x
+    return torch.cat(_Gather.apply(x.contiguous()).unbind(), dim=dim)
+
+
+def pooled_statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of all processes' samples from each one's, in one exchange."""
+    mean_W, var_W = gather(torch.stack([mean, var])[None]).unbind(1)
+    return mean_W.mean(0), var_W.mean(0) + mean_W.var(0, correction=0)
+
+
+@torch.no_grad()
+def average(x: Tensor) -> Tensor:
+    """The mean over the processes of a tensor."""
+    return gather(x[None]).mean(0) if world() > 1 else x
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[torch.nn.Parameter], *, piece: int = 2**24) -> None:
+    """Replaces gradients by their mean over the processes.
+
+    Args:
+        parameters: those without a gradient are passed over; the same ones everywhere.
+        piece: numbers that travel in one message, about; 64 MB in float32.
+    """
+    if world() == 1:
+        return
+    waiting: list[Tensor] = []
+    for parameter in (p for p in parameters if p.grad is not None):
+        waiting.append(parameter.grad)
+        if sum(g.numel() for g in waiting) >= piece:
+            _average(waiting)
+            waiting = []
+    if waiting:
+        _average(waiting)
+
+
+def _average(gradients: list[Tensor]) -> None:
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    pieces = flat.div_(world()).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [x.view_as(g) for x, g in zip(pieces, gradients, strict=True)])
+
+
+def check_same(value: int, what: str) -> None:
+    """Stops when the processes do not agree on a number.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if world() > 1:
+        every = [None] * world()
+        dist.all_gather_object(every, value)
+        if len(set(every)) > 1:
+            raise ValueError(f"the processes differ in {what}: {every}; give all the same data")
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if world() > 1:
+        dist.barrier()

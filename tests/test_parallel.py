@@ -1,0 +1,151 @@
+"""Two processes that share a batch take the step that one takes with all of it.
+
+``python -m torch.distributed.run`` starts this file itself; its ``main`` runs in each process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from refiner import parallel
+from refiner.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.models import build_vit
+from refiner.recipe import Recipe
+from refiner.refine import refine
+from refiner.views import View, make_views
+
+ROOT = Path(__file__).parent.parent
+TINY = Recipe.cpu(
+    batch=8, head_steps=3, steps=6, hidden=16, predictor_hidden=16, out=8, queue=24, top_k=3,
+    frozen_blocks=1, blocks=(1, 2), head_lr=1e-2, lr=1e-2, clip=1.0, ema=0.5,
+    views=(View(size=16, blur=0.7, keep=0.5), View(size=16, solarize=0.5), View(size=8, blur=0.5)),
+)  # fmt: skip
+
+
+def images() -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    small = torch.rand(24, 3, 5, 5, generator=rng)
+    return (torch.nn.functional.interpolate(small, 16, mode="bicubic").clamp(0, 1) * 255).byte()
+
+
+def model():
+    return build_vit(size=16, patch=4, dim=16, depth=3, heads=2, seed=0)
+
+
+def main(out: Path) -> None:
+    """What each process does: a float64 step with its gradients, a run, and a wrong call."""
+    run = refine(model(), images(), recipe=TINY, progress=False, log_every=1, out=out / "run",
+                 device="cpu")  # fmt: skip
+    found = {"loss": [e["loss"] for e in run.history], "queue_ids": run.queue.ids.tolist(),
+             "similarity": [e["similarity"] for e in run.history],
+             "weights": float(sum(p.double().sum() for p in run.model.parameters()))}  # fmt: skip
+    try:
+        refine(model(), images()[: 24 - parallel.rank()], recipe=TINY, progress=False)
+    except ValueError as error:
+        found["error"] = str(error)
+    found["gradients"] = [g.tolist() for g in float64_gradients()]
+    (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
+
+
+def float64_gradients() -> list[torch.Tensor]:
+    """Gradients of heads and loss for this process's share of a fixed batch."""
+    torch.manual_seed(1)
+    heads = IDHeads(2, 6, hidden=10, predictor_hidden=12, out=5).double()
+    queue = NeighborQueue(16, 5, heads=2).double()
+    queue.push(torch.randn(2, 16, 5, dtype=torch.float64), torch.arange(100, 116))
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    first, count = parallel.rows(8)
+    z, p = heads(x[:, :, first : first + count])
+    targets = z[:, :2].detach()
+    found = queue.lookup(targets.flatten(1, 2), torch.arange(8)[first : first + count], k=4,
+                         generator=torch.Generator().manual_seed(2), rows=(first, 8))  # fmt: skip
+    neighbors = found.vectors.reshape(targets.shape)
+    nna_loss(parallel.gather(p, dim=2), targets, neighbors, first=first).backward()
+    parallel.average_gradients(heads.parameters(), piece=50)
+    return [weight.grad for weight in heads.parameters()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         __file__, str(out)], check=True, capture_output=True, env=environment, timeout=300,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks(two):
+    return [json.loads((two / f"rank{r}.json").read_text()) for r in range(2)]
+
+
+def test_two_processes_are_one_with_the_same_batch(two, ranks):
+    alone = refine(model(), images(), recipe=TINY, progress=False, log_every=1)
+    assert ranks[0]["queue_ids"] == alone.queue.ids.tolist()
+    for key in ("loss", "similarity"):
+        expected = torch.tensor([entry[key] for entry in alone.history])
+        assert torch.allclose(torch.tensor(ranks[0][key]), expected, rtol=1e-4, atol=1e-4), key
+    from refiner.models import load_model
+
+    together = load_model(two / "run")
+    for name, weight in alone.model.state_dict().items():
+        assert torch.allclose(together.state_dict()[name], weight, atol=2e-4), name
+
+
+def test_all_processes_end_alike(ranks):
+    for key in ("weights", "queue_ids", "loss", "gradients"):
+        assert ranks[0][key] == ranks[1][key], key
+
+
+def test_gradients_in_float64_are_those_of_one_process(ranks):
+    for got, expected in zip(ranks[0]["gradients"], float64_gradients(), strict=True):
+        got = torch.tensor(got, dtype=torch.float64)
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+        assert expected.abs().max() > 1e-4
+
+
+def test_different_data_is_noticed(ranks):
+    assert "the processes differ in the number of images: [24, 23]" in ranks[0]["error"]
+
+
+def test_rows_of_a_batch_get_the_views_of_the_whole():
+    whole = make_views(images()[:8], TINY.views, torch.Generator().manual_seed(3))
+    for first in (0, 2, 5):
+        rng = torch.Generator().manual_seed(3)
+        some = make_views(images()[first : first + 3], TINY.views, rng, rows=(first, 8))
+        for part, view in zip(some, whole, strict=True):
+            assert torch.allclose(part, view[first : first + 3], atol=1e-6)
+
+
+def test_a_share_of_the_targets_has_its_share_of_the_loss():
+    torch.manual_seed(0)
+    p, z, n = (torch.randn(2, k, 6, 5, dtype=torch.float64) for k in (3, 2, 2))
+    halves = [
+        nna_loss(p, z[:, :, i : i + 3], n[:, :, i : i + 3], first=i, per_head=True) for i in (0, 3)
+    ]
+    assert torch.allclose(sum(halves) / 2, nna_loss(p, z, n, per_head=True))
+    with pytest.raises(ValueError, match="targets 4 to 10 of only 6"):
+        nna_loss(p, z, n, first=4)
+
+
+def test_an_uneven_share_is_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    with pytest.raises(ValueError, match="batch of 8 cannot be shared by 3"):
+        parallel.rows(8)
+
+
+def test_one_process_is_left_alone():
+    x = torch.randn(3, 2)
+    assert parallel.gather(x) is x and parallel.average(x) is x and parallel.rows(8) == (0, 8)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
