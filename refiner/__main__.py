@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `refiner models | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except USER_ERRORS as error:
         if getattr(args, "debug", False) or not is_for_user(error):
             raise
@@ -192,20 +196,57 @@ def refine_command(args: argparse.Namespace) -> int:
 
 def add_models(subparsers, common: argparse.ArgumentParser) -> None:
     """``refiner models``: what load_model takes."""
-    parser = subparsers.add_parser("models", parents=[common], help="list the embedded models")
+    parser = subparsers.add_parser(
+        "models",
+        parents=[common],
+        help="list the models that can be named",
+        description="Lists the embedded checkpoints and the catalogue of masked-image models. Any "
+        "of these names works where a model is asked for; so do other names of timm, folders, "
+        "files in the formats of the listed repositories, and their addresses.",
+    )
+    add = parser.add_argument
+    add("filter", nargs="*", metavar="WORD",
+        help="only models whose name, method, class or source holds every word")  # fmt: skip
+    add("--json", action="store_true", help="all that is known of each, as JSON")
     parser.set_defaults(command=models_command)
 
 
 def models_command(args: argparse.Namespace) -> int:
-    """Prints the embedded checkpoints and how to name others."""
-    from refiner.models import embedded_models, load_model
+    """Prints the embedded checkpoints and the catalogue.
+
+    Raises:
+        ValueError: when nothing has the words that were asked for.
+    """
+    from refiner.catalogue import search, table
+
+    words = " ".join(args.filter)
+    entries = search(words)
+    if args.json:
+        import json
+
+        print(json.dumps([entry.as_dict() for entry in entries], indent=1))
+        return 0
+    if not args.filter:
+        print_embedded()
+    elif not entries:
+        raise ValueError(f"no model of the catalogue has {words!r}; `refiner models` lists all")
+    print(table(entries))
+    print(
+        "\nGB: the encoder in float32, files with a decoder or optimizer are larger. labels: also "
+        "trained with labels.\nWeights are fetched when a model is first loaded."
+    )
+    return 0
+
+
+def print_embedded() -> None:
+    """One line for each checkpoint that comes with the course."""
+    from refiner.models import embedded_models, read_checkpoint
 
     for name in embedded_models():
-        card = load_model(name).refiner_card
+        card, _, _ = read_checkpoint(name)
         shape = ", ".join(f"{key} {value}" for key, value in card["architecture"].items())
         print(f"{name}: {card['method']}; {shape}")
-    print("also: a folder that refiner wrote, or a pretrained ViT of timm by its name")
-    return 0
+    print()
 
 
 def changed(recipe, settings: list[str]):
@@ -249,8 +290,6 @@ def check_out(out: str) -> None:
     Raises:
         OSError: naming the place that is in the way or not writable.
     """
-    import os
-
     place = Path(out).resolve()
     while not place.exists():
         place = place.parent

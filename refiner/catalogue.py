@@ -266,12 +266,12 @@ def nearest(name: str, others: list[str], n: int = 3) -> list[str]:
 
 def table(entries: list[Entry]) -> str:
     """Entries as lines of text in columns."""
-    rows = [("name", "method", "params", "patch", "size", "pooling", "labels", "arXiv", "licence",
-             "from")]  # fmt: skip
+    rows = [("name", "method", "params", "GB", "patch", "size", "pooling", "labels", "arXiv",
+             "licence", "from")]  # fmt: skip
     for e in entries:
         parameters, labels = f"{e.parameters:,.0f}M", "yes" if e.labels else "no"
-        rows.append((e.name, e.method, parameters, str(e.patch), str(e.size), e.pooling, labels,
-                     e.paper, e.licence, e.source))  # fmt: skip
+        rows.append((e.name, e.method, parameters, f"{e.gigabytes:.1f}", str(e.patch), str(e.size),
+                     e.pooling, labels, e.paper, e.licence, e.source))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)

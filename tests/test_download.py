@@ -1,0 +1,210 @@
+"""Downloads from a server of our own: whole, broken off, resumed, wrong, absent."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+import torch
+from test_convert import maws_file, refiner_file
+
+from refiner import download as d
+from refiner.catalogue import Entry
+from refiner.models import load_model
+
+CONTENT = bytes(range(256)) * 4000  # about a megabyte
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the server's content; how is the first part of the path, see the tests."""
+
+    def do_GET(self):
+        how = self.path.split("/")[1]
+        self.server.asked.append((self.path, self.headers.get("Range")))
+        if how == "absent":
+            return self.send_error(404)
+        start = 0
+        if (wanted := self.headers.get("Range")) and how != "plain":
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(self.server.content):
+                return self.send_error(416)
+        body = self.server.content[start:]
+        self.send_response(206 if start else 200)
+        if how != "unsized":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if how == "breaks":
+            body = body[:300_000]
+        if how == "stuck":
+            body = body[: max(0, 1000 - start)]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.content = [], CONTENT
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """torch.hub's folder, empty; nothing else is touched."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def quiet(address, **options):
+    return d.download(address, progress=False, **options)
+
+
+def left(cache):
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+
+
+@pytest.mark.parametrize("how", ["ranges", "plain", "unsized"])
+def test_a_file_arrives_whole_under_its_name_and_once(server, cache, how):
+    address = f"{server.address}/{how}/w%20x.pth?download=true"
+    path = quiet(address, sha256=SHA)
+    assert path == cache / "w x.pth" and path.read_bytes() == CONTENT
+    assert quiet(address) == path and len(server.asked) == 1
+    assert left(cache) == ["w x.pth"]
+
+
+def test_a_transfer_that_breaks_off_goes_on_where_it_was(server, cache):
+    path = quiet(f"{server.address}/breaks/w.pth", sha256=SHA)
+    assert path.read_bytes() == CONTENT and left(cache) == ["w.pth"]
+    starts = [wanted for _, wanted in server.asked]
+    assert starts[:3] == [None, "bytes=300000-", "bytes=600000-"] and len(starts) == 4
+
+
+def test_a_part_of_an_earlier_run_is_used(server, cache):
+    cache.mkdir(parents=True)
+    (cache / "w.pth.part").write_bytes(CONTENT[:777_777])
+    assert quiet(f"{server.address}/ranges/w.pth", sha256=SHA).read_bytes() == CONTENT
+    assert server.asked == [("/ranges/w.pth", "bytes=777777-")]
+
+
+def test_a_server_without_ranges_starts_again(server, cache):
+    cache.mkdir(parents=True)
+    (cache / "w.pth.part").write_bytes(b"x" * 5000)
+    assert quiet(f"{server.address}/plain/w.pth").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_too_long_is_thrown_away(server, cache):
+    cache.mkdir(parents=True)
+    (cache / "w.pth.part").write_bytes(CONTENT + b"more")
+    assert quiet(f"{server.address}/ranges/w.pth").read_bytes() == CONTENT
+
+
+def test_a_transfer_without_progress_gives_up_and_keeps_the_part(server, cache):
+    with pytest.raises(FileNotFoundError, match=r"broke off after 1,000 of 1,024,000 bytes; fetch"):
+        quiet(f"{server.address}/stuck/w.pth")
+    assert (cache / "w.pth.part").read_bytes() == CONTENT[:1000]
+    assert not (cache / "w.pth").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"md5": "abc"}])
+def test_a_wrong_checksum_keeps_nothing(server, cache, wrong):
+    with pytest.raises(ValueError, match=r"has the (sha256|md5) [0-9a-f]+, expected \w+; it was"):
+        quiet(f"{server.address}/ranges/w.pth", **wrong)
+    assert not [name for name in left(cache) if not name.endswith(".lock")]
+
+
+def test_the_beginning_of_a_checksum_is_enough_also_in_the_name(server, cache):
+    md5 = hashlib.md5(CONTENT).hexdigest()
+    quiet(f"{server.address}/ranges/a.pth", md5=md5[:6])
+    quiet(f"{server.address}/ranges/b-{SHA[:8]}.pth")
+    with pytest.raises(ValueError, match="expected 00000000"):
+        quiet(f"{server.address}/ranges/b-00000000.pth")
+    assert [n for n in left(cache) if not n.startswith(".")] == ["a.pth", f"b-{SHA[:8]}.pth"]
+
+
+def test_an_absent_file_says_what_to_put_where(server, cache):
+    address = f"{server.address}/absent/w.pth"
+    with pytest.raises(FileNotFoundError) as caught:
+        quiet(address)
+    said = str(caught.value)
+    assert "the server says 404" in said and "\n" not in said
+    assert f"fetch {address} on a connected machine and put it at {cache / 'w.pth'}" in said
+    assert "w.pth" not in left(cache)
+
+
+def test_several_at_once_fetch_it_once(server, cache):
+    found, address = [], f"{server.address}/ranges/w.pth"
+    threads = [threading.Thread(target=lambda: found.append(quiet(address))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache / "w.pth"] * 4 and found[0].read_bytes() == CONTENT
+    assert len(server.asked) == 1 and left(cache) == ["w.pth"]
+
+
+# ---------------------------------------------------------------- no network
+
+
+@pytest.mark.parametrize("name", ["mae_refined_l16", "crossmae_l16", "vit_base_patch16_224.mae",
+                                  "ijepa_h14", "vit_huge_patch14_gap_224.in1k_ijepa"])  # fmt: skip
+def test_without_network_one_sentence_says_what_to_put_where(name, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+
+    def unknown(*args, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(d.socket, "getaddrinfo", unknown)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_model(name)
+    said = str(caught.value)
+    assert said.startswith("no network: ") and "\n" not in said
+    assert "fetch https://" in said and (str(cache) in said or "give load_model its path" in said)
+    assert not left(cache)
+
+
+@pytest.mark.parametrize("name", ["mae_refined_l16", "vit_base_patch16_224.mae"])
+def test_offline_by_wish_asks_nobody(name, monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(d.socket, "getaddrinfo", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set .*; fetch https://"):
+        load_model(name)
+
+
+def test_a_file_put_where_it_said_is_loaded_offline(monkeypatch, cache):
+    content, reference = refiner_file()
+    entry = Entry("tiny", "MIM-Refiner", "2402.10093", 0.1, 8, 32, (24, 2, 3), "cls patch", "MIT",
+                  "https://nowhere.invalid/tiny.th")  # fmt: skip
+    monkeypatch.setattr("refiner.models.find", lambda name: entry if name == "tiny" else None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cache.mkdir(parents=True)
+    torch.save(content, cache / "tiny.th")
+    model = load_model("tiny")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), reference(x), atol=1e-5, rtol=1e-5)
+    card = model.refiner_card
+    assert card["name"] == "tiny" and card["pooling"] == ["cls", "patch"]
+    assert card["origin"] == entry.address and card["licence"] == "MIT"
+    assert card["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_an_address_of_ones_own_is_loaded_too(server, cache, tmp_path):
+    content, reference = maws_file()
+    torch.save(content, tmp_path / "mine.pth")
+    server.content = (tmp_path / "mine.pth").read_bytes()
+    model = load_model(f"{server.address}/ranges/mine.pth", num_heads=3)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), reference(x), atol=1e-5, rtol=1e-5)
