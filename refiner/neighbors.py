@@ -32,8 +32,8 @@ NEVER = -2.0  # below every cosine
 GROUP = 16  # keys whose maximum stands for them
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
-SCAN = 2**27  # scores from which on the compiled loops pay: a second of work
-SCAN_KEYS = 4096  # keys of one product: a tile of 1024 queries fills CHUNK_BYTES
+SCAN = 2**24  # scores from which on the compiled loops pay: a tenth of a second of work
+SCAN_KEYS = 4096  # keys of one product: a tile of 512 queries takes 8 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ class _Search:
         (n_queries, dim), k = q.unit.shape, self.k
         slack = np.float32(2.02 * self.doubt(dim))  # a little more, as limits are float32 too
         room = 2 * k + 8 * scan.STRIDE
-        step = min(self.chunk or 1024, n_queries)
+        step = min(self.chunk or 512, n_queries)
         tile = torch.empty(step * SCAN_KEYS)
         shift = torch.zeros(dim, dtype=torch.float64) if self.mean is None else self.mean
         factor = torch.ones_like(shift) if self.scale is None else self.scale
@@ -306,7 +306,11 @@ def _leave_out(scores_QB: Tensor, diagonal: int) -> None:
 
 def _shared(pool: ThreadPoolExecutor, n: int, loop, *arguments) -> None:
     """Runs a compiled loop over rows 0 to n, shared among the pool's threads."""
-    cuts = np.linspace(0, n, pool._max_workers + 1).astype(int).tolist()
+    threads = torch.get_num_threads()
+    if threads == 1:  # another thread may be on another core, with a cold cache
+        loop(*arguments, 0, n)
+        return
+    cuts = np.linspace(0, n, threads + 1).astype(int).tolist()
     list(pool.map(lambda a, b: loop(*arguments, a, b), cuts[:-1], cuts[1:]))
 
 

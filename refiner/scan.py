@@ -17,16 +17,6 @@ ranking = njit(cache=True, nogil=True, boundscheck=False, fastmath={"nnan", "nsz
 summing = njit(cache=True, nogil=True, boundscheck=False, fastmath={"reassoc", "contract"})
 
 
-@ranking
-def _maxima(row, out):
-    """The largest of each whole stride."""
-    for s in range(len(row) // STRIDE):
-        top = row[s * STRIDE]
-        for j in range(s * STRIDE, s * STRIDE + STRIDE):
-            top = max(top, row[j])
-        out[s] = top
-
-
 @compiled
 def collect(scores_QB, base, k, slack, limits_Q, counts_Q, values_QC, indices_QC, first, last):
     """Adds every key that may be among a query's k best to its candidates.
@@ -42,62 +32,63 @@ def collect(scores_QB, base, k, slack, limits_Q, counts_Q, values_QC, indices_QC
         first, last: the rows to work on.
     """
     width, room = scores_QB.shape[1], values_QC.shape[1]
-    maxima = np.empty(width // STRIDE + 1, dtype=np.float32)
-    copy, unused = np.empty_like(maxima), np.empty(len(maxima), dtype=np.int32)
+    strides = width // STRIDE
+    maxima = np.empty(strides + 1, dtype=np.float32)
     for q in range(first, last):
         count, limit = counts_Q[q], limits_Q[q]
         if count < 0:
             continue
         row, values, indices = scores_QB[q], values_QC[q], indices_QC[q]
         _maxima(row, maxima)
-        if base == 0 and k < len(maxima):
+        if base == 0 and k <= strides:
             # k strides hold a score of at least this, so the k-th best does as well.
-            copy[:] = maxima
-            limit = max(limit, _kth(copy, unused, len(maxima) - 1, k) - slack)
-        maxima[-1] = limit  # the part after the last whole stride is always looked at
-        for s in range(len(maxima)):
-            if maxima[s] < limit and s < len(maxima) - 1:
+            limit = max(limit, _at_least(maxima, strides, k) - slack)
+        maxima[strides] = np.inf  # what is left after the last whole stride is always looked at
+        for s in range(strides + 1):
+            if maxima[s] < limit:
                 continue
             for j in range(s * STRIDE, min(s * STRIDE + STRIDE, width)):
-                if row[j] >= limit:
-                    values[count], indices[count] = row[j], base + j
-                    count += 1
+                # Written in any case, as a branch here would be guessed wrong too often.
+                values[count], indices[count] = row[j], base + j
+                count += row[j] >= limit
             if count + STRIDE > room:
-                limit = _kth(values, indices, count, k) - slack
+                limit = _at_least(values, count, k) - slack
                 count = _keep(values, indices, count, limit)
                 if count + STRIDE > room:
                     count = -1
                     break
-        if count > k:
-            limit = _kth(values, indices, count, k) - slack
+        if 2 * count > 3 * k:
+            limit = _at_least(values, count, k) - slack
             count = _keep(values, indices, count, limit)
         counts_Q[q], limits_Q[q] = count, limit
 
 
-@compiled
-def _kth(values, indices, count, k):
-    """The k-th largest of the first values; reorders values and indices (Hoare's quickselect)."""
-    low, high, place = 0, count - 1, k - 1
-    while low < high:
-        pivot = values[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while values[i] > pivot:
-                i += 1
-            while values[j] < pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                indices[i], indices[j] = indices[j], indices[i]
-                i += 1
-                j -= 1
-        if place <= j:
-            high = j
-        elif place >= i:
-            low = i
+@ranking
+def _maxima(row, out):
+    """The largest of each whole stride."""
+    for s in range(len(row) // STRIDE):
+        top = row[s * STRIDE]
+        for j in range(s * STRIDE, s * STRIDE + STRIDE):
+            top = max(top, row[j])
+        out[s] = top
+
+
+@ranking
+def _at_least(values, count, k):
+    """A bound that at least k of the values reach, hardly below the k-th: found by bisection."""
+    low = high = values[0]
+    for i in range(count):
+        low, high = min(low, values[i]), max(high, values[i])
+    for _ in range(20):
+        middle = low + (high - low) * np.float32(0.5)
+        reach = np.int32(0)
+        for i in range(count):
+            reach += np.int32(values[i] >= middle)
+        if reach >= k:
+            low = middle
         else:
-            break
-    return values[place]
+            high = middle
+    return low
 
 
 @compiled
@@ -105,19 +96,9 @@ def _keep(values, indices, count, limit):
     """Closes ranks over candidates below the limit; how many are left."""
     left = 0
     for i in range(count):
-        if values[i] >= limit:
-            values[left], indices[left] = values[i], indices[i]
-            left += 1
+        values[left], indices[left] = values[i], indices[i]
+        left += values[left] >= limit
     return left
-
-
-@summing
-def _dot(a, b, shift, factor):
-    """float64; every pair in the same order, so that duplicates tie to the bit."""
-    total = 0.0
-    for i in range(len(a)):
-        total += a[i] * ((np.float64(b[i]) - shift[i]) * factor[i])
-    return total
 
 
 @compiled
@@ -133,24 +114,44 @@ def finish(q_QD, x_KD, q_norm, x_norm, shift, factor, offset, k, slack, tie,
     """
     n_keys, room, dim = len(x_KD), values_QC.shape[1], q_QD.shape[1]
     wide = np.empty(dim, dtype=np.float64)
-    exact = np.empty(room, dtype=np.float64)
+    exact = np.empty(room + 3, dtype=np.float64)
     packed = np.empty(room, dtype=np.int64)
     for q in range(first, last):
         count = counts_Q[q]
         if count < 0:
             continue
         values, indices = values_QC[q], indices_QC[q]
-        count = _keep(values, indices, count, _kth(values, indices, count, k) - slack)
+        count = _keep(values, indices, count, _at_least(values, count, k) - slack)
         row, norm = q_QD[offset + q], q_norm[offset + q]
         for i in range(dim):
             wide[i] = (np.float64(row[i]) - shift[i]) * factor[i]
+        for c in range(0, count, 4):
+            _products(wide, x_KD, indices, c, count - 1, shift, factor, exact)
         for c in range(count):
             j = indices[c]
-            exact[c] = _dot(wide, x_KD[j], shift, factor) / (norm * x_norm[j])
+            exact[c] /= norm * x_norm[j]
             packed[c] = np.int64(np.rint(exact[c] / tie)) * n_keys + (n_keys - 1 - j)
         _sort(packed, exact, indices, count)
         best_Qk[q] = indices[:k]
         scores_Qk[q] = exact[:k]
+
+
+@summing
+def _products(wide, x_KD, indices, c, last, shift, factor, out):
+    """Products of a query with four candidates; the memory fetches four rows at a time.
+
+    Each of the four is summed in the same order, so duplicates tie to the bit.
+    """
+    a, b = x_KD[indices[c]], x_KD[indices[min(c + 1, last)]]
+    d, e = x_KD[indices[min(c + 2, last)]], x_KD[indices[min(c + 3, last)]]
+    t = u = v = w = 0.0
+    for i in range(len(wide)):
+        m, f, y = shift[i], factor[i], wide[i]
+        t += y * ((np.float64(a[i]) - m) * f)
+        u += y * ((np.float64(b[i]) - m) * f)
+        v += y * ((np.float64(d[i]) - m) * f)
+        w += y * ((np.float64(e[i]) - m) * f)
+    out[c], out[c + 1], out[c + 2], out[c + 3] = t, u, v, w
 
 
 @compiled
