@@ -1,7 +1,8 @@
 """Pooled features of every block in one pass.
 
-Only two vectors of an image and block are kept: the class token and the mean of the patch tokens.
-They are taken while the pass is under way, so no block's tokens have to be stored.
+Only two vectors of an image and block are kept: the class token and the mean of the patch tokens
+(and other poolings if asked for). They are taken while the pass is under way, so no block's tokens
+have to be stored; features that outgrow a limit go to a file.
 
 Shape legend: N images, B images of a batch, L blocks, T tokens (prefix tokens, then patches),
 D width of the model.
@@ -10,11 +11,14 @@ D width of the model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,6 +39,7 @@ from refiner.images import ImageSet, LazyImages
 
 Tensor = torch.Tensor
 TOKENS_A_BATCH = {"cpu": 2**13, "cuda": 2**17}  # on a CPU, larger batches are no faster
+POOLINGS = {"max": lambda x_BPD: x_BPD.amax(1), "std": lambda x_BPD: x_BPD.std(1, correction=0)}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -153,6 +158,9 @@ def extract(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     blocks: Sequence[int] | None = None,
+    poolings: Sequence[str] | Mapping[str, Callable[[Tensor], Tensor]] = (),
+    memory: int = 2**33,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> Features:
     """Class token and patch mean of every block, in one pass over the images.
@@ -171,6 +179,12 @@ def extract(
         dtype: of the matrix products, by autocast: bfloat16 by default on CUDA; torch.float32 (the
             default on a CPU) turns autocast off.
         blocks: which blocks to keep, counted from 1, negative from the end; default all.
+        poolings: further kinds of features, as ``features["max"]``: "max" and "std" over the patch
+            tokens, or functions by name that make [B, D'] of a block's patch tokens [B, P, D].
+        memory: bytes of features to hold at most. Larger ones are kept in a file and mapped: the
+            same tensors, read from disk where they are used.
+        folder: where that file lies (on a disk, not in memory); default the system's folder for
+            temporary files. It has no name there and vanishes with the features.
         progress: show a bar.
 
     Returns:
@@ -179,12 +193,13 @@ def extract(
 
     Raises:
         ValueError: without images, for features that are not finite, a batch that is not
-            [B, 3, H, W], or a block that the model does not have.
+            [B, 3, H, W], a block that the model does not have, or an unknown pooling.
     """
     if device is None and not torch.cuda.is_available():
         device = next(model.parameters()).device
     device = torch.device(device or "cuda")
     numbers = _block_numbers(blocks, len(model.blocks))
+    pools = _pool_functions(poolings)
     card = preprocessing_card(model)
     if batch_size is None:
         batch_size = _default_batch(model, device)
@@ -193,7 +208,7 @@ def extract(
     if dtype is None and device.type == "cuda":
         dtype = torch.bfloat16
     autocast = dtype is not None and dtype != torch.float32
-    parts: dict[str, deque[Tensor]] = {"cls": deque(), "patch": deque(), "final": deque()}
+    store = _Store(memory, folder, numbers)
     total = len(images) if isinstance(images, ImageSet | Tensor) else None
     with (
         _borrowed(model, device),
@@ -204,18 +219,29 @@ def extract(
             x = batch.to(device, non_blocking=True)
             x = preprocess(x, card) if x.dtype == torch.uint8 else x
             with torch.autocast(device.type, dtype) if autocast else nullcontext():
-                pooled = _pooled_pass(model, x.to(own), numbers)
+                pooled = _pooled_pass(model, x.to(own), numbers, pools)
             for kind, value in pooled.items():
-                parts[kind].append(value.float().cpu())
+                store.put(kind, value.float().cpu())
             bar.update(len(batch))
-    return Features({kind: _joined(kind, part, numbers) for kind, part in parts.items() if part},
-                    numbers)  # fmt: skip
+    return Features({kind: store.joined(kind) for kind in list(store.parts)}, numbers)
 
 
-def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+def _pool_functions(poolings) -> dict[str, Callable[[Tensor], Tensor]]:
+    if not isinstance(poolings, Mapping):
+        unknown = [name for name in poolings if name not in POOLINGS]
+        if unknown or isinstance(poolings, str):
+            known = ", ".join(POOLINGS)
+            raise ValueError(f"poolings must be a list of names of {known}, not {poolings!r}")
+        poolings = {name: POOLINGS[name] for name in poolings}
+    if taken := {"cls", "patch", "final"} & set(poolings):
+        raise ValueError(f"a pooling cannot be called {', '.join(sorted(taken))}")
+    return dict(poolings)
+
+
+def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], pools) -> dict[str, Tensor]:
     """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
     wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
-    cls, patch = {}, {}
+    cls, patch, more = {}, {}, {name: {} for name in pools}
     x_BTD, context = embed(model, x)
     for number, block in enumerate(model.blocks, start=1):
         x_BTD = run_block(block, x_BTD, context)
@@ -224,30 +250,84 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str,
                 cls[number] = x_BTD[:, 0]
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
             patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
-    final = final_features(model, x_BTD, final_pooling(model))
-    pooled = {"final": final, "patch": torch.stack([patch[i] for i in numbers])}
-    if cls:
-        pooled["cls"] = torch.stack([cls[i] for i in numbers])
-    return pooled
+            for name, pool in pools.items():
+                more[name][number] = _vectors(name, pool(x_BTD[:, prefix:]), len(x))
+    pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
+    pooled["patch"] = torch.stack([patch[i] for i in numbers])
+    for name, values in more.items():
+        widest = max(v.shape[1] for v in values.values())
+        padded = [F.pad(values[i], (0, widest - values[i].shape[1])) for i in numbers]
+        pooled[name] = torch.stack(padded)
+    return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
 
 
-def _joined(kind: str, parts: deque[Tensor], numbers: Sequence[int]) -> Tensor:
-    """Batches [..., B, D] joined to [..., N, D]; each is freed once it is copied."""
-    n = sum(part.shape[-2] for part in parts)
-    shape = (*parts[0].shape[:-2], n, parts[0].shape[-1])
-    joined, start = torch.empty(shape), 0
-    while parts:
-        part = parts.popleft()
-        joined[..., start : start + part.shape[-2], :] = part
-        start += part.shape[-2]
-    finite = joined.isfinite().flatten(-2).all(-1)
-    if not finite.all():
-        first = "" if kind == "final" else f" after block {numbers[int(finite.int().argmin())]}"
+def _vectors(name: str, value: Tensor, n: int) -> Tensor:
+    if value.ndim != 2 or len(value) != n:
+        raise ValueError(
+            f"the pooling {name!r} must make [B, D] of [B, P, D], not {list(value.shape)}"
+        )
+    return value
+
+
+class _Store:
+    """Batches of features by kind, in memory up to a limit and in a file from there on."""
+
+    def __init__(self, memory: int, folder: str | Path | None, numbers: Sequence[int]):
+        self.memory, self.folder, self.numbers = memory, folder, numbers
+        self.bytes, self.file = 0, None
+        self.parts: dict[str, deque] = {}
+
+    def put(self, kind: str, x: Tensor) -> None:
+        """Adds [..., B, D].
+
+        Raises:
+            ValueError: for values that are not finite, naming the block.
+        """
+        self._check_finite(kind, x)
+        self.bytes += x.nbytes
+        parts = self.parts.setdefault(kind, deque())
+        if self.bytes <= self.memory:
+            parts.append(x)
+            return
+        self.file = self.file or TemporaryFile(dir=self.folder)  # noqa: SIM115
+        parts.append((self.file.tell(), x.shape))
+        self.file.write(x.contiguous().numpy().data)
+
+    def joined(self, kind: str) -> Tensor:
+        """[..., N, D] of all batches; each is freed once it is copied."""
+        parts = self.parts.pop(kind)
+        shapes = [x.shape if isinstance(x, Tensor) else x[1] for x in parts]
+        n, start = sum(shape[-2] for shape in shapes), 0
+        joined = self._empty((*shapes[0][:-2], n, shapes[0][-1]))
+        while parts:
+            part = self._get(parts.popleft())
+            joined[..., start : start + part.shape[-2], :] = part
+            start += part.shape[-2]
+        return joined
+
+    def _get(self, part: Tensor | tuple[int, torch.Size]) -> Tensor:
+        if isinstance(part, Tensor):
+            return part
+        offset, shape = part
+        self.file.seek(offset)
+        values = np.fromfile(self.file, np.float32, shape.numel())
+        return torch.from_numpy(values).view(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        if self.bytes <= self.memory:
+            return torch.empty(shape)
+        with TemporaryFile(dir=self.folder) as file:  # the mapping keeps it
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+
+    def _check_finite(self, kind: str, x: Tensor) -> None:
+        if x.sum(dtype=torch.float64).isfinite():
+            return
+        finite = x.isfinite().flatten(-2).all(-1)
+        first = f" after block {self.numbers[int(finite.int().argmin())]}" if x.ndim == 3 else ""
         raise ValueError(
             f"the {kind} features{first} are not finite: the weights or the input hold NaN, or "
             "values overflow (then try dtype=torch.float32)"
         )
-    return joined
 
 
 def _block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:

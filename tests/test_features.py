@@ -1,5 +1,7 @@
 """Extraction against a plain reference, for every kind of model and input it promises to take."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -203,6 +205,72 @@ def test_what_is_not_a_batch_of_images_is_refused(wrong):
         preprocess(wrong, CARD)
     with pytest.raises(ValueError, match="batch_size"):
         quiet(tiny(), pixels(), batch_size=0)
+
+
+# ---------------------------------------------------------------- poolings and memory
+
+
+def test_further_poolings_are_those_of_each_blocks_patch_tokens():
+    model, images = tiny(**KINDS["registers"]), pixels()
+    tokens = {}
+    hooks = [b.register_forward_hook(lambda _, __, x, i=i: tokens.__setitem__(i, x.detach()))
+             for i, b in enumerate(model.blocks)]  # fmt: skip
+    found = quiet(model, images, batch_size=10, poolings=["max", "std"])
+    for i, hook in enumerate(hooks):
+        hook.remove()
+        patches = tokens[i][:, -16:].double()
+        deviation = (patches - patches.mean(1, keepdim=True)).square().mean(1).sqrt()
+        assert torch.equal(found["max"][i], patches.amax(1).float())
+        assert torch.allclose(found["std"][i], deviation.float(), atol=1e-5)
+    assert torch.equal(found["cls"], quiet(model, images, batch_size=10)["cls"])
+    mine = quiet(model, images, batch_size=4, blocks=[3], poolings={
+        "corners": lambda x_BPD: x_BPD[:, [0, 15]].flatten(1)})  # fmt: skip
+    assert mine["corners"].shape == (1, 10, 48)
+    assert torch.allclose(mine["corners"][0], tokens[2][:, [-16, -1]].flatten(1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("poolings", "message"),
+    [
+        (["median"], "names of max, std"),
+        ("max", "list of names"),
+        ({"cls": lambda x: x[:, 0]}, "cannot be called cls"),
+        ({"all": lambda x: x}, r"'all' must make \[B, D\]"),
+        ({"mean of all": lambda x: x.mean((0, 1))}, "must make"),
+    ],
+)
+def test_wrong_poolings_are_refused(poolings, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(tiny(), pixels(), poolings=poolings)
+
+
+@pytest.mark.parametrize("memory", [0, 3 * 4 * 24 * 4, 10**9])
+def test_features_beyond_the_limit_are_in_a_file_and_the_same(memory, tmp_path):
+    model, images = tiny(), pixels(13)
+    expected = quiet(model, images, batch_size=4)
+    batches = (images[i : i + 4] for i in range(0, 13, 4))  # of unknown number
+    found = quiet(model, batches, memory=memory, folder=tmp_path)
+    for kind in expected:
+        assert torch.equal(found[kind], expected[kind])
+    found["patch"].mul_(2)  # an ordinary tensor
+    assert torch.equal(found["patch"], 2 * expected["patch"])
+    assert list(tmp_path.iterdir()) == []
+    assert is_mapped(found["cls"]) == (memory < 10**9)
+
+
+def is_mapped(x: torch.Tensor) -> bool:
+    """Whether a tensor's memory is a mapped file's, by the system's own list."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if first <= x.data_ptr() < last:
+            return int(line.split()[4]) != 0  # the file's inode
+    return False
+
+
+def test_the_same_whether_images_come_by_a_loader_with_workers_or_not():
+    model, images = tiny(), pixels(9)
+    loader = DataLoader(TensorDataset(images), batch_size=4, num_workers=1)
+    assert torch.equal(quiet(model, loader)["cls"], quiet(model, images, batch_size=4)["cls"])
 
 
 # ---------------------------------------------------------------- preprocessing
