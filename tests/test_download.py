@@ -5,11 +5,15 @@ import http.server
 import threading
 
 import pytest
+import timm
 import torch
-from test_convert import maws_file, refiner_file
+from safetensors.torch import save_file
+from test_convert import ijepa_file, maws_file, refiner_file
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from refiner import download as d
 from refiner.catalogue import Entry
+from refiner.convert import HEADS
 from refiner.models import load_model
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
@@ -208,3 +212,42 @@ def test_an_address_of_ones_own_is_loaded_too(server, cache, tmp_path):
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.forward_features(x), reference(x), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- timm's names, from the cache
+
+
+def test_timms_weights_are_read_from_the_hubs_cache(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    expected = timm.create_model("eva02_tiny_patch14_224", num_classes=0).eval()
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def cached(repository, file):
+        asked.append((repository, file))
+        return tmp_path / file
+
+    monkeypatch.setattr("refiner.models.from_hub", cached)
+    model = load_model("eva02_tiny_patch14_224.mim_in22k")
+    assert asked == [("timm/eva02_tiny_patch14_224.mim_in22k", "model.safetensors")]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x))
+    card = model.refiner_card
+    assert card["licence"] == "MIT" and card["pooling"] == ["patch"]
+    assert card["preprocessing"] == {
+        "size": 224, "mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD),
+        "interpolation": "bicubic", "crop_pct": 0.9,
+    }  # fmt: skip
+
+
+def test_timms_names_of_original_files_are_converted(monkeypatch, cache):
+    content, reference = ijepa_file()
+    monkeypatch.setitem(HEADS, 24, 3)
+    cache.mkdir(parents=True)
+    torch.save(content, cache / "IN1K-vit.h.14-300e.pth.tar")
+    model = load_model("vit_huge_patch14_gap_224.in1k_ijepa")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), reference(x), atol=1e-5, rtol=1e-5)
+    assert model.refiner_card["origin"] == "timm" and not model.has_class_token

@@ -1,5 +1,7 @@
 """Building, saving and loading encoders."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -60,6 +62,63 @@ def test_random_like_is_the_same_architecture_with_other_weights():
     assert not torch.equal(model.patch_embed.proj.weight, twin.patch_embed.proj.weight)
 
 
+def test_the_model_card_tells_recipe_and_figures(tmp_path):
+    model = models.build_vit(**SMALL, seed=0)
+    model.refiner_card |= {"name": "mine", "method": "MIM-Refiner", "refine_recipe": {"lr": 0.5},
+                           "results": {"knn": [0.25, 0.75]}}  # fmt: skip
+    models.save_model(model, tmp_path / "m")
+    text = (tmp_path / "m" / "README.md").read_text()
+    head, body = text.split("---\n")[1:]
+    assert "library_name: timm" in head and body.lstrip().startswith("# mine\n")
+    for told in ("Method: MIM-Refiner", '"lr": 0.5', "0.75", "local-dir:", "refiner.load_model"):
+        assert told in body, told
+
+
+def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options).eval()
+    folder = tmp_path / "theirs"
+    models.save_model(models.build_vit(**SMALL), folder)  # ours, made theirs by what is taken away
+    (folder / "card.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architecture": "vit_tiny_patch16_224", "model_args": options, "num_classes": 5}
+    config["pretrained_cfg"] |= {"num_classes": 5, "mean": [0.1, 0.2, 0.3], "crop_pct": 0.7}
+    (folder / "config.json").write_text(json.dumps(config))
+    models.save_file(model.state_dict(), folder / "model.safetensors")
+    found = models.load_model(folder)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(found.forward_features(x), model.forward_features(x), atol=1e-6)
+    how = found.refiner_card["preprocessing"]
+    assert how["mean"] == [0.1, 0.2, 0.3] and how["crop_pct"] == 0.7 and how["size"] == 32
+    models.save_model(found, tmp_path / "again")
+    again = models.load_model(tmp_path / "again")
+    assert torch.equal(again.forward_features(x), found.forward_features(x))
+
+
+def test_what_timm_could_not_build_again_is_not_saved(tmp_path):
+    model = models.build_vit(**SMALL)
+    del model.refiner_card["architecture"]
+    model.blocks[1].mlp.fc1 = torch.nn.Linear(16, 7)
+    with pytest.raises(ValueError, match="cannot describe this VisionTransformer"):
+        models.save_model(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_saved_model_has_another_size_on_request(tmp_path):
+    model = models.build_vit(**SMALL, seed=0)
+    models.save_model(model, tmp_path / "m")
+    larger = models.load_model(tmp_path / "m", size=48)
+    models.allow_any_size(model)
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.allclose(larger(x), model(x), atol=1e-6)
+    assert larger.refiner_card["preprocessing"]["size"] == 48
+    models.save_model(larger, tmp_path / "larger")
+    assert torch.equal(models.load_model(tmp_path / "larger")(x), larger(x))
+    assert models.random_like(larger)(x).shape == larger(x).shape
+
+
 def test_any_size_leaves_the_own_size_alone():
     model = models.build_vit(**SMALL, seed=0)
     x, small = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)
@@ -75,6 +134,16 @@ def test_clear_errors(tmp_path):
         models.build_vit(size=32, patch=5)
     with pytest.raises(ValueError, match="no model 'vit_base_patch16_224.may'.*vit_base_patch16"):
         models.load_model("vit_base_patch16_224.may")
+    with pytest.raises(ValueError, match="no model 'mae_refind_l16'.* mae_refined_l16"):
+        models.load_model("mae_refind_l16")
+    with pytest.raises(ValueError, match="resnet50 is a ResNet; supported are VisionTransformer"):
+        models.load_model("resnet50")
+    with pytest.raises(ValueError, match="timm has no pretrained weights for vit_base_patch16_gap"):
+        models.load_model("vit_base_patch16_gap_224")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder runs/w.pth"):
+        models.load_model("runs/w.pth")
+    with pytest.raises(ValueError, match="mae_toybox tells its number of heads itself"):
+        models.load_model("mae_toybox", num_heads=2)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="not a saved model.*card.json"):
         models.load_model(tmp_path / "empty")
