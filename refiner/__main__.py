@@ -15,7 +15,7 @@ from pathlib import Path
 
 import refiner
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,31 +167,69 @@ def add_refine(subparsers, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="refine a masked-image model with ID heads and NNA",
         description="Refines a model with heads on its last blocks and Nearest Neighbor Alignment. "
-        "The folder that it writes opens with refiner and with timm.",
+        "First it says what it will do, how long that takes and how much memory it needs. The "
+        "folder that it writes opens with refiner and with timm. Several GPUs: `accelerate launch "
+        "-m refiner refine ...`; several processes without a GPU: `torchrun --nproc-per-node 2 -m "
+        "refiner refine ...`.",
     )
     parser.add_argument("--model", default="mae_toybox", metavar="NAME",
                         help="a model's name or folder; default: %(default)s")  # fmt: skip
-    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu",
-                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument(
+        "--preset", choices=("cpu", "gpu", "fitted", "L/16", "H/14", "2B/14"), default="cpu",
+        help="fitted scales the paper's recipe to model and data; the sizes are the paper's own "
+        "recipes; default: %(default)s",
+    )  # fmt: skip
     _add_training(parser, "runs/refined")
+    add = parser.add_argument
+    add("--plan", action="store_true", help="only say what would be done")
+    add("--knn-every", type=int, default=0, metavar="STEPS",
+        help="hold a tenth of the labelled images out and follow their k-NN accuracy")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write event files to --out as well")
     parser.set_defaults(command=refine_command)
 
 
 def refine_command(args: argparse.Namespace) -> int:
     """Refines and writes model, heads, card and history."""
+    from refiner import parallel, watch
     from refiner.images import load_images
     from refiner.models import load_model
-    from refiner.refine import Recipe, refine
+    from refiner.planning import plan
+    from refiner.refine import refine
 
     model = load_model(args.model)
     size = model.refiner_card["preprocessing"]["size"]
-    recipe = changed(getattr(Recipe, args.preset)(size=size), args.settings)
+    changed(refine_preset(args.preset, model, size, 10**6), args.settings)  # errors come first
     check_out(args.out)
+    options = training_options(args)
     images = load_images(args.data, n=args.n, size=size)
-    run = resumable(refine, model, images, recipe=recipe, **training_options(args))
-    last = run.history[-1]
-    print(f"{args.out}: refined in {last['seconds'] / 60:.1f} minutes")
+    if args.knn_every:
+        images, held_out = images.holdout(0.1)
+        options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
+        options["evaluate_every"] = args.knn_every
+    recipe = changed(refine_preset(args.preset, model, size, len(images)), args.settings)
+    if args.plan or not args.resume:
+        ahead = str(plan(model, images, recipe=recipe, device=args.device))
+        if parallel.rank() == 0:
+            print(ahead, flush=True)
+    if args.plan:
+        return 0
+    if args.tensorboard and parallel.rank() == 0:
+        options["watch"] = [watch.TensorBoard(Path(args.out) / "tensorboard")]
+    run = resumable(refine, model, images, recipe=recipe, **options)
+    if parallel.rank() == 0:
+        print(f"{args.out}: refined in {run.history[-1]['seconds'] / 60:.1f} minutes")
     return 0
+
+
+def refine_preset(name: str, model, size: int, n: int):
+    """The recipe of a preset for a model, its image size and a number of images."""
+    from refiner.recipe import Recipe
+
+    if name in ("cpu", "gpu"):
+        return getattr(Recipe, name)(size=size)
+    if name == "fitted":
+        return Recipe.fitted(model, n)
+    return Recipe.paper(name, images=n)
 
 
 def add_models(subparsers, common: argparse.ArgumentParser) -> None:

@@ -1,0 +1,276 @@
+"""Before a refinement starts: what it will do, how long, how much memory, and what would fit.
+
+Time comes from a few steps that are taken and thrown away. Memory is counted: weights, gradients
+and averages by their numbers, activations by what a small batch really leaves behind for its
+backward pass, scaled to the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from refiner import parallel
+from refiner.encoders import Encoder
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import Refined, Trainer, begin, freeze_first, refine_step
+from refiner.training import autocast, step_generator, take
+
+GB = 1e9
+NOT_COUNTED = 1.1  # the allocator's gaps and what is held for a moment only
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a refinement will do and need; ``print`` it.
+
+    Attributes:
+        recipe: filled in.
+        images: how many.
+        step_seconds: of a step of stage 2 and of stage 3.
+        memory: bytes a process by what needs them, at the peak of stage 3.
+        available: bytes that the device has free; on a CPU all of its memory.
+        changes: where it does not fit: ``NAME=VALUE`` settings with the bytes needed then.
+        what: lines that describe it.
+    """
+
+    recipe: Recipe
+    images: int
+    step_seconds: tuple[float, float]
+    memory: dict[str, float]
+    available: float
+    changes: dict[str, float]
+    what: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of both stages."""
+        heads, encoder = self.step_seconds
+        return heads * self.recipe.head_steps + encoder * self.recipe.steps
+
+    @property
+    def bytes(self) -> float:
+        """Of everything together."""
+        return NOT_COUNTED * sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there."""
+        return self.bytes <= self.available
+
+    def __str__(self) -> str:
+        heads, encoder = self.step_seconds
+        parts = ", ".join(f"{name} {amount(size)}" for name, size in self.memory.items())
+        lines = [
+            *self.what,
+            f"time     about {duration(self.seconds)} ({heads:.2g} s a step of stage 2, "
+            f"{encoder:.2g} s of stage 3; a few were timed here)",
+            f"memory   about {amount(self.bytes)} of {amount(self.available)}:",
+            f"         {parts}",
+        ]
+        if not self.fits:
+            lines.append("         this will probably not fit; it would need")
+            lines += [f"           {amount(size)} with {how}" for how, size in self.changes.items()]
+        return "\n".join(lines)
+
+
+def plan(model: Encoder, images, *, recipe: Recipe | None = None,
+         device: str | torch.device | None = None,
+         available: float | None = None) -> Plan:  # fmt: skip
+    """Says what :func:`refiner.refine.refine` with the same arguments will do and need.
+
+    Takes a few steps on copies; nothing of what it is given changes.
+
+    Args:
+        model, images, recipe, device: as for :func:`refiner.refine.refine`.
+        available: bytes of memory to plan for; default the device's.
+
+    Raises:
+        ValueError: for data or recipes that do not fit together, as ``refine`` does.
+    """
+    device = parallel.join(device)
+    recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    if available is None:
+        available = float(parallel.average(torch.tensor(_available(device), device=device)))
+    memory = memory_needed(model, images, recipe, device)
+    changes = {}
+    if NOT_COUNTED * sum(memory.values()) > available:
+        for how, other in smaller(recipe, len(model.blocks)).items():
+            needed = memory_needed(model, images, other, device)
+            changes[how] = NOT_COUNTED * sum(needed.values())
+    return Plan(
+        recipe=recipe, images=len(getattr(images, "images", images)),
+        step_seconds=_step_seconds(model, images, recipe, device), memory=memory,
+        available=available, changes=changes, what=tuple(describe(model, images, recipe)),
+    )  # fmt: skip
+
+
+def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
+    """What to change to need less memory, the mildest first; all of it at last."""
+    blocks, half = recipe.blocks, depth // 2
+    fewer = blocks[::-2][::-1] if len(blocks) > 1 else blocks  # every other, with the last
+    changes: dict[str, dict] = {"checkpoint=True": {"checkpoint": True}}
+    if recipe.frozen_blocks < half <= blocks[0] + 1:
+        changes[f"frozen_blocks={half}"] = {"frozen_blocks": half}
+    if len(fewer) < len(blocks) and isinstance(recipe.pooling, str):
+        changes[f"blocks={fewer}"] = {"blocks": fewer}
+    changes[f"batch={recipe.batch // 2}"] = {"batch": recipe.batch // 2}
+    everything = {k: v for change in changes.values() for k, v in change.items()}
+    changes["all of these"] = everything
+    return {how: replace(recipe, **change) for how, change in changes.items()}
+
+
+# ---------------------------------------------------------------- in words
+
+
+def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
+    """The recipe as lines of text."""
+    pixels = getattr(images, "images", images)
+    n, last = len(pixels), len(model.blocks) - 1
+    where = [str(b) if b < last else f"{b} (the final output)" for b in recipe.blocks]
+    sizes = [v.size for v in recipe.views]
+    views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
+    epochs = lambda steps: f"{steps} steps, {steps * recipe.batch / n:.3g} epochs"  # noqa: E731
+    frozen = f", first {recipe.frozen_blocks} blocks frozen" if recipe.frozen_blocks else ""
+    many = parallel.world()
+    return [
+        f"model    {model.refiner_card.get('name', 'unnamed')}: {last + 1} blocks of width "
+        f"{model.embed_dim}",
+        f"data     {n} images of {pixels.shape[2]}×{pixels.shape[3]}; views: {views}",
+        f"heads    on blocks {', '.join(where)}; pooling {recipe.pooling}",
+        f"stage 2  heads only: {epochs(recipe.head_steps)} of batch {recipe.batch}"
+        + (f" on {many} processes" if many > 1 else ""),
+        f"stage 3  encoder and heads: {epochs(recipe.steps)}{frozen}",
+        f"targets  {_swapping(recipe)}; temperature {recipe.temperature}, queue {recipe.queue}, "
+        f"one of the {recipe.top_k} nearest",
+    ]
+
+
+def _swapping(recipe: Recipe) -> str:
+    if recipe.swap == "none":
+        return "plain instance discrimination, no neighbors"
+    name = "NNA" if recipe.swap == "neighbor" else "NNCLR's swap of both roles"
+    if recipe.swap_full <= 0:
+        return name
+    return f"{name}, growing from {recipe.swap_from:.0%} to {recipe.swap_full:.0%} of stage 3"
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Bytes one process needs at the peak of stage 3, by what needs them.
+
+    Weights, their average, gradients and AdamW's two averages in float32; activations as a few
+    images leave them; the loss's products of all pairs and the lookup's similarities by their
+    shapes.
+    """
+    run = begin(model, replace(recipe, queue=min(recipe.queue, 64), compile=False), device)
+    freeze_first(run.model, recipe.frozen_blocks)
+    weights = list(run.model.parameters())
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    t, v, g = len(recipe.blocks), len(recipe.views), recipe.global_views
+    own = recipe.batch // parallel.world()
+    image = saved_bytes(run, images, device)
+    if recipe.checkpoint:  # one block at a time is there in full
+        whole = saved_bytes(
+            replace(run, recipe=replace(run.recipe, checkpoint=False)), images, device
+        )
+        image += (whole - image) / max(1, len(model.blocks) - recipe.frozen_blocks)
+    return {
+        "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
+        "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
+        "queue": 4.0 * recipe.queue * recipe.out * t,
+        "activations": own * image,
+        "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
+        "lookup": 4.0 * t * g * own * recipe.queue,
+    }
+
+
+def saved_bytes(run: Refined, images, device: torch.device, *, few: int = 4) -> float:
+    """Bytes that the forward pass of stage 3 keeps for the backward pass, per image."""
+    held = [*run.model.parameters(), *run.heads.parameters()]
+    known = {p.untyped_storage().data_ptr() for p in held}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    pixels = take(getattr(images, "images", images), torch.arange(few), device)
+    ids = torch.arange(few * parallel.world(), device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device):
+        step = refine_step(
+            run.model.train(), run.heads, run.queue, pixels, ids, run.recipe, stage=3,
+            swap_chance=1.0, generator=step_generator(0, 0, device),
+        )  # fmt: skip
+    del step  # until here the graph held what was kept, so no address was used twice
+    return sum(kept.values()) / few
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # not on Windows
+
+
+# ---------------------------------------------------------------- time
+
+
+def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device,
+                  *, patience: float = 4.0) -> tuple[float, float]:  # fmt: skip
+    """Seconds of a step of each stage.
+
+    Batches grow fourfold until they are whole or take too long; a straight line through the last
+    two then leads to the whole.
+    """
+    batch = min(recipe.batch, 4 * parallel.world())
+    points: list[tuple[int, torch.Tensor]] = []
+    while True:
+        points.append((batch, _timed(model, images, replace(recipe, batch=batch), device,
+                                     rounds=1 if points else 2)))  # fmt: skip
+        if batch == recipe.batch or points[-1][1].sum() > patience:
+            break
+        batch = min(recipe.batch, 4 * batch)
+    (b, last), (a, before) = points[-1], points[-2] if len(points) > 1 else (0, torch.zeros(2))
+    slope = ((last - before) / (b - a)).clamp(min=0)
+    return tuple((last + slope * (recipe.batch - b)).tolist())
+
+
+def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor:
+    """The last round's seconds of one step of stage 2 and one of stage 3, on the CPU."""
+    trainer = Trainer(begin(model, recipe, device), images, device=device)
+    seconds = [0.0, 0.0]
+    for _ in range(rounds):
+        for stage in (2, 3):
+            _finish(device)
+            began = time.monotonic()
+            trainer.one_step(stage, 0, 1000, None)
+            _finish(device)
+            seconds[stage - 2] = time.monotonic() - began
+    trainer.batches.close()
+    # All processes have to come to the same decisions.
+    return parallel.average(torch.tensor(seconds, device=device)).cpu()
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
