@@ -50,7 +50,8 @@ def block_report(model, bank, test, *, k: int = 10, factors: bool = True) -> dic
         groups = refiner.clustering(z, t)
         found |= {"kmeans_acc": rounded(groups["acc"]), "kmeans_nmi": rounded(groups["nmi"])}
         if factors and bank.factors:
-            scores = refiner.factor_probe(x, bank.factors, z, test.factors)
+            known = ({**s.factors, "class": s.labels} for s in (bank, test))
+            scores = refiner.factor_probe(x, next(known), z, next(known))
             found["factors"] = {name: rounded(v) for name, v in scores.items()}
         report[pooling] = found
     return report

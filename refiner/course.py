@@ -58,6 +58,29 @@ def record(name: str, value):
     return value
 
 
+def measured(name: str) -> dict:
+    """A study's result that comes with the course, for runs too long for a notebook.
+
+    Args:
+        name: of a file in ``benchmarks/results``, without ``.json``.
+
+    Returns:
+        Its content; ``["command"]`` makes it again.
+
+    Raises:
+        FileNotFoundError: for an unknown name, with the known ones.
+    """
+    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise FileNotFoundError(
+            f"no measured result {name!r} in benchmarks/results; there are: {known or 'none'} "
+            "(they come with the repository, not with an installed package)"
+        )
+    return json.loads(path.read_text())
+
+
 def _plain(name: str, value) -> object:
     plain = value.tolist() if hasattr(value, "tolist") else value
     items = list(plain) if isinstance(plain, list | tuple) else [plain]

@@ -530,3 +530,11 @@ def test_several_results_arrays_and_cut_gradients_are_compared(capsys):
     leaky = lambda x, y: (x * y, np.arange(3))  # noqa: E731
     assert course.check(leaky, wanted, make, name="two", gradient=True) is wanted
     assert "gradient for tensor 1 of the arguments should not exist" in capsys.readouterr().out
+
+
+def test_measured_results_come_by_name():
+    from refiner.course import measured
+
+    assert measured("refine_controls")["command"].startswith("python benchmarks/refine_controls")
+    with pytest.raises(FileNotFoundError, match="refine_controls"):
+        measured("nothing_like_it")
