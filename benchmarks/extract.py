@@ -44,18 +44,12 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
+def compare(name: str, *, images: int = 512, batch: int = 128, rounds: int = 9) -> dict:
+    """Medians of both passes over the same images, and of their ratio."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = MODELS[arguments.model]
+    how = MODELS[name]
     model = build_vit(**how, seed=0).to(device)
-    batches = list(torch.randn(arguments.images, 3, how["size"], how["size"])
-                   .split(arguments.batch))  # fmt: skip
+    batches = list(torch.randn(images, 3, how["size"], how["size"]).split(batch))
     ways = {
         "timm": lambda: plain(model, batches, device),
         "refiner": lambda: extract(model, batches, progress=False),
@@ -63,26 +57,38 @@ def main() -> None:
     for way in ways.values():
         way()  # warm up
     seconds = {name: [] for name in ways}
-    for turn in range(arguments.rounds):
+    for turn in range(rounds):
         # Who goes first alternates too.
-        for name in list(ways)[:: 1 if turn % 2 else -1]:
-            seconds[name].append(timed(ways[name]))
+        for way in list(ways)[:: 1 if turn % 2 else -1]:
+            seconds[way].append(timed(ways[way]))
     ratios = [a / b for a, b in zip(seconds["refiner"], seconds["timm"], strict=True)]
     result = {
-        "model": arguments.model,
-        "images": arguments.images,
-        "batch": arguments.batch,
-        "rounds": arguments.rounds,
+        "model": name,
+        "images": images,
+        "batch": batch,
+        "rounds": rounds,
         "median_seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
         "ratio_median": round(statistics.median(ratios), 4),
-        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
-        "machine": machine(),
     }
-    for name, median in result["median_seconds"].items():
-        print(f"{name:8} {median:8.3f} s  {arguments.images / median:9.1f} images/s")
-    print(f"ratio    {result['ratio_median']:8.3f}    quartiles {result['ratio_quartiles']}")
+    if rounds > 1:
+        result["ratio_quartiles"] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]]
+    for way, median in result["median_seconds"].items():
+        print(f"{way:8} {median:8.3f} s  {images / median:9.1f} images/s")
+    print(f"ratio    {result['ratio_median']:8.3f}    quartiles {result.get('ratio_quartiles')}")
+    return result | {"machine": machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = vars(parser.parse_args())
+    name = arguments.pop("model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(__file__).parent / "results"
-    write_json(folder / f"extract-{device}-{arguments.model}.json", result)
+    write_json(folder / f"extract-{device}-{name}.json", compare(name, **arguments))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,385 @@
+"""The probing suite beside the libraries that a user would call otherwise.
+
+    python benchmarks/probing.py [--parts knn kmeans umap extract growth] [--threads 1] [--rounds 5]
+                                 [--blocks 12] [--queries 10000 5000] [--quick]
+
+Everything runs in one process on the same synthetic features (classes around centres, a falling
+spectrum), in rounds that alternate between the libraries and change who goes first. Reported are
+medians of wall time and of processor time; where a machine is busy with other work, the second is
+the fair one. Peak memory is that of a process of its own. Writes ``probing.json`` and
+``probing.png`` into benchmarks/results (with ``--quick``: ``runs/probing-quick.*``), keeping the
+parts that are not run again.
+
+k-NN: accuracy for k = 1, 10, 20, 100, 200 from features as extracted, so each side standardises and
+normalises. faiss and scikit-learn search once for the largest k and get our votes; lightly's
+function has no other way than a call for each k. Every prediction is compared with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.extract import compare as compare_extraction  # noqa: E402
+from refiner.files import write_json  # noqa: E402
+from refiner.layout import umap_embedding  # noqa: E402
+from refiner.measures import kmeans  # noqa: E402
+from refiner.neighbors import (  # noqa: E402
+    _classify,
+    knn_report,
+    nearest_neighbors,
+    standardized,
+)
+from refiner.training import machine  # noqa: E402
+
+KS = [1, 10, 20, 100, 200]
+CLASSES = 100
+# blocks, queries, keys, width
+SIZES = [(12, 10_000, 50_000, 192), (12, 5_000, 20_000, 768)]
+QUICK = [(2, 300, 5_000, 48)]
+PARTS = ["knn", "kmeans", "umap", "extract", "growth"]
+
+
+def features(n: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, dim] and labels: overlapping classes, deviations that fall like j^-½, a common mean."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    x = torch.randn(n, dim, generator=generator) * 2 + centres[labels]
+    return x * torch.arange(1, dim + 1) ** -0.5 + 1, labels
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def interleaved(sides: dict[str, Callable], rounds: int) -> dict[str, dict]:
+    """Median wall and processor seconds of each side, in alternating order after a warm-up."""
+    taken = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+    for turn in range(rounds):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            wall, processor = time.perf_counter(), time.process_time()
+            sides[name]()
+            taken[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {
+        name: {
+            "wall_seconds": round(statistics.median(w for w, _ in times), 4),
+            "cpu_seconds": round(statistics.median(c for _, c in times), 4),
+        }
+        for name, times in taken.items()
+    }
+
+
+def peak_megabytes(side: str, queries: int, keys: int, dim: int) -> int:
+    """What a k-NN side adds to the memory of a process that holds the features of one block."""
+    command = [sys.executable, __file__, "--peak", side, str(queries), str(keys), str(dim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(side: str, queries: int, keys: int, dim: int) -> None:
+    call = knn_sides(*features(keys, dim, 0), *features(queries, dim, 1))[side]
+    small = knn_sides(*features(300, dim, 0), *features(300, dim, 1))[side]
+    small()  # so that libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+
+
+# ---------------------------------------------------------------- k-NN
+
+
+def knn_sides(train_x, train_y, test_x, test_y, ks=KS) -> dict[str, Callable]:
+    """By library: a call that gives predictions [S, Q] of one block."""
+    ks = [k for k in ks if k <= len(train_x)]
+
+    def unit():
+        return (F.normalize(x, dim=1) for x in standardized(train_x, test_x))
+
+    def voted(similarities, indices):
+        scores = torch.as_tensor(similarities).double()
+        return _classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1]
+
+    def refiner():
+        return knn_report(train_x, train_y, test_x, test_y, k=ks, keep_votes=False,
+                          device="cpu").predictions  # fmt: skip
+
+    def faiss():
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        keys, queries = unit()
+        index = faiss.IndexFlatIP(keys.shape[1])
+        index.add(keys.numpy())
+        return voted(*index.search(queries.numpy(), ks[-1]))
+
+    def scikit_learn():
+        from sklearn.neighbors import NearestNeighbors
+
+        keys, queries = unit()
+        search = NearestNeighbors(n_neighbors=ks[-1], algorithm="brute", metric="cosine")
+        distances, indices = search.fit(keys.numpy()).kneighbors(queries.numpy())
+        return voted(1 - distances, indices)
+
+    def lightly():
+        from lightly.utils.benchmarking import knn_predict
+
+        keys, queries = unit()
+        bank = keys.T.contiguous()
+        return torch.stack([
+            torch.cat([knn_predict(some, bank, train_y, CLASSES, knn_k=k, knn_t=0.07)[:, 0]
+                       for some in queries.split(256)])
+            for k in ks
+        ])  # fmt: skip
+
+    sides = {"refiner": refiner, "faiss": faiss, "scikit-learn": scikit_learn}
+    return sides | ({"lightly": lightly} if version("lightly") else {})
+
+
+def float64_votes(train_x, train_y, test_x, ks) -> torch.Tensor:
+    """Votes [S, Q, C] by float64 products, some queries at a time."""
+    mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
+    keys = F.normalize((train_x.double() - mean) / std, dim=1)
+    votes = torch.zeros(len(ks), len(test_x), CLASSES, dtype=torch.float64)
+    for start in range(0, len(test_x), 256):
+        some = F.normalize((test_x[start : start + 256].double() - mean) / std, dim=1)
+        similarities, indices = (some @ keys.T).topk(ks[-1], dim=1)
+        weights = (similarities / 0.07).exp()
+        for s, k in enumerate(ks):
+            votes[s, start : start + 256].scatter_add_(1, train_y[indices[:, :k]], weights[:, :k])
+    return votes
+
+
+def knn(sizes, rounds: int) -> list[dict]:
+    rows = []
+    for blocks, queries, keys, dim in sizes:
+        data = [
+            (*features(keys, dim, 2 * l), *features(queries, dim, 2 * l + 1)) for l in range(blocks)
+        ]
+        each = [knn_sides(*block) for block in data]
+        names = list(each[0])
+        calls = {n: lambda n=n, each=each: [sides[n]() for sides in each] for n in names}
+        taken = interleaved(calls, rounds)
+        train_x, train_y, test_x, _ = data[0]
+        votes = float64_votes(train_x, train_y, test_x, [k for k in KS if k <= keys])
+        best = votes.topk(2, dim=-1).values
+        tied = best[..., 0] - best[..., 1] < 1e-12 * best[..., 0]
+        for name in names:
+            wrong = (each[0][name]() != votes.argmax(-1)) & ~tied
+            taken[name] |= {
+                "predictions_unlike_float64": int(wrong.sum()),
+                "peak_MB": peak_megabytes(name, queries, keys, dim),
+            }
+        rows.append({"blocks": blocks, "queries": queries, "keys": keys, "dim": dim, "k": KS,
+                     "predictions_compared": votes.shape[0] * queries, "sides": taken})  # fmt: skip
+        print_sides(f"k-NN, {blocks} blocks, {queries} x {keys} x {dim}", taken)
+    return rows
+
+
+# ---------------------------------------------------------------- k-means, maps
+
+
+def kmeans_part(quick: bool, rounds: int) -> list[dict]:
+    rows = []
+    for n, dim, k in [(1000, 48, 10)] if quick else [(5000, 192, 10), (5000, 192, 100)]:
+        x, _ = features(n, dim, 0)
+        inertia = {}
+
+        def refiner():
+            inertia["refiner"] = float(kmeans(x, k, restarts=5, device="cpu").inertia)  # noqa: B023
+
+        def scikit_learn():
+            from sklearn.cluster import KMeans
+
+            found = KMeans(k, n_init=5, random_state=0, tol=0).fit(x.numpy())  # noqa: B023
+            inertia["scikit-learn"] = float(found.inertia_)  # noqa: B023
+
+        def faiss():
+            import faiss
+
+            faiss.omp_set_num_threads(torch.get_num_threads())
+            # Its starts are plain draws; steps until nothing moves, as on the other sides.
+            found = faiss.Kmeans(x.shape[1], k, niter=100, nredo=5, seed=0,  # noqa: B023
+                                 max_points_per_centroid=len(x))  # noqa: B023  # fmt: skip
+            found.train(x.numpy())  # noqa: B023
+            inertia["faiss"] = float(found.obj[-1])  # noqa: B023
+
+        taken = interleaved({"refiner": refiner, "scikit-learn": scikit_learn, "faiss": faiss},
+                            rounds)  # fmt: skip
+        for name in taken:
+            taken[name]["inertia"] = round(inertia[name], 2)
+        rows.append({"images": n, "dim": dim, "clusters": k, "restarts": 5, "sides": taken})
+        print_sides(f"k-means, {n} x {dim}, k={k}", taken)
+    return rows
+
+
+def umap_part(quick: bool, rounds: int) -> list[dict]:
+    import umap
+
+    n, dim = (500, 48) if quick else (4000, 192)
+    x, _ = features(n, dim, 0)
+    start = time.perf_counter()
+    code = (
+        "import torch; from refiner.layout import umap_embedding; "
+        f"umap_embedding(torch.randn({n}, {dim}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    cold = round(time.perf_counter() - start, 2)
+    graph = nearest_neighbors(x, x, k=15, exclude_self=True)
+    taken = interleaved(
+        {
+            "umap-learn": lambda: umap.UMAP(
+                metric="cosine", random_state=0, n_jobs=1
+            ).fit_transform(x.numpy()),
+            "refiner": lambda: umap_embedding(x),
+            "refiner, graph at hand": lambda: umap_embedding(x, graph),
+        },
+        rounds,
+    )
+    print_sides(f"UMAP, {n} x {dim} (a new process: {cold} s)", taken)
+    return [{"images": n, "dim": dim, "new_process_wall_seconds": cold, "sides": taken}]
+
+
+def extract_part(quick: bool, rounds: int) -> list[dict]:
+    size = {"images": 32, "batch": 32} if quick else {"images": 256, "batch": 128}
+    return [compare_extraction("small", **size, rounds=rounds)]
+
+
+# ---------------------------------------------------------------- growth
+
+
+def growth(quick: bool, rounds: int) -> list[dict]:
+    """k-NN of the refiner and of faiss where one of N, D, L and k changes."""
+    base = {"keys": 10_000, "dim": 192, "blocks": 1, "k": 20}
+    queries = 100 if quick else 500
+    values = {"keys": [5_000, 10_000, 20_000, 40_000], "dim": [48, 96, 192, 384, 768],
+              "blocks": [1, 2, 4, 8], "k": [1, 10, 50, 200]}  # fmt: skip
+    rows = []
+    for name, several in values.items():
+        for value in several[:2] if quick else several:
+            how = base | {name: value}
+            sides = knn_sides(*features(how["keys"], how["dim"], 0),
+                              *features(queries, how["dim"], 1), ks=[how["k"]])  # fmt: skip
+            calls = {
+                n: lambda n=n, sides=sides, how=how: [sides[n]() for _ in range(how["blocks"])]
+                for n in ("refiner", "faiss")
+            }
+            taken = interleaved(calls, rounds)
+            rows.append({"grows": name, "queries": queries, **how, "sides": taken})
+            print_sides(f"growth, {name} = {value}", taken)
+    return rows
+
+
+def draw_growth(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"keys": "labelled images N", "dim": "width D", "blocks": "blocks L",
+             "k": "neighbors k"}  # fmt: skip
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), sharey=True, layout="constrained")
+    for ax, (key, label) in zip(axes, names.items(), strict=True):
+        some = [row for row in rows if row["grows"] == key]
+        for side, marker in (("refiner", "o"), ("faiss", "s")):
+            ax.loglog([row[key] for row in some],
+                      [row["sides"][side]["cpu_seconds"] for row in some],
+                      marker=marker, label=side)  # fmt: skip
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("processor seconds")
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def print_sides(title: str, taken: dict[str, dict]) -> None:
+    print(title)
+    for name, row in taken.items():
+        print(
+            f"  {name:24}" + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True
+        )
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, help="instead of 12")
+    parser.add_argument("--queries", type=int, nargs=2, help="instead of 10000 and 5000")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, into runs/")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    np.seterr(all="ignore")
+    if arguments.peak:
+        side, *numbers = arguments.peak
+        print_peak(side, *map(int, numbers))
+        return
+    quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
+    sizes = QUICK if quick else SIZES
+    if arguments.queries:
+        sizes = [(b, q, *s) for (b, _, *s), q in zip(sizes, arguments.queries, strict=False)]
+    if arguments.blocks:
+        sizes = [(arguments.blocks, *s) for _, *s in sizes]
+    run = {
+        "knn": lambda: knn(sizes, rounds),
+        "kmeans": lambda: kmeans_part(quick, rounds),
+        "umap": lambda: umap_part(quick, rounds),
+        "extract": lambda: extract_part(quick, rounds),
+        "growth": lambda: growth(quick, rounds),
+    }
+    path = ROOT / ("runs/probing-quick.json" if quick else "benchmarks/results/probing.json")
+    for part in arguments.parts:
+        load = os.getloadavg()[0]
+        rows = run[part]()
+        # Read again, as another run may have added its own part.
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        result[part] = {
+            "command": "python benchmarks/probing.py " + " ".join(sys.argv[1:]),
+            "rounds": rounds,
+            "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+            "machine": machine() | {"threads": arguments.threads},
+            "versions": {p: version(p) for p in ("faiss-cpu", "scikit-learn", "lightly",
+                                                 "umap-learn", "timm", "numba")},
+            "rows": rows,
+        }  # fmt: skip
+        write_json(path, result)
+        if part == "growth":
+            draw_growth(rows, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
