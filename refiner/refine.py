@@ -504,8 +504,11 @@ class Trainer:
         save_state(self.out / "state.pt", state, keep_previous=True)
 
     def restore(self) -> None:
-        run = self.run
-        state = load_state((self.out or Path(".")) / "state.pt")
+        run, folder = self.run, self.out or Path(".")
+        state = load_state(folder / "state.pt")
+        if parallel.rank() == 0:
+            for rest in folder.glob(".state*"):  # half a state, of a run that was killed
+                rest.unlink()
         saved = recipe_from(state["recipe"])
         others = [f.name for f in fields(Recipe)
                   if getattr(saved, f.name) != getattr(run.recipe, f.name)]  # fmt: skip

@@ -214,7 +214,7 @@ def load_state(path: str | Path) -> dict:
     for file in there:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             broken = error
             warnings.warn(f"{file} is damaged ({error})", stacklevel=2)
     raise OSError(f"cannot read {path}: {broken}")

@@ -76,8 +76,9 @@ class Guard:
         Raises:
             FloatingPointError: when one is not finite.
         """
-        norms = torch._foreach_norm([p.detach() for m in modules for p in m.parameters()])
-        if not bool(torch.stack(norms).isfinite().all()):
+        weights = [p.detach() for m in modules for p in m.parameters()]
+        largest = torch._foreach_norm(weights, float("inf"))  # squares would overflow
+        if not bool(torch.stack(largest).isfinite().all()):
             raise FloatingPointError(
                 "a weight is no longer finite; try a lower learning rate or clip=1.0." + self.left()
             )

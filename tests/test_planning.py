@@ -1,0 +1,90 @@
+"""The plan before a run: memory by counting, what would fit, and that nothing is touched."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refiner.models import build_vit
+from refiner.planning import amount, duration, memory_needed, plan, saved_bytes, smaller
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import begin
+from refiner.views import View
+
+CPU = torch.device("cpu")
+TINY = Recipe.cpu(
+    batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
+    blocks=(1, 2, 3), frozen_blocks=0, views=(View(size=16), View(size=8)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_vit(size=16, patch=4, dim=16, depth=4, heads=2, seed=0)
+
+
+def test_plan_says_what_how_long_and_how_much(model, images):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made = plan(model, images, recipe=TINY, device="cpu")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    heads, encoder = made.step_seconds
+    assert 0 < heads and 0 < encoder and made.seconds == pytest.approx(10 * heads + 20 * encoder)
+    assert made.fits and not made.changes
+    text = str(made)
+    for part in ("4 blocks of width 16", "16 images of 16×16; views: 1 of 16 px, 1 of 8 px",
+                 "blocks 1, 2, 3 (the final output)", "10 steps, 5 epochs of batch 8",
+                 "20 steps, 10 epochs", "growing from 30% to 90%", "time     about",
+                 "GB:"):  # fmt: skip
+        assert part in text, part
+
+
+def test_what_does_not_fit_comes_with_changes_that_need_less(model, images):
+    made = plan(model, images, recipe=TINY, device="cpu", available=1000)
+    assert not made.fits and "will probably not fit" in str(made)
+    assert list(made.changes) == ["checkpoint=True", "frozen_blocks=2", "blocks=(1, 3)", "batch=4",
+                                  "all of these"]  # fmt: skip
+    assert all(size < made.bytes for size in made.changes.values())
+    assert made.changes["all of these"] == min(made.changes.values())
+
+
+def test_suggested_changes_are_recipes_that_work(model, images):
+    for how, recipe in smaller(complete_recipe(TINY, model, images), 4).items():
+        assert complete_recipe(recipe, model, images) == recipe, how
+
+
+def test_weights_are_counted_with_their_gradients_and_averages(model, images):
+    recipe = complete_recipe(replace(TINY, frozen_blocks=1), model, images)
+    memory = memory_needed(model, images, recipe, CPU)
+    everything = sum(p.numel() for p in model.parameters())
+    frozen = [model.patch_embed, model.blocks[0]]
+    frozen = sum(p.numel() for m in frozen for p in m.parameters())
+    frozen += model.cls_token.numel() + model.pos_embed.numel()
+    assert memory["encoder"] == 4 * (2 * everything + 3 * (everything - frozen))
+    # 16 → 16 → 16 → 8 and 8 → 16 → 8, three heads; weight, gradient and two averages.
+    assert memory["heads"] == 16 * 3 * (16 * 16 + 16 * 16 + 16 * 8 + 8 * 16 + 16 * 8)
+    assert memory["queue"] == 4 * 12 * 8 * 3
+
+
+def test_activations_are_those_that_the_graph_holds(model, images):
+    """Per image they do not depend on how many were measured; checkpointing leaves a few."""
+    run = begin(model, complete_recipe(TINY, model, images), CPU)
+    four, eight = (saved_bytes(run, images, CPU, few=n) for n in (4, 8))
+    assert eight == pytest.approx(four, rel=0.1)
+    # Each block keeps at least its input of attention and MLP and the four-fold hidden layer.
+    tokens = (1 + 16) + (1 + 4)
+    assert four > 4 * tokens * 16 * (1 + 3 + 1 + 4 + 4) * 4
+    less = saved_bytes(replace(run, recipe=replace(run.recipe, checkpoint=True)), images, CPU)
+    assert less < four / 2
+
+
+def test_amounts_and_times_in_words():
+    assert amount(2.44e9) == "2.4 GB" and amount(12.6e6) == "13 MB"
+    assert [duration(s) for s in (50, 600, 36_000, 400_000)] == [
+        "50 seconds", "10 minutes", "10 hours", "5 days",
+    ]  # fmt: skip

@@ -1,0 +1,178 @@
+"""Presets are the paper's, scaled by the stated rules; bad input is refused; schedules by hand."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from refiner.models import build_vit
+from refiner.recipe import (
+    Recipe,
+    complete_recipe,
+    head_loss_weights,
+    recipe_dict,
+    recipe_from,
+)
+from refiner.refine import Trainer
+from refiner.views import View
+
+TINY = Recipe.cpu(batch=8, blocks=(1, 2), frozen_blocks=1, queue=24)
+
+
+def pixels(n=16, size=32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_vit(dim=16, depth=3, heads=2, seed=0)
+
+
+# ---------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("name, depth, heads, temperature, batch, epochs, frozen, local", [
+    ("L/16", 24, [16, 17, 18, 19, 20, 21, 22, 23], 0.2, 1024, 30, 0, 96),
+    ("H/14", 32, [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], 0.3, 512, 30, 0, 98),
+    ("2B/14", 24, [16, 17, 18, 19, 20, 21, 22, 23], 0.35, 512, 20, 6, 98),
+])  # fmt: skip
+def test_paper_presets(name, depth, heads, temperature, batch, epochs, frozen, local):
+    recipe = Recipe.paper(name)
+    per_epoch = 1_281_167 // batch
+    assert list(recipe.blocks) == heads and heads[-1] == depth - 1, "the last is the final output"
+    assert (recipe.temperature, recipe.batch, recipe.frozen_blocks) == (temperature, batch, frozen)
+    assert (recipe.head_steps, recipe.steps) == (20 * per_epoch, epochs * per_epoch)
+    assert (recipe.head_lr, recipe.lr, recipe.layer_decay) == (2e-4, 4e-4, 0.65)
+    assert (recipe.weight_decay, recipe.head_weight_decay) == (0.05, 1e-5)
+    assert (recipe.queue, recipe.top_k, recipe.ema) == (65_536, 20, 0.9999)
+    assert (recipe.hidden, recipe.predictor_hidden, recipe.out) == (2048, 4096, 256)
+    assert [v.size for v in recipe.views] == [224] * 2 + [local] * 10
+    assert [v.scale for v in recipe.views] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 10
+    assert [v.blur for v in recipe.views] == [1.0, 0.1] + [0.5] * 10
+    assert [v.solarize for v in recipe.views] == [0.0, 0.2] + [0.0] * 10
+    assert local % int(name.split("/")[1]) == 0
+
+
+def test_paper_epochs_follow_the_data():
+    assert Recipe.paper("L/16", data2vec=True).steps == 20 * 1251
+    assert Recipe.paper("2B/14", data2vec=True).steps == 20 * 2502
+    small = Recipe.paper("H/14", images=5000, batch=500, temperature=0.25)
+    assert (small.head_steps, small.steps, small.temperature) == (200, 300, 0.25)
+    with pytest.raises(ValueError, match="'B/16'.*L/16, H/14, 2B/14"):
+        Recipe.paper("B/16")
+    with pytest.raises(ValueError, match="100 images are fewer than one batch of 1024"):
+        Recipe.paper("L/16", images=100)
+
+
+@pytest.mark.parametrize("stage, epochs", [(2, 20), (3, 30)])
+def test_warm_up_of_the_paper_is_four_epochs_in_both_stages(stage, epochs):
+    recipe = Recipe.paper("L/16")
+    trainer = SimpleNamespace(run=SimpleNamespace(recipe=recipe))
+    optimizer = SimpleNamespace(param_groups=[{"lr_scale": 0.5}])
+    rate = lambda step: Trainer.set_rate(trainer, optimizer, stage, step, 1251 * epochs)  # noqa: E731
+    peak = (recipe.head_lr if stage == 2 else recipe.lr) * 4  # batch 1024 / 256
+    four = 4 * 1251
+    assert rate(four - 1) == pytest.approx(peak) and rate(four - 2) < peak
+    assert rate(four // 2 - 1) == pytest.approx(peak / 2)
+    assert rate(1251 * epochs) == pytest.approx(1e-6)
+    middle = four + (1251 * epochs - four) // 2
+    assert rate(middle) == pytest.approx((peak + 1e-6) / 2)
+    assert optimizer.param_groups[0]["lr"] == rate(middle) * 0.5
+
+
+def shaped(width, *, size=224, patch=16, depth=24):
+    card = {"preprocessing": {"size": size}}
+    embed = SimpleNamespace(patch_size=(patch, patch))
+    return SimpleNamespace(embed_dim=width, blocks=[0] * depth, refiner_card=card,
+                           patch_embed=embed)  # fmt: skip
+
+
+def test_fitted_to_imagenet_and_a_large_model_is_nearly_the_papers():
+    fitted, paper = Recipe.fitted(shaped(1024), 1_281_167), Recipe.paper("L/16")
+    same = ("views", "batch", "queue", "top_k", "temperature", "hidden", "predictor_hidden", "out",
+            "head_steps", "steps", "warmup", "head_warmup", "lr", "blocks")  # fmt: skip
+    for name in same:
+        assert getattr(fitted, name) == getattr(paper, name), name
+    assert fitted.ema == pytest.approx(paper.ema, abs=1e-5)
+    widths = {1024: 0.2, 1280: 0.3, 2560: 0.35, 384: 0.2, 1920: 0.325, 5000: 0.35}
+    for width, temperature in widths.items():
+        assert Recipe.fitted(shaped(width), 10**6).temperature == pytest.approx(temperature)
+
+
+@pytest.mark.parametrize("n, size, patch", [(512, 32, 4), (8192, 64, 8), (50_000, 224, 14)])
+def test_fitted_keeps_its_rules(n, size, patch):
+    recipe = Recipe.fitted(shaped(384, size=size, patch=patch, depth=12), n)
+    assert recipe.batch <= n / 32 and math.log2(recipe.batch) % 1 == 0
+    assert n / 8 < recipe.queue <= n / 4
+    assert recipe.steps == 30 * (n // recipe.batch) and recipe.blocks == (8, 9, 10, 11)
+    assert recipe.top_k == max(1, round(20 * (recipe.queue / 65_536) ** 0.5))
+    for view in recipe.views:
+        assert view.size % patch == 0 and view.size <= size
+        assert view.scale[0] ** 0.5 * size >= min(16, 0.7 * size) or view.scale[0] == 0.05
+        assert 0 < view.scale[0] < view.scale[1] <= 1
+
+
+def test_fitted_recipe_fits(model):
+    recipe = complete_recipe(Recipe.fitted(model, pixels(64)), model, pixels(64))
+    assert recipe.batch == 2 and recipe.queue == 16
+
+
+def test_recipes_survive_json_and_older_ones_get_defaults():
+    recipe = Recipe.paper("H/14", pooling=("cls", "patch") * 6)
+    assert recipe_from(recipe_dict(recipe)) == recipe
+    old = recipe_dict(Recipe.cpu())
+    for name in ("loss_weights", "checkpoint", "compile", "head_warmup"):
+        del old[name]
+    assert recipe_from(old) == Recipe.cpu()
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_loss_weights():
+    recipe = Recipe.cpu(blocks=(1, 2, 3), steps=100)
+    assert head_loss_weights(recipe, 50) is None
+    decay = replace(recipe, loss_weights="decay")
+    assert head_loss_weights(decay, 25) == pytest.approx([0.75, 0.75, 1])
+    staggered = replace(recipe, loss_weights="staggered")
+    expected = {0: [1, 1, 1], 25: [0.5, 1, 1], 50: [0, 1, 1], 75: [0, 0.5, 1], 100: [0, 0, 1]}
+    for step, weights in expected.items():
+        assert head_loss_weights(staggered, step) == pytest.approx(weights)
+    assert head_loss_weights(replace(decay, blocks=(3,)), 50) is None
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def nan_pixels():
+    x = pixels().float() / 255
+    x[3, 1, 2, 2] = math.nan
+    return x
+
+
+@pytest.mark.parametrize("change, images, message", [
+    ({}, pixels(4), "4 images are fewer than one batch of 8"),
+    ({}, pixels(size=16), "images of 16 pixels are smaller than a view of 32"),
+    ({}, pixels(1).repeat(16, 1, 1, 1), "look all alike"),
+    ({}, nan_pixels(), "NaN or outside of 0 to 1"),
+    ({}, pixels().float(), "NaN or outside of 0 to 1"),
+    ({}, pixels()[:, :1], r"expected images \[N, 3, H, W\], got \[16, 1, 32, 32\]"),
+    ({"views": (View(size=30), View(size=16))}, pixels(), "no multiple of the patch of 4"),
+    ({"blocks": (1, 3)}, pixels(), "different blocks from 0 to 2"),
+    ({"pooling": ("cls", "patch", "cls")}, pixels(), "3 poolings for 2 heads"),
+    ({"pooling": ("cls", "mean")}, pixels(), "pooling 'mean' does not exist"),
+    ({"loss_weights": "linear"}, pixels(), "choose 'constant', 'decay', 'staggered'"),
+    ({"temperature": 0.0}, pixels(), "temperature is 0.0"),
+    ({"batch": 1}, pixels(), "batch is 1; it needs to be 2 or more"),
+    ({"top_k": 0}, pixels(), "top_k is 0"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_training(model, change, images, message):
+    with pytest.raises(ValueError, match=message):
+        complete_recipe(replace(TINY, **change), model, images)
+
+
+def test_floats_from_0_to_1_are_images(model):
+    assert complete_recipe(TINY, model, pixels().float() / 255).pooling == "cls"

@@ -1,0 +1,185 @@
+"""Nothing is lost: kills at any moment, a full disk, damaged states."""
+
+import errno
+import importlib
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refiner import training
+from refiner.models import build_vit
+from refiner.recipe import Recipe
+from refiner.views import View
+
+R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+TINY = Recipe.cpu(
+    batch=4, head_steps=8, steps=16, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)),
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def whole(model, images):
+    return R.refine(model, images, recipe=TINY, progress=False, log_every=1)
+
+
+def run(model, images, out, *, recipe=TINY, resume=None):
+    resume = (out / "state.pt").is_file() if resume is None else resume
+    return R.refine(model, images, recipe=recipe, out=out, resume=resume, save_every=1,
+                    log_every=1, progress=False)  # fmt: skip
+
+
+def assert_same(one, two):
+    for a, b in ((one.model, two.model), (one.heads, two.heads), (one.queue, two.queue)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert [e["loss"] for e in one.history] == [e["loss"] for e in two.history]
+
+
+def mortal(monkeypatch, life):
+    """Lets a process die at its life-th moment: in a step, before, amid or after writing."""
+    left = [life]
+    where = []
+
+    def moment(name):
+        left[0] -= 1
+        if left[0] == 0:
+            where.append(name)
+            raise Killed
+
+    def dying(module, name, amid=None):
+        original = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            moment(f"before {name}")
+            if amid:
+                amid(*args)
+            result = original(*args, **kwargs)
+            moment(f"after {name}")
+            return result
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    def half_written(state, file):
+        file.write(b"half of a state")
+        moment("amid save")
+        file.seek(0)
+
+    dying(R, "refine_step")
+    dying(training.torch, "save", half_written)
+    dying(os, "link")
+    dying(os, "replace")
+    return where
+
+
+def test_twenty_kills_at_random_moments(model, images, whole, tmp_path, monkeypatch):
+    rng, deaths = random.Random(0), []
+    while len(deaths) < 20:
+        with monkeypatch.context() as patch:
+            where = mortal(patch, rng.randint(1, 22))
+            with pytest.raises(Killed):
+                run(model, images, tmp_path)
+            deaths += where
+    assert len({name.split()[-1] for name in deaths}) >= 3, f"not only in one place: {deaths}"
+    assert_same(whole, run(model, images, tmp_path))
+    assert not list(tmp_path.glob(".state*"))
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+])  # fmt: skip
+def test_full_disk_leaves_the_states_intact(model, images, whole, tmp_path, monkeypatch, error):
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) > 5:
+            file.write(b"as much as fits")
+            raise error
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left|is the disk full"):
+            run(model, images, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.previous.pt", "state.pt"]
+    assert training.load_state(tmp_path / "state.pt")["done"] == 5
+    assert training.load_state(tmp_path / "state.previous.pt")["done"] == 4
+    assert_same(whole, run(model, images, tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+def test_a_damaged_state_falls_back_to_the_one_before(model, images, whole, tmp_path, damage):
+    run(model, images, tmp_path)
+    state = tmp_path / "state.pt"
+    content = state.read_bytes()
+    state.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    if damage == "missing":
+        state.unlink()
+        assert_same(whole, run(model, images, tmp_path, resume=True))
+        return
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert_same(whole, run(model, images, tmp_path))
+    for name in ("state.pt", "state.previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="cannot read"):
+        run(model, images, tmp_path)
+
+
+def test_a_copy_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    for step in (1, 2, 3):
+        training.save_state(tmp_path / "state.pt", {"step": step}, keep_previous=True)
+    assert training.load_state(tmp_path / "state.pt") == {"step": 3}
+    assert training.load_state(tmp_path / "state.previous.pt") == {"step": 2}
+
+
+def test_what_killed_runs_left_is_removed(model, images, tmp_path):
+    run(model, images, tmp_path, recipe=replace(TINY, steps=1))
+    (tmp_path / ".state.pt.abc").write_bytes(b"half")
+    run(model, images, tmp_path, recipe=replace(TINY, steps=1))
+    assert not (tmp_path / ".state.pt.abc").exists()
+
+
+def test_only_what_does_not_shape_the_state_may_change(model, images, tmp_path):
+    run(model, images, tmp_path)
+    run(model, images, tmp_path, recipe=replace(TINY, lr=1e-4, clip=1.0, checkpoint=True))
+    with pytest.raises(ValueError, match=r"another one \(queue, seed\)"):
+        run(model, images, tmp_path, recipe=replace(TINY, seed=3, queue=5))
+
+
+def test_a_broken_weight_is_never_saved(model, images, tmp_path, monkeypatch):
+    average = R.EMA.update
+
+    def broken(self, module):
+        average(self, module)
+        if self.updates == 5:  # after the step whose loss was fine
+            torch.nn.init.constant_(module.norm.weight, float("nan"))
+
+    monkeypatch.setattr(R.EMA, "update", broken)
+    with pytest.raises(FloatingPointError, match=r"weight is no longer finite.*state is in"):
+        run(model, images, tmp_path)
+    state = training.load_state(tmp_path / "state.pt")
+    assert state["done"] == TINY.head_steps + 4
+    assert all(v.isfinite().all() for v in state["model"].values())
