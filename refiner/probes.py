@@ -3,265 +3,344 @@
 Multinomial logistic regression with an L2 penalty on the weights (not on the bias), the objective
 of scikit-learn's LogisticRegression divided by C·N:
 
-    f(W, b) = 1/N Σ_n −log softmax(x_n W + b)[y_n]  +  λ/2 ‖W‖²,      λ = 1 / (C·N)
+    f(W, b) = 1/N Σ_n −log softmax(W x_n + b)[y_n]  +  λ/2 ‖W‖²,      λ = 1 / (C·N)
 
-Features are standardised with the train set's mean and deviation and turned into their principal
-axes. A rotation changes neither f nor its minimum, but in these axes the curvature is nearly
-diagonal, so L-BFGS (Liu & Nocedal 1989) with that diagonal as its first guess needs few steps. All
-penalties of a block share one matrix product a step, all draws of a low-shot experiment one batched
-product, and each problem stops by its own test.
+Three things make it fast. Penalties are solved from the strongest to the weakest, each from where
+the two before point to (the solution is smooth in log λ). A Newton step needs only products with
+the Hessian, by conjugate gradients, which cost as much as the gradient and no exponentials. And
+those are preconditioned by the Hessian's diagonal blocks, one a class, taken from the few images
+that are still undecided, where nearly all of its curvature sits.
+
+A fit stops when its distance to the minimum is proven: with the dual variables softmax − one-hot
+the duality gap is ‖∂f/∂W‖² / (2λ), up to the bias, whose share is estimated by its curvature.
 
 Shape legend: L blocks, N train and M test images, D width, E = D + 1 (bias last), C classes,
-G groups (draws) with features of their own, R penalties, S sizes of the labelled set.
+G groups with features of their own (blocks, draws), R penalties, S sizes of the labelled set,
+K draws, T targets of a regression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from refiner.neighbors import _device, _full_precision, _mean_and_scale
 
 Tensor = torch.Tensor
 PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 CIRCULAR = {"hue": 1.0, "background_hue": 1.0, "background_angle": 360.0}  # period of each
 CATEGORICAL = ("pattern", "class")
+UNDECIDED = 256  # images that a class's diagonal block is taken from
+BLOCK_BYTES = 2**29  # of diagonal blocks; with more, all classes share one
+# Of features in one product. On a CPU what fits its cache, on a GPU as much as there is room for.
+GROUP_BYTES = {"cpu": 2**22, "cuda": 2**31}
 
 
 # ---------------------------------------------------------------- the solver
 
 
-@dataclass
-class _Problem:
-    """Problems still being solved: G groups with their own samples, R penalties each."""
-
-    x_GNE: Tensor
-    y_GN: Tensor
-    penalty_R: Tensor
-    scale_GE: Tensor  # how curved f is along each axis, for the first guess
-    classes: int
-
-    def value_and_grad(self, w_GERC: Tensor) -> tuple[Tensor, Tensor]:
-        """f [G, R] and its gradient [G, E, R, C]."""
-        g, n, e = self.x_GNE.shape
-        r, c = w_GERC.shape[2:]
-        logits_GNRC = (self.x_GNE @ w_GERC.reshape(g, e, r * c)).reshape(g, n, r, c)
-        at_GNR1 = self.y_GN[:, :, None, None].expand(g, n, r, 1)
-        picked_GNR = logits_GNRC.gather(3, at_GNR1).squeeze(3)
-        total_GNR = logits_GNRC.logsumexp(dim=3)
-        # Sums in float64: the line search compares values that differ in the seventh digit.
-        value_GR = (total_GNR - picked_GNR).double().mean(dim=1)
-        residual_GNRC = logits_GNRC.sub_(total_GNR[..., None]).exp_()
-        residual_GNRC.scatter_add_(3, at_GNR1, -torch.ones_like(picked_GNR)[..., None])
-        grad = self.x_GNE.transpose(1, 2) @ residual_GNRC.reshape(g, n, r * c)
-        grad_GERC = grad.reshape(g, e, r, c) / n
-        free_GERC = w_GERC[:, :-1]  # all but the bias
-        grad_GERC[:, :-1] += self.penalty_R[None, None, :, None] * free_GERC
-        norm_GR = free_GERC.double().square().sum(dim=(1, 3))
-        return value_GR + 0.5 * self.penalty_R.double() * norm_GR, grad_GERC
-
-    def curvature(self) -> Tensor:
-        """Diagonal guess of the Hessian, [G, E, R, 1]."""
-        penalty_ER = torch.cat(
-            [
-                self.penalty_R.expand(self.x_GNE.shape[2] - 1, -1),
-                torch.zeros_like(self.penalty_R)[None],
-            ]
-        )
-        return (self.scale_GE[:, :, None] / self.classes + penalty_ER)[..., None]
-
-    def keep(self, groups: Tensor, penalties: Tensor) -> None:
-        if len(groups) < len(self.x_GNE):
-            self.x_GNE, self.y_GN = self.x_GNE[groups], self.y_GN[groups]
-            self.scale_GE = self.scale_GE[groups]
-        self.penalty_R = self.penalty_R[penalties]
-
-
-def _dot(a_GERC: Tensor, b_GERC: Tensor) -> Tensor:
-    return (a_GERC * b_GERC).sum(dim=(1, 3), dtype=torch.float64)  # [G, R]
-
-
-def _wide(a_GR: Tensor) -> Tensor:
-    return a_GR.float()[:, None, :, None]
-
-
-def _direction(grad: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]):
-    """L-BFGS's two loops: minus the inverse Hessian's estimate times the gradient."""
-    q, steps = grad, []
-    for s, y, rho in reversed(pairs):
-        a = rho * _dot(s, q)
-        steps.append(a)
-        q = q - _wide(a) * y
-    q = q / curvature
-    if pairs:  # the guess knows the shape of the curvature, the last pair its size
-        s, y, rho = pairs[-1]
-        ratio = 1 / (rho * _dot(y, y / curvature)).clamp(min=1e-30)
-        q = q * _wide(torch.where(rho > 0, ratio, torch.ones_like(ratio)))
-    for (s, y, rho), a in zip(pairs, reversed(steps), strict=True):
-        q = q + _wide(a - rho * _dot(y, q)) * s
-    return -q
-
-
-def _search(problem: _Problem, w, value, grad, direction) -> tuple[Tensor, Tensor, Tensor]:
-    """Halves each problem's step until f falls as much as its slope promises (Armijo)."""
-    slope_GR = _dot(grad, direction)
-    step_GR = torch.ones_like(value)
-    for _ in range(20):
-        trial = w + _wide(step_GR) * direction
-        new_value, new_grad = problem.value_and_grad(trial)
-        bad_GR = ~(new_value <= value + 1e-4 * step_GR * slope_GR + 1e-7 * value.abs())
-        if not bad_GR.any():
-            break
-        step_GR = torch.where(bad_GR, step_GR / 2, step_GR)
-    stuck = _wide(bad_GR.float()).bool()
-    return (torch.where(stuck, w, trial), torch.where(bad_GR, value, new_value),
-            torch.where(stuck, grad, new_grad))  # fmt: skip
-
-
-def fit_logistic(x_GNE: Tensor, y_GN: Tensor, penalty_R: Tensor, scale_GE: Tensor, *, classes: int,
-                 start: Tensor | None = None, tolerance: float = 5e-7, max_steps: int = 500,
-                 memory: int = 10):  # fmt: skip
-    """Solves G·R logistic regressions at once.
+class _Newton:
+    """G logistic regressions: their function, and Newton steps towards the minimum.
 
     Args:
         x_GNE: float32 features, the last column all ones.
         y_GN: int64 labels.
-        penalty_R: λ of each problem, float32.
-        scale_GE: mean square of each column.
-        start: weights to begin with, [G, E, R, C]; zeros otherwise.
-        tolerance: a problem has converged when the decrease that its gradient still promises,
-            gᵀH⁻¹g / 2 with the diagonal guess of H, is below this share of f.
+        classes: C.
+    """
+
+    def __init__(self, x_GNE: Tensor, y_GN: Tensor, classes: int):
+        self.x, self.classes, self.n = x_GNE, classes, x_GNE.shape[1]
+        self.hot = F.one_hot(y_GN, classes).to(x_GNE.dtype)
+        self.wide = False  # evaluate f and its gradient in float64
+
+    def evaluate(self, w_GCE: Tensor, penalty_G1E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f float64 [G], its gradient [G, C, E], the softmax [G, N, C]."""
+        dtype = torch.float64 if self.wide else torch.float32
+        w = w_GCE.to(dtype)
+        losses, gradient, shares = 0, 0, []
+        rows = max(1, 2**25 // max(1, self.x[:, 0].numel()))
+        for x, hot in zip(self.x.split(rows, 1), self.hot.split(rows, 1), strict=True):
+            x = x.to(dtype)
+            log_p = F.log_softmax(x @ w.mT, dim=-1)
+            losses = losses - (log_p * hot).sum((1, 2), dtype=torch.float64)
+            p = log_p.exp_()
+            gradient = gradient + (p - hot).mT @ x
+            shares.append(p.float())
+        norm = (penalty_G1E.double() * w_GCE.double().square()).sum((1, 2))
+        gradient = gradient / self.n + penalty_G1E.to(dtype) * w
+        p_GNC = shares[0] if len(shares) == 1 else torch.cat(shares, dim=1)
+        return losses / self.n + norm / 2, gradient, p_GNC
+
+    def curve(self, v_GCE: Tensor, p_GNC: Tensor, penalty_G1E: Tensor) -> Tensor:
+        """The Hessian times v."""
+        u = (self.x @ v_GCE.mT).mul_(p_GNC)
+        u.addcmul_(p_GNC, u.sum(-1, keepdim=True), value=-1)
+        return (u.mT @ self.x).div_(self.n).add_(penalty_G1E * v_GCE)
+
+    def preconditioner(self, p_GNC: Tensor, penalty_G1E: Tensor) -> Callable[[Tensor], Tensor]:
+        """Applies the inverse of the Hessian's diagonal blocks to [G, C, E].
+
+        A block is Σ_n p(1−p) x xᵀ / N. The images with the largest p(1−p) are taken as they are,
+        the others as if all had the mean x xᵀ. Where blocks would cost more than they
+        save (few images, very many classes), one serves all classes.
+        """
+        (g, n, e), c = self.x.shape, self.classes
+        weight_GKN = (p_GNC * (1 - p_GNC)).mT
+        if n < 4 * e or g * c * e * e * 4 > BLOCK_BYTES:
+            weight_GKN = weight_GKN.mean(1, keepdim=True)
+        k = weight_GKN.shape[1]
+        most_GKU, where = weight_GKN.topk(min(n, max(UNDECIDED, 2 * e)), sorted=False)
+        rest_GK = (weight_GKN.sum(-1) - most_GKU.sum(-1)).clamp_(min=0)
+        flat = (where + torch.arange(g, device=where.device)[:, None, None] * n).flatten()
+        x_GKUE = self.x.reshape(g * n, e).index_select(0, flat).view(g, k, -1, e)
+        block = (x_GKUE * most_GKU[..., None]).mT @ x_GKUE
+        if most_GKU.shape[-1] < n:
+            block += rest_GK[..., None, None] * self.mean_product()[:, None]
+        block /= n
+        diagonal = block.diagonal(dim1=-2, dim2=-1)
+        diagonal += penalty_G1E + 1e-5 * diagonal.mean(-1, keepdim=True) + 1e-12
+        factor, failed = torch.linalg.cholesky_ex(block)
+        lost = failed.bool()[..., None, None]  # rounding made it indefinite: its diagonal will do
+        factor = torch.where(lost, torch.diag_embed(diagonal.sqrt()), factor)
+        one = torch.eye(e, device=block.device).expand_as(block)
+        half = torch.linalg.solve_triangular(factor, one, upper=False)
+        inverse = (half.mT @ half).view(g * k, e, e)
+        return lambda r: torch.bmm(r.reshape(g * k, c // k, e), inverse).view(g, c, e)
+
+    def mean_product(self) -> Tensor:
+        """The mean of x xᵀ, [G, E, E]."""
+        if not hasattr(self, "_mean_product"):
+            self._mean_product = self.x.mT @ self.x / self.n
+        return self._mean_product
+
+    def gap(self, gradient_GCE: Tensor, p_GNC: Tensor, penalty_G: Tensor) -> Tensor:
+        """How far f is above its minimum at most, float64 [G]."""
+        square = gradient_GCE.double().square()
+        curvature_GC = (p_GNC * (1 - p_GNC)).mean(1).clamp_(min=1e-12).double()
+        bias = (square[..., -1] / curvature_GC).sum(1)
+        return square[..., :-1].sum((1, 2)) / (2 * penalty_G) + bias / 2
+
+    def step(self, gradient, p_GNC, penalty_G1E, solve, goal_G: Tensor, live_G: Tensor) -> Tensor:
+        """The Newton step of the live groups by preconditioned conjugate gradients.
+
+        A group's ends when what its gradient would be after the step meets ``goal_G`` (of
+        ‖∂f/∂W‖²), or is a twentieth of what it was.
+        """
+        r = gradient.float()
+        d, z = torch.zeros_like(r), solve(r)
+        v, rz = z, _dot(r, z)
+        enough = rz / 400
+        for _ in range(500):
+            curved = self.curve(v, p_GNC, penalty_G1E)
+            a = torch.where(live_G, rz / _dot(v, curved).clamp_(min=1e-38), 0.0)[:, None, None]
+            d = torch.addcmul(d, v, a, value=-1)
+            r = torch.addcmul(r, curved, a, value=-1)
+            z, before = solve(r), rz
+            rz = _dot(r, z)
+            live_G = live_G & (r[..., :-1].square().sum((1, 2)) > goal_G) & (rz > enough)
+            if not live_G.any():
+                break
+            v = torch.addcmul(z, v, (rz / before.clamp(min=1e-38))[:, None, None])
+        return d
+
+
+def _dot(a_GCE: Tensor, b_GCE: Tensor) -> Tensor:
+    return (a_GCE * b_GCE).sum((1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Solutions: weights [R, G, C, E], f [R, G] and how far above the minimum it can be [R, G]."""
+
+    weights: Tensor
+    objective: Tensor
+    gap: Tensor
+
+
+def fit_logistic(x_GNE: Tensor, y_GN: Tensor, penalty_RG: Tensor, *, classes: int,
+                 start: Tensor | None = None, tolerance: float = 1e-4,
+                 max_steps: int = 50) -> _Fit:  # fmt: skip
+    """Solves G·R logistic regressions.
+
+    Args:
+        x_GNE: float32 features of about unit variance, the last column all ones.
+        y_GN: int64 labels.
+        penalty_RG: λ, float64, from the strongest to the weakest.
+        classes: C.
+        start: weights [G, C, E] to begin with; zeros otherwise.
+        tolerance: a problem has converged when f is proven to be above its minimum by no more than
+            this share of f.
+        max_steps: Newton steps of a penalty at most.
 
     Returns:
-        Weights [G, E, R, C], objective [G, R] and whether each problem converged [G, R].
+        A :class:`_Fit`.
     """
-    groups, _, e = x_GNE.shape
-    r = len(penalty_R)
-    problem = _Problem(x_GNE, y_GN, penalty_R, scale_GE, classes)
-    w = x_GNE.new_zeros(groups, e, r, classes) if start is None else start.clone()
-    result = w.clone(), torch.zeros(groups, r, dtype=torch.float64), torch.zeros(groups, r).bool()
-    at_G, at_R = torch.arange(groups), torch.arange(r)
-    value, grad = problem.value_and_grad(w)
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    problem = _Newton(x_GNE, y_GN, classes)
+    w = torch.zeros(len(x_GNE), classes, x_GNE.shape[2], dtype=torch.float64, device=x_GNE.device)
+    w = w if start is None else start.double()
+    log_RG = penalty_RG.log()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for i, penalty_G in enumerate(penalty_RG):
+        if i > 1:
+            ahead_G = (log_RG[i] - log_RG[i - 1]) / (log_RG[i - 1] - log_RG[i - 2])
+            w = w + ahead_G.clamp(max=1)[:, None, None] * (w - found[-2][0])
+        found.append(_solve(problem, w, penalty_G, tolerance, max_steps))
+        w = found[-1][0]
+    return _Fit(*(torch.stack(part) for part in zip(*found, strict=True)))
+
+
+def _solve(problem: _Newton, w: Tensor, penalty_G: Tensor, tolerance: float, max_steps: int):
+    """Weights [G, C, E], f [G] and its gap [G] for one penalty a group."""
+    penalty_G1E = penalty_G.float()[:, None, None].repeat(1, 1, w.shape[-1])
+    penalty_G1E[..., -1] = 0
+    problem.wide = False
+    value, gradient, p = problem.evaluate(w, penalty_G1E)
     for step in range(max_steps + 1):
-        curvature = problem.curvature()
-        done_GR = 0.5 * _dot(grad, grad / curvature) <= tolerance * value.clamp(min=1e-6)
-        block = at_G[:, None], at_R[None, :]
-        result[0].permute(0, 2, 1, 3)[block] = w.permute(0, 2, 1, 3)
-        result[1][block], result[2][block] = value.cpu(), done_GR.cpu()
-        if done_GR.all() or step == max_steps:
+        gap = problem.gap(gradient, p, penalty_G)
+        live = gap > tolerance * value
+        if not live.any() or step == max_steps:
             break
-        # Only whole groups and, when there is one group, whole penalties can be left out.
-        rows, columns = (~done_GR).any(1).nonzero()[:, 0], (~done_GR).any(0).nonzero()[:, 0]
-        if len(rows) < len(at_G) or len(columns) < len(at_R):
-            problem.keep(rows, columns)
-            at_G, at_R = at_G[rows.cpu()], at_R[columns.cpu()]
-            cut = lambda t: t[rows][:, :, columns]  # noqa: B023, E731
-            w, grad, value = cut(w), cut(grad), value[rows][:, columns]
-            pairs = [(cut(s), cut(y), rho[rows][:, columns]) for s, y, rho in pairs]
-            curvature = problem.curvature()
-        direction = _direction(grad, curvature, pairs)
-        downhill = _wide((_dot(grad, direction) < 0).float()).bool()
-        direction = torch.where(downhill, direction, -grad / curvature)
-        new_w, new_value, new_grad = _search(problem, w, value, grad, direction)
-        s, y = new_w - w, new_grad - grad
-        sy = _dot(s, y)
-        rho = torch.where(sy > 1e-12, 1 / sy.clamp(min=1e-12), torch.zeros_like(sy))
-        pairs = [*pairs[-(memory - 1) :], (s, y, rho)]
-        w, value, grad = new_w, new_value, new_grad
-    return result
+        # Float32 is soon as far as it gets; where that is not enough float64 goes on.
+        if step == 4:
+            problem.wide = True
+            value, gradient, p = problem.evaluate(w, penalty_G1E)
+        if step % 3 == 0:
+            solve = problem.preconditioner(p, penalty_G1E)
+        goal = (tolerance * value * penalty_G).float()  # half of what is allowed
+        d = problem.step(gradient, p, penalty_G1E, solve, goal, live).double()
+        w, value, gradient, p = _search(problem, (w, value, gradient, p), d, penalty_G1E)
+    return w, value, gap
 
 
-# ---------------------------------------------------------------- features, ready for the solver
+def _search(problem: _Newton, here: tuple[Tensor, ...], d: Tensor, penalty_G1E: Tensor):
+    """Halves each group's step until f falls as much as its slope promises (Armijo)."""
+    w, value, gradient, _ = here
+    slope, size = _dot(gradient.double(), d), torch.ones_like(value)
+    for _ in range(30):
+        trial = w + size[:, None, None] * d
+        there = trial, *problem.evaluate(trial, penalty_G1E)
+        bad = ~(there[1] <= value + 1e-4 * size * slope + 1e-7 * value)
+        if not bad.any():
+            return there
+        size = torch.where(bad, size / 2, size)
+    # What is left cannot get any lower.
+    wide = [bad.view(-1, *(1,) * (old.ndim - 1)) for old in here]
+    return tuple(torch.where(*part) for part in zip(wide, here, there, strict=True))
 
 
-@dataclass
-class _Axes:
-    """Standardised features in their principal axes: x ↦ ((x − mean) / std) @ turn, then a one."""
-
-    mean: Tensor
-    std: Tensor
-    turn_DD: Tensor
-    scale_E: Tensor
-
-    @classmethod
-    def of(cls, x_ND: Tensor) -> _Axes:
-        x = x_ND.double()
-        mean, std = x.mean(0), x.std(0, correction=0)
-        # A constant feature carries nothing; up to rounding its deviation is zero.
-        std = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.full_like(std, torch.inf))
-        z = (x - mean) / std
-        scale, turn = torch.linalg.eigh(z.T @ z / len(z))
-        ones = torch.ones(1, dtype=scale.dtype, device=x.device)
-        return cls(mean, std, turn, torch.cat([scale.clamp(min=1e-9), ones]).float())
-
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        z_ND = ((x_ND.double() - self.mean) / self.std) @ self.turn_DD
-        return torch.cat([z_ND, z_ND.new_ones(len(z_ND), 1)], dim=1).float()
-
-    def undo(self, w_EC: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [D, C] and bias [C] for features as they came."""
-        w_DC = (self.turn_DD @ w_EC[:-1].double()) / self.std[:, None]
-        return w_DC.float(), (w_EC[-1].double() - self.mean @ w_DC).float()
+# ---------------------------------------------------------------- what all probes share
 
 
-def _stacked(x: Tensor, name: str) -> Tensor:
-    if x.dim() not in (2, 3):
-        raise ValueError(f"{name} must be [N, D] or [L, N, D], not {list(x.shape)}")
-    if not x.isfinite().all():
-        raise ValueError(f"{name} has NaN or infinite values; look at the model or its precision")
-    return x if x.dim() == 3 else x[None]
+def _check(train_x, train_y, test_x, test_y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features [L, N, D] and [L, M, D], labels on the CPU; one clear error for what cannot be."""
+    x_LND, z_LMD = _check_features(train_x, test_x)
+    labels = []
+    for name, y, x in (("train", train_y, x_LND), ("test", test_y, z_LMD)):
+        if y is None:
+            raise ValueError(f"the {name} images have no labels")
+        y = torch.as_tensor(y).cpu()
+        if y.shape != x.shape[1:2]:
+            raise ValueError(f"{list(y.shape)} {name} labels for {x.shape[1]} {name} images")
+        if y.is_floating_point() or len(y) == 0 or int(y.min()) < 0:
+            raise ValueError(f"{name} labels must be classes from 0 on, one an image")
+        labels.append(y.long())
+    if len(labels[0].unique()) < 2:
+        raise ValueError("a probe needs at least two classes in the train labels")
+    return x_LND, labels[0], z_LMD, labels[1]
 
 
-def _check(train_x, train_y, test_x, test_y) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    x_LND, z_LMD = _stacked(train_x, "train_x"), _stacked(test_x, "test_x")
-    if len(x_LND) != len(z_LMD) or x_LND.shape[2] != z_LMD.shape[2]:
+def _check_features(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    for name, x in (("train_x", train_x), ("test_x", test_x)):
+        if x.ndim not in (2, 3) or not x.is_floating_point() or 0 in x.shape:
+            raise ValueError(f"{name} must be floats [N, D] or [L, N, D], not {list(x.shape)}")
+        # A sum is finite only if everything is, unless it overflows.
+        if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
+            raise ValueError(
+                f"{name} has NaN or infinite values; look at the model or its precision"
+            )
+    if train_x.shape[:-2] != test_x.shape[:-2] or train_x.shape[-1] != test_x.shape[-1]:
         raise ValueError(
             f"train and test features do not match: {list(train_x.shape)}, {list(test_x.shape)}"
         )
-    train_y, test_y = torch.as_tensor(train_y).long(), torch.as_tensor(test_y).long()
-    for name, y, x in (("train", train_y, x_LND), ("test", test_y, z_LMD)):
-        if y.shape != x.shape[1:2]:
-            raise ValueError(f"{list(y.shape)} {name} labels for {x.shape[1]} {name} images")
-        if len(y) == 0 or y.min() < 0:
-            raise ValueError(f"{name} labels must be classes from 0 on, one an image")
-    if len(train_y.unique()) < 2:
-        raise ValueError("a probe needs at least two classes in the train labels")
-    return x_LND, train_y, z_LMD, test_y, int(max(train_y.max(), test_y.max())) + 1
+    return (train_x, test_x) if train_x.ndim == 3 else (train_x[None], test_x[None])
 
 
 def _by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]:
     """The shuffled positions of each class that occurs."""
-    labels = y_N.cpu().numpy()
+    labels = y_N.numpy()
     return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
 def _held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions to fit on and to choose with; a class of one image stays in the first part."""
+    if not 0 < share < 1:
+        raise ValueError(f"validation must be a share above 0 and below 1, not {share}")
     groups = _by_class(y_N, np.random.default_rng(seed))
-    cut = [round(share * len(g)) if len(g) > 1 else 0 for g in groups]
+    cut = [min(round(share * len(g)), len(g) - 1) for g in groups]
     fit = np.concatenate([g[n:] for g, n in zip(groups, cut, strict=True)])
     held = np.concatenate([g[:n] for g, n in zip(groups, cut, strict=True)])
     return torch.from_numpy(np.sort(fit)), torch.from_numpy(np.sort(held))
 
 
+@dataclass(frozen=True, eq=False)
+class _Scaling:
+    """x ↦ (x − mean) · scale of some blocks, float64 [G, 1, D] each."""
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x_GND: Tensor, standardize: bool) -> _Scaling:
+        if not standardize:
+            mean = x_GND.new_zeros(len(x_GND), 1, x_GND.shape[2], dtype=torch.float64)
+            return cls(mean, torch.ones_like(mean))
+        parts = zip(*(_mean_and_scale(x) for x in x_GND), strict=True)
+        return cls(*(torch.stack(part)[:, None] for part in parts))
+
+    def __call__(self, x_GND: Tensor) -> Tensor:
+        """float32 [G, N, E], the last column all ones."""
+        g, n, d = x_GND.shape
+        ready = torch.ones(g, n, d + 1, device=x_GND.device)
+        for block in range(g):  # float64 of all blocks at once might not fit
+            ready[block, :, :d] = (x_GND[block] - self.mean[block]) * self.scale[block]
+        return ready
+
+    def undo(self, w_GCE: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [G, D, C] and bias [G, C] for features as they came, float64."""
+        w_GDC = (w_GCE[..., :-1] * self.scale).mT
+        return w_GDC, w_GCE[..., -1] - (self.mean @ w_GDC)[:, 0]
+
+
+def _chunks(groups: int, bytes_a_group: int, device: torch.device) -> list[slice]:
+    """Groups that are solved together."""
+    step = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"]) // bytes_a_group)
+    return [slice(i, min(i + step, groups)) for i in range(0, groups, step)]
+
+
 # ---------------------------------------------------------------- the linear probe
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """What :func:`linear_probe` returns; the leading L is missing for features [N, D].
+    """What :func:`linear_probe` returns, on the CPU; the axis L is missing for features [N, D].
 
     Attributes:
-        accuracy: on the test images, [L].
+        accuracy: on the test images, float32 [L].
         penalty: the λ that was chosen, [L].
-        validation: accuracy on the held-out train images, [R, L].
-        penalties: the grid, R numbers.
-        weights, bias: for features as they came, [L, D, C] and [L, C].
-        objective: the minimum of f on all train images, [L] float64.
-        converged: whether each final fit met its test, [L].
+        validation: accuracy on the held-out train images, [R, L]; NaN where nothing was chosen.
+        penalties: the grid, R numbers, strongest first.
+        weights, bias: for features as they came, float64 [L, D, C] and [L, C].
+        classes: int64 [C], the labels that occur in train, in the order of the weights.
+        objective: f on all train images with the chosen λ, float64 [L].
+        gap: how far f can be above its minimum, as a share of f (proven, see the module).
+        converged: whether the gap is within the tolerance, [L].
     """
 
     accuracy: Tensor
@@ -270,12 +349,20 @@ class LinearProbe:
     penalties: tuple[float, ...]
     weights: Tensor
     bias: Tensor
+    classes: Tensor
     objective: Tensor
+    gap: Tensor
     converged: Tensor
 
     def predict(self, x: Tensor) -> Tensor:
-        """Classes of features [L, N, D] (or [N, D]), int64 [L, N]."""
-        return (x.to(self.weights) @ self.weights + self.bias.unsqueeze(-2)).argmax(-1)
+        """Labels of features [L, M, D] (or [M, D]), int64 [L, M] (or [M])."""
+        if x.ndim != self.weights.ndim or x.shape[-1] != self.weights.shape[-2]:
+            raise ValueError(
+                f"features {list(x.shape)} do not fit a probe of weights {list(self.weights.shape)}"
+            )
+        if x.ndim == 2:
+            return self.classes[_best(x.cpu()[None], self.weights[None], self.bias[None])[0]]
+        return self.classes[_best(x.cpu(), self.weights, self.bias)]
 
 
 def linear_probe(
@@ -286,90 +373,137 @@ def linear_probe(
     *,
     penalties: Sequence[float] = PENALTIES,
     validation: float = 0.2,
+    standardize: bool = True,
+    tolerance: float = 1e-4,
+    max_steps: int = 50,
     seed: int = 0,
-    tolerance: float = 5e-7,
-    max_steps: int = 500,
+    device: str | torch.device | None = None,
+    progress: bool = False,
 ) -> LinearProbe:
     """Fits a linear classifier on every block; the penalty is chosen without the test images.
 
-    For each block all penalties are fitted on a part of the train images, the one that is best on
-    the rest (the larger one in a tie) is fitted again on all of them and asked once on the test
+    For each block all penalties are fitted on a part of the train images; the one that is best on
+    the rest (the stronger one in a tie) is fitted again on all of them and asked once on the test
     images.
 
     Args:
-        train_x, test_x: features [L, N, D] and [L, M, D], or [N, D] and [M, D].
-        train_y, test_y: int labels [N] and [M].
+        train_x, test_x: features [L, N, D] and [L, M, D], or [N, D] and [M, D]; any float dtype.
+        train_y, test_y: int labels [N] and [M]. A test image of a class that train lacks counts as
+            wrong. A class of a single train image is fitted on, never chosen with.
         penalties: values of λ; scikit-learn's C is 1 / (λ·N). One value needs no choice.
         validation: share of each class's train images that choose.
-        seed: of that part.
-        tolerance, max_steps: see :func:`fit_logistic`.
+        standardize: scale each feature by the train set's mean and deviation, as for k-NN (constant
+            ones then carry nothing). Without it the penalty depends on the features' scale.
+        tolerance: largest proven distance of f to its minimum, as a share of f.
+        max_steps: Newton steps of a penalty at most; more than ten are rare.
+        seed: of the part that chooses.
+        device: where to fit; default CUDA if there is one, else where train_x is.
+        progress: show a bar over blocks.
 
     Returns:
         A :class:`LinearProbe`.
 
     Raises:
-        ValueError: for features and labels that do not match, that are not finite, or fewer than
-            two classes.
+        ValueError: for features and labels that do not match, that are not finite, fewer than two
+            classes, or a grid without an image left to choose with.
     """
-    x_LND, y, z_LMD, t, classes = _check(train_x, train_y, test_x, test_y)
-    grid = tuple(sorted((float(p) for p in penalties), reverse=True))
-    if not grid or grid[-1] <= 0:
-        raise ValueError(f"penalties must be above 0, not {list(penalties)}")
+    x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
+    grid = _grid(penalties)
+    device = _device(device, train_x)
+    classes, y = y.unique(return_inverse=True)
     fit, held = _held_out(y, validation, seed)
     if len(grid) > 1 and not len(held):
         raise ValueError("no image left to choose a penalty with: give one penalty, or more images")
-    options = {"classes": classes, "tolerance": tolerance, "max_steps": max_steps}
-    rows = []
-    for x_ND, z_MD in zip(x_LND, z_LMD, strict=True):
-        axes = _Axes.of(x_ND)
-        x_NE, scale = axes(x_ND), axes.scale_E[None]
-        best, right, start = 0, torch.full((len(grid),), torch.nan), None
-        if len(grid) > 1:
-            w_GERC, _, _ = fit_logistic(
-                x_NE[fit][None],
-                y[fit][None].to(x_NE.device),
-                x_NE.new_tensor(grid),
-                scale,
-                **options,
-            )
-            logits = torch.einsum("ne,erc->rnc", x_NE[held], w_GERC[0])
-            right = (logits.argmax(2).cpu() == y[held].cpu()).float().mean(1)
-            best = int(right.argmax())
-            start = w_GERC[:, :, best : best + 1]
-        w_GERC, value, done = fit_logistic(
-            x_NE[None], y[None].to(x_NE.device), x_NE.new_tensor(grid[best : best + 1]), scale,
-            start=start, **options,
-        )  # fmt: skip
-        w_EC = w_GERC[0, :, 0]
-        hit = ((axes(z_MD) @ w_EC).argmax(1).cpu() == t.cpu()).float().mean()
-        rows.append(
-            (hit, torch.tensor(grid[best]), right, *axes.undo(w_EC), value[0, 0], done[0, 0])
-        )
-    accuracy, penalty, right, weights, bias, value, done = (
-        torch.stack(column) for column in zip(*rows, strict=True)
+    problem = _Choice(
+        y.to(device),
+        fit.to(device),
+        held.to(device),
+        torch.tensor(grid).to(device),
+        {"classes": len(classes), "tolerance": tolerance, "max_steps": max_steps},
     )
-    found = LinearProbe(accuracy, penalty, right.T, grid, weights, bias, value, done)
-    if train_x.dim() == 2:
-        for name in ("accuracy", "penalty", "weights", "bias", "objective", "converged"):
-            setattr(found, name, getattr(found, name)[0])
-        found.validation = found.validation[:, 0]
-    return found
+    columns = []
+    with (
+        _full_precision(device),
+        tqdm(total=len(x_LND), desc="linear probes", unit="block", disable=not progress) as bar,
+    ):
+        for chunk in _chunks(len(x_LND), x_LND[0].numel() * 4, device):
+            x_GND = x_LND[chunk].to(device)
+            scaling = _Scaling.of(x_GND, standardize)
+            penalty, right, solved = problem.solve(scaling(x_GND))
+            weights, bias = scaling.undo(solved.weights[0])
+            label = classes[_best(z_LMD[chunk].to(device), weights, bias).cpu()]
+            accuracy = (label == t).float().mean(1)
+            gap = solved.gap[0] / solved.objective[0].clamp(min=1e-300)
+            column = accuracy, penalty, right, weights, bias, solved.objective[0], gap
+            columns.append([part.cpu() for part in column])
+            bar.update(len(x_GND))
+    parts = [torch.cat(column) for column in zip(*columns, strict=True)]
+    parts = parts if train_x.ndim == 3 else [part[0] for part in parts]
+    accuracy, penalty, right, weights, bias, objective, gap = parts
+    right = right.T if train_x.ndim == 3 else right
+    return LinearProbe(accuracy, penalty, right, grid, weights, bias, classes, objective, gap,
+                       gap <= tolerance)  # fmt: skip
+
+
+def _grid(penalties: Sequence[float]) -> tuple[float, ...]:
+    grid = tuple(sorted({float(p) for p in penalties}, reverse=True))
+    if not grid or not 0 < grid[-1] <= grid[0] < math.inf:
+        raise ValueError(f"penalties must be above 0, not {list(penalties)}")
+    return grid
+
+
+def _best(x_LND: Tensor, weights_LDC: Tensor, bias_LC: Tensor) -> Tensor:
+    """The class of the largest logit, float64 throughout, [L, N]."""
+    found = [
+        (x.double() @ w + b).argmax(-1) for x, w, b in zip(x_LND, weights_LDC, bias_LC, strict=True)
+    ]
+    return torch.stack(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Fits a grid on one part, chooses on the other, fits again on both."""
+
+    y_N: Tensor
+    fit: Tensor
+    held: Tensor
+    grid_R: Tensor
+    options: dict
+
+    def solve(self, x_GNE: Tensor) -> tuple[Tensor, Tensor, _Fit]:
+        """The chosen penalty [G], accuracies on the held-out part [G, R] and the last fit."""
+        groups, start = len(x_GNE), None
+        penalty_RG = self.grid_R.double()[:, None].expand(-1, groups)
+        right_GR = torch.full((groups, len(self.grid_R)), torch.nan)
+        best = torch.zeros(groups, dtype=torch.int64, device=x_GNE.device)
+        if len(self.grid_R) > 1:
+            y_GN = self.y_N[self.fit].expand(groups, -1)
+            tried = fit_logistic(x_GNE[:, self.fit], y_GN, penalty_RG, **self.options)
+            logits = x_GNE[:, self.held] @ tried.weights.float().mT  # [R, G, n, C]
+            right_GR = (logits.argmax(-1) == self.y_N[self.held]).float().mean(-1).T
+            best = right_GR.argmax(1)
+            start = tried.weights[best, torch.arange(groups, device=best.device)]
+        solved = fit_logistic(x_GNE, self.y_N.expand(groups, -1), self.grid_R.double()[best][None],
+                              start=start, **self.options)  # fmt: skip
+        return self.grid_R[best], right_GR, solved
 
 
 # ---------------------------------------------------------------- few labels
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class LowShot:
-    """What :func:`low_shot` returns.
+    """What :func:`low_shot` returns; the axis L is missing for features [N, D].
 
     Attributes:
         sizes: what was asked for: shots (ints), then fractions (floats).
-        mean, spread: mean and standard deviation over the draws, [S, L] (or [S]).
-        draws: every draw's accuracy, [S, K, L] (or [S, K]).
+        images: how many labelled images each size has in all, [S].
+        mean, spread: mean and standard deviation over the draws, float32 [S, L].
+        draws: every draw's accuracy, [S, K, L].
     """
 
     sizes: tuple[int | float, ...]
+    images: tuple[int, ...]
     mean: Tensor
     spread: Tensor
     draws: Tensor
@@ -385,7 +519,10 @@ def low_shot(
     fractions: Sequence[float] = (),
     draws: int = 10,
     penalty: float = 1e-2,
+    standardize: bool = True,
     seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
 ) -> LowShot:
     """Accuracy of a linear classifier that sees only a few labels, over several draws.
 
@@ -400,7 +537,10 @@ def low_shot(
         fractions: shares of each class's images, at least one image; 0.01 is "1 %".
         draws: how many random labelled sets.
         penalty: λ of the objective.
+        standardize: see :func:`linear_probe`.
         seed: of the draws.
+        device: where to fit; default CUDA if there is one, else where train_x is.
+        progress: show a bar over sizes and blocks.
 
     Returns:
         A :class:`LowShot`.
@@ -408,36 +548,55 @@ def low_shot(
     Raises:
         ValueError: when a class has fewer images than asked for, or as in :func:`linear_probe`.
     """
-    x_LND, y, z_LMD, t, classes = _check(train_x, train_y, test_x, test_y)
-    counts = [len(g) for g in _by_class(y, np.random.default_rng(0))]
-    if any(s < 1 or s > min(counts) for s in shots):
-        raise ValueError(
-            f"shots {list(shots)}: choose from 1 to {min(counts)}, the images of the smallest class"
-        )
-    if any(not 0 < f <= 1 for f in fractions) or draws < 1:
-        raise ValueError("fractions must be above 0 and at most 1, and draws at least 1")
-    orders = [_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
+    x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
+    penalty_RG, device = torch.tensor([_grid([penalty])]).double(), _device(device, train_x)
+    classes, y = y.unique(return_inverse=True)
+    counts = y.bincount().tolist()
+    _check_sizes(shots, fractions, draws, counts)
     wanted = [[s] * len(counts) for s in shots]
     wanted += [[max(1, round(f * n)) for n in counts] for f in fractions]
-    result = torch.empty(len(wanted), draws, len(x_LND))
-    for block, (x_ND, z_MD) in enumerate(zip(x_LND, z_LMD, strict=True)):
-        axes = _Axes.of(x_ND)
-        x_NE, z_ME = axes(x_ND), axes(z_MD)
-        for size, numbers in enumerate(wanted):
-            chosen_KN = torch.from_numpy(np.stack([
-                np.concatenate([g[:n] for g, n in zip(order, numbers, strict=True)])
-                for order in orders
-            ]))  # fmt: skip
-            scale_KE = axes.scale_E.expand(draws, -1)
-            w_KERC, _, _ = fit_logistic(
-                x_NE[chosen_KN], y[chosen_KN].to(x_NE.device), x_NE.new_tensor([penalty]), scale_KE,
-                classes=classes,
-            )  # fmt: skip
-            logits = torch.einsum("me,kec->kmc", z_ME, w_KERC[:, :, 0])
-            result[size, :, block] = (logits.argmax(2).cpu() == t.cpu()).float().mean(1)
-    if train_x.dim() == 2:
-        result = result[:, :, 0]
-    return LowShot((*shots, *fractions), result.mean(1), result.std(1, correction=0), result)
+    orders = [_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
+    accuracy = torch.empty(len(wanted), draws, len(x_LND))
+    with (
+        _full_precision(device),
+        tqdm(total=len(wanted) * len(x_LND), desc="low-shot probes", unit="fit",
+             disable=not progress) as bar,
+    ):  # fmt: skip
+        for block, (x_ND, z_MD) in enumerate(zip(x_LND, z_LMD, strict=True)):
+            scaling = _Scaling.of(x_ND[None].to(device), standardize)
+            x_NE, z_ME = scaling(x_ND[None].to(device))[0], scaling(z_MD[None].to(device))[0]
+            for size, numbers in enumerate(wanted):
+                chosen_KN = _drawn(orders, numbers)
+                for part in _chunks(draws, chosen_KN.shape[1] * x_NE.shape[1] * 4, device):
+                    rows_GN = chosen_KN[part]
+                    solved = fit_logistic(
+                        x_NE[rows_GN.to(device)], y[rows_GN].to(device),
+                        penalty_RG.expand(-1, len(rows_GN)).to(device), classes=len(classes),
+                    )  # fmt: skip
+                    label = classes[(z_ME @ solved.weights[0].float().mT).argmax(-1).cpu()]
+                    accuracy[size, part, block] = (label == t).float().mean(1)
+                bar.update()
+    accuracy = accuracy if train_x.ndim == 3 else accuracy[..., 0]
+    return LowShot((*shots, *fractions), tuple(map(sum, wanted)), accuracy.mean(1),
+                   accuracy.std(1, correction=0), accuracy)  # fmt: skip
+
+
+def _drawn(orders: list[list[np.ndarray]], numbers: list[int]) -> Tensor:
+    """The first images of each class in each draw's order, [K, N]."""
+    draws = [
+        np.concatenate([g[:n] for g, n in zip(order, numbers, strict=True)]) for order in orders
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _check_sizes(shots, fractions, draws: int, counts: list[int]) -> None:
+    fewest = min(counts)
+    if any(s != int(s) or not 1 <= s <= fewest for s in shots):
+        raise ValueError(
+            f"shots must be from 1 to {fewest}, the images of the smallest class, not {list(shots)}"
+        )
+    if any(not 0 < f <= 1 for f in fractions) or draws < 1 or not (*shots, *fractions):
+        raise ValueError("fractions must be above 0 and at most 1, and draws at least 1")
 
 
 # ---------------------------------------------------------------- what else is in the features
@@ -445,21 +604,25 @@ def low_shot(
 
 def factor_probe(
     train_x: Tensor,
-    train_factors: Mapping[str, np.ndarray],
+    train_factors: Mapping[str, np.ndarray | Tensor],
     test_x: Tensor,
-    test_factors: Mapping[str, np.ndarray],
+    test_factors: Mapping[str, np.ndarray | Tensor],
     *,
     circular: Mapping[str, float] = CIRCULAR,
     categorical: Sequence[str] = CATEGORICAL,
     penalties: Sequence[float] = RIDGE_PENALTIES,
     validation: float = 0.2,
+    standardize: bool = True,
     seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """How well each known factor can be read from each block by a linear map.
 
     Continuous factors: ridge regression, its penalty chosen on held-out train images, scored by R²
     on the test images (1 is exact; 0 is no better than the mean; below 0 is worse). A factor on a
-    circle is predicted as its cosine and sine. Categorical ones: :func:`linear_probe`'s accuracy.
+    circle is predicted as its cosine and sine, as the number itself jumps. Categorical factors:
+    :func:`linear_probe`'s accuracy, whose chance level is not 0.
 
     Args:
         train_x, test_x: features [L, N, D] and [L, M, D], or [N, D] and [M, D].
@@ -469,39 +632,63 @@ def factor_probe(
         categorical: names whose values are indices.
         penalties: of the ridge, in units of the features' mean square.
         validation, seed: the part of the train images that chooses.
+        standardize, device, progress: see :func:`linear_probe`.
 
     Returns:
-        Name -> scores [L] (0-dim for [N, D]).
+        Name -> scores float32 [L] (0-dim for [N, D]), in the order of ``train_factors``.
 
     Raises:
-        ValueError: when names or lengths do not match, or a factor is constant.
+        ValueError: when names or lengths do not match, or a factor is constant or not finite.
     """
-    x_LND, z_LMD = _stacked(train_x, "train_x"), _stacked(test_x, "test_x")
-    if set(train_factors) != set(test_factors):
-        raise ValueError("train and test must have the same factors")
+    x_LND, z_LMD = _check_features(train_x, test_x)
+    _check_factors(train_factors, test_factors, x_LND.shape[1], z_LMD.shape[1])
+    device, grid = _device(device, train_x), _grid(penalties)
+    common = {"validation": validation, "standardize": standardize, "seed": seed, "device": device}
     found: dict[str, Tensor] = {}
-    targets = {}
     for name in train_factors:
-        a, b = np.asarray(train_factors[name]), np.asarray(test_factors[name])
-        if len(a) != x_LND.shape[1] or len(b) != z_LMD.shape[1]:
-            raise ValueError(f"factor {name!r} has {len(a)} and {len(b)} values, not one an image")
         if name in categorical:
-            a, b = torch.as_tensor(a).long(), torch.as_tensor(b).long()
-            found[name] = linear_probe(x_LND, a, z_LMD, b, seed=seed).accuracy
-        elif np.ptp(a) == 0 or np.ptp(b) == 0:
+            y, t = (torch.as_tensor(f[name]).long() for f in (train_factors, test_factors))
+            found[name] = linear_probe(x_LND, y, z_LMD, t, progress=progress, **common).accuracy
+    plain = [name for name in train_factors if name not in found]
+    if plain:
+        targets = [
+            [_targets(f[name], circular.get(name)).to(device) for name in plain]
+            for f in (train_factors, test_factors)
+        ]
+        fit, held = _held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
+        rows = []
+        with _full_precision(device):
+            for x_ND, z_MD in tqdm(zip(x_LND, z_LMD, strict=True), total=len(x_LND),
+                                   desc="factors", unit="block", disable=not progress):  # fmt: skip
+                x_ND, z_MD = x_ND.to(device), z_MD.to(device)
+                scaling = _Scaling.of(x_ND[None], standardize)
+                x_NE, z_ME = scaling(x_ND[None])[0].double(), scaling(z_MD[None])[0].double()
+                rows.append(_ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device),
+                                          held.to(device)))  # fmt: skip
+        found |= dict(zip(plain, torch.tensor(rows).T, strict=True))
+    pick = (lambda scores: scores) if train_x.ndim == 3 else (lambda scores: scores[0])
+    return {name: pick(found[name]) for name in train_factors}
+
+
+def _check_factors(train: Mapping, test: Mapping, n: int, m: int) -> None:
+    if set(train) != set(test) or not train:
+        raise ValueError(
+            f"train and test must have the same factors, not {sorted(train)} and {sorted(test)}"
+        )
+    for name in train:
+        a, b = np.asarray(train[name]), np.asarray(test[name])
+        if a.shape != (n,) or b.shape != (m,):
+            raise ValueError(
+                f"factor {name!r} has values {list(a.shape)} and {list(b.shape)}, "
+                f"the images are {n} and {m}"
+            )
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ValueError(f"factor {name!r} has NaN or infinite values")
+        if np.ptp(a) == 0 or np.ptp(b) == 0:
             raise ValueError(f"factor {name!r} is constant, so there is nothing to read")
-        else:
-            targets[name] = [_targets(v, circular.get(name)) for v in (a, b)]
-    fit, held = _held_out(torch.zeros(x_LND.shape[1]), validation, seed)
-    blocks = zip(x_LND, z_LMD, strict=True)
-    rows = [_ridge(x, z, list(targets.values()), penalties, fit, held) for x, z in blocks]
-    found |= dict(zip(targets, torch.tensor(rows).T, strict=True)) if targets else {}
-    if train_x.dim() == 2:
-        found = {name: scores[0] for name, scores in found.items()}
-    return {name: found[name] for name in train_factors}
 
 
-def _targets(values: np.ndarray, period: float | None) -> Tensor:
+def _targets(values, period: float | None) -> Tensor:
     """What the ridge predicts: the value [N, 1], or a point on the circle [N, 2]."""
     v = torch.as_tensor(values, dtype=torch.float64)
     if period is None:
@@ -510,33 +697,33 @@ def _targets(values: np.ndarray, period: float | None) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def _r2(prediction: Tensor, truth: Tensor) -> Tensor:
-    """R² of [..., N, T] against [N, T], over all targets together."""
-    spread = (truth - truth.mean(0)).square().sum()
-    return 1 - (prediction - truth).square().sum(dim=(-2, -1)) / spread
-
-
-def _ridge(x_ND, z_MD, targets: list, penalties, fit: Tensor, held: Tensor) -> list[float]:
-    """R² on the test images for each target; closed form in the principal axes."""
-    axes = _Axes.of(x_ND[fit])
-    x_NE, z_ME = axes(x_ND).double(), axes(z_MD).double()
-    scores = []
-    for train, test in targets:
-        train, test = train.to(x_NE), test.to(x_NE)
-        weights = _ridge_weights(x_NE[fit], train[fit], penalties)
-        best = int(_r2(x_NE[held] @ weights, train[held]).argmax())
-        final = _ridge_weights(x_NE, train, penalties[best : best + 1])[0]
-        scores.append(float(_r2(z_ME @ final, test)))
+def _ridge_scores(x_NE, z_ME, train: list[Tensor], test: list[Tensor], grid, fit, held):
+    """R² of each factor on the test images, with the penalty that is best on the held-out part."""
+    joint = torch.cat(train, dim=1)
+    tried_RET = _ridge(x_NE[fit], joint[fit], grid)
+    guesses_RNT = x_NE[held] @ tried_RET
+    final_RET = _ridge(x_NE, joint, grid)
+    scores, start = [], 0
+    for a, b in zip(train, test, strict=True):
+        own = slice(start, start + a.shape[1])
+        best = int(_r2(guesses_RNT[..., own], a[held]).argmax()) if len(held) else 0
+        scores.append(float(_r2(z_ME @ final_RET[best, :, own], b)))
+        start = own.stop
     return scores
 
 
-def _ridge_weights(x_NE: Tensor, t_NT: Tensor, penalties: Sequence[float]) -> Tensor:
+def _r2(prediction: Tensor, truth: Tensor) -> Tensor:
+    """R² of [..., N, T] against [N, T], over all T together."""
+    spread = (truth - truth.mean(0)).square().sum().clamp(min=1e-300)
+    return 1 - (prediction - truth).square().sum(dim=(-2, -1)) / spread
+
+
+def _ridge(x_NE: Tensor, t_NT: Tensor, grid: Sequence[float]) -> Tensor:
     """Ridge solutions for every penalty, [R, E, T]; the bias (last) is not penalised."""
-    gram = x_NE.T @ x_NE / len(x_NE)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    identity[-1, -1] = 0
-    right = x_NE.T @ t_NT / len(x_NE)
-    systems = torch.stack([gram + p * identity for p in penalties])
-    return torch.linalg.lstsq(
-        systems, right.expand(len(penalties), -1, -1), driver="gelsd"
-    ).solution
+    x_ND, t_mean = x_NE[:, :-1], t_NT.mean(0)
+    mean = x_ND.mean(0)
+    x_ND = x_ND - mean
+    scale_D, turn_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
+    right_DT = turn_DD.T @ (x_ND.T @ (t_NT - t_mean)) / len(x_ND)
+    weights = [turn_DD @ (right_DT / (scale_D.clamp(min=0) + p)[:, None]) for p in grid]
+    return torch.stack([torch.cat([w, (t_mean - mean @ w)[None]]) for w in weights])
