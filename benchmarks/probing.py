@@ -233,7 +233,7 @@ def kmeans_part(quick: bool, rounds: int) -> list[dict]:
 def umap_part(quick: bool, rounds: int) -> list[dict]:
     import umap
 
-    n, dim = (500, 48) if quick else (4000, 192)
+    n, dim = (500, 48) if quick else (2000, 192)
     x, _ = features(n, dim, 0)
     start = time.perf_counter()
     code = (
