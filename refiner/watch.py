@@ -99,7 +99,7 @@ def online_knn(bank, queries, *, k: int = 10, pooling: str | None = None) -> Cal
     Args:
         bank: an ImageSet with labels, whose votes count.
         queries: a held-out ImageSet with labels.
-        k: neighbors that vote.
+        k: neighbors that vote, at most the whole bank.
         pooling: "cls" or "patch"; default the class token where there is one.
 
     Returns:
@@ -118,7 +118,8 @@ def online_knn(bank, queries, *, k: int = 10, pooling: str | None = None) -> Cal
     def evaluate(model: Encoder) -> dict[str, float]:
         name = pooling or final_pooling(model)
         keys, asked = (extract(model, s, progress=False)[name] for s in (bank, queries))
-        scores = knn_accuracy(keys, bank.labels, asked, queries.labels, k=k)
+        some = min(k, len(bank))
+        scores = knn_accuracy(keys, bank.labels, asked, queries.labels, k=some)
         return {"knn": round(float(scores[-1]), 4), "knn_best": round(float(max(scores)), 4)}
 
     return evaluate

@@ -1,6 +1,9 @@
 """NNA loss, queue and stacked heads against independent, slow, plain versions."""
 
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +250,27 @@ def test_head_has_the_papers_layers():
     assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(
         bound / math.sqrt(3), rel=0.01
     )
+
+
+def test_the_benchmarks_loop_computes_the_same():
+    """Both ends of benchmarks/refine_step.py, with the same weights, queue and samples."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        bench = importlib.import_module("refine_step")
+    finally:
+        sys.path.remove(str(folder))
+    shape = bench.Shape(heads=2, views=4, batch=6, hidden=10, predictor_hidden=12, out=5, queue=20)
+    loop, stacked = bench.Loop(8, shape, "cpu"), bench.Stacked(8, shape, "cpu")
+    loop.heads = nn.ModuleList(
+        nn.ModuleList(m.float() for m in plain_head(stacked.heads, t)) for t in range(2)
+    )
+    loop.queues, loop.ids = list(stacked.queue.vectors), stacked.queue.ids
+    x, ids = torch.randn(2, 4, 6, 8), torch.arange(6)
+    for rung in (loop, stacked):
+        rung.total = rung.loss(x, ids)
+        rung.total.backward()
+    assert loop.total.item() == pytest.approx(stacked.total.item(), rel=1e-5)
+    for t in range(2):
+        got = stacked.heads.projector[0].weight.grad[t]
+        assert torch.allclose(got, loop.heads[t][0][0].weight.grad.T, rtol=1e-3, atol=1e-5)

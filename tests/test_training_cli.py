@@ -53,6 +53,25 @@ def test_the_gpu_preset_takes_the_same_steps_on_a_cpu(photos, trained, tmp_path)
     assert main([*command, *settings(TINY_HEADS)]) == 0
 
 
+def test_the_plan_comes_first_and_may_be_all(photos, trained, tmp_path, capsys):
+    command = ["refine", "--model", str(trained), "--data", str(photos), "--plan",
+               "--out", str(tmp_path / "r"), *settings(TINY_HEADS)]  # fmt: skip
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "8 images of 32×32" in out and "memory   about" in out and "refined in" not in out
+    assert not (tmp_path / "r").exists()
+
+
+def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
+    pytest.importorskip("tensorboard")
+    command = ["refine", "--model", str(trained), "--data", str(photos), "--knn-every", "1",
+               "--tensorboard", "--out", str(tmp_path / "r"), *settings(TINY_HEADS)]  # fmt: skip
+    assert main(command) == 0
+    history = json.loads((tmp_path / "r" / "history.json").read_text())
+    assert 0 <= history[-1]["knn"] <= history[-1]["knn_best"] <= 1
+    assert list((tmp_path / "r" / "tensorboard").glob("events*"))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["pretrain", "--set", "size_of_patch=4"], "the recipe has no 'size_of_patch'; it has size"),
     (["pretrain", "--set", "steps=many"], "expected a value of type int, such as 11000"),
@@ -60,6 +79,7 @@ def test_the_gpu_preset_takes_the_same_steps_on_a_cpu(photos, trained, tmp_path)
     (["pretrain", "--data", "nowhere"], "nowhere"),
     (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
     (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 0 to 11"),
+    (["refine", "--preset", "L/16", "--n", "64"], "64 images are fewer than one batch of 1024"),
     (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
     (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
 ])  # fmt: skip
