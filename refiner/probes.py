@@ -297,12 +297,16 @@ class _Scaling:
     scale: Tensor
 
     @classmethod
-    def of(cls, x_GND: Tensor, standardize: bool) -> _Scaling:
+    def of(cls, x_GND: Tensor, standardize: bool, device: torch.device) -> _Scaling:
         if not standardize:
-            mean = x_GND.new_zeros(len(x_GND), 1, x_GND.shape[2], dtype=torch.float64)
+            mean = torch.zeros(len(x_GND), 1, x_GND.shape[2], dtype=torch.float64, device=device)
             return cls(mean, torch.ones_like(mean))
-        parts = zip(*(_mean_and_scale(x) for x in x_GND), strict=True)
+        parts = zip(*(_mean_and_scale(x.to(device)) for x in x_GND), strict=True)
         return cls(*(torch.stack(part)[:, None] for part in parts))
+
+    def of_blocks(self, index: Tensor) -> _Scaling:
+        index = index.to(self.mean.device)
+        return _Scaling(self.mean[index], self.scale[index])
 
     def __call__(self, x_GND: Tensor) -> Tensor:
         """float32 [G, N, E], the last column all ones."""
@@ -428,7 +432,7 @@ def linear_probe(
     ):
         for chunk in _chunks(len(x_LND), x_LND[0].numel() * 4, device):
             x_GND = x_LND[chunk].to(device)
-            scaling = _Scaling.of(x_GND, standardize)
+            scaling = _Scaling.of(x_GND, standardize, device)
             penalty, right, solved = problem.solve(scaling(x_GND))
             weights, bias = scaling.undo(solved.weights[0])
             label = classes[_best(z_LMD[chunk].to(device), weights, bias).cpu()]
@@ -549,7 +553,7 @@ def low_shot(
         ValueError: when a class has fewer images than asked for, or as in :func:`linear_probe`.
     """
     x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
-    penalty_RG, device = torch.tensor([_grid([penalty])]).double(), _device(device, train_x)
+    (penalty,), device = _grid([penalty]), _device(device, train_x)
     classes, y = y.unique(return_inverse=True)
     counts = y.bincount().tolist()
     _check_sizes(shots, fractions, draws, counts)
@@ -559,26 +563,50 @@ def low_shot(
     accuracy = torch.empty(len(wanted), draws, len(x_LND))
     with (
         _full_precision(device),
-        tqdm(total=len(wanted) * len(x_LND), desc="low-shot probes", unit="fit",
+        tqdm(total=len(wanted) * draws * len(x_LND), desc="low-shot probes", unit="fit",
              disable=not progress) as bar,
     ):  # fmt: skip
-        for block, (x_ND, z_MD) in enumerate(zip(x_LND, z_LMD, strict=True)):
-            scaling = _Scaling.of(x_ND[None].to(device), standardize)
-            x_NE, z_ME = scaling(x_ND[None].to(device))[0], scaling(z_MD[None].to(device))[0]
-            for size, numbers in enumerate(wanted):
-                chosen_KN = _drawn(orders, numbers)
-                for part in _chunks(draws, chosen_KN.shape[1] * x_NE.shape[1] * 4, device):
-                    rows_GN = chosen_KN[part]
-                    solved = fit_logistic(
-                        x_NE[rows_GN.to(device)], y[rows_GN].to(device),
-                        penalty_RG.expand(-1, len(rows_GN)).to(device), classes=len(classes),
-                    )  # fmt: skip
-                    label = classes[(z_ME @ solved.weights[0].float().mT).argmax(-1).cpu()]
-                    accuracy[size, part, block] = (label == t).float().mean(1)
-                bar.update()
+        scaling = _Scaling.of(x_LND, standardize, device)
+        for size, numbers in enumerate(wanted):
+            few = _FewLabels(x_LND, y, scaling, _drawn(orders, numbers), penalty, len(classes))
+            weights_LKCE = few.solve(bar)
+            for block, z_MD in enumerate(z_LMD):
+                z_ME = scaling.of_blocks(torch.tensor([block]))(z_MD[None].to(device))[0]
+                label = classes[(z_ME @ weights_LKCE[block].mT).argmax(-1).cpu()]
+                accuracy[size, :, block] = (label == t).float().mean(1)
     accuracy = accuracy if train_x.ndim == 3 else accuracy[..., 0]
     return LowShot((*shots, *fractions), tuple(map(sum, wanted)), accuracy.mean(1),
                    accuracy.std(1, correction=0), accuracy)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _FewLabels:
+    """The fits of one size: all draws of all blocks, as many at once as fit."""
+
+    x_LND: Tensor
+    y_N: Tensor
+    scaling: _Scaling
+    chosen_KN: Tensor
+    penalty: float
+    classes: int
+
+    def solve(self, bar: tqdm) -> Tensor:
+        """Weights, float32 [L, K, C, E]."""
+        (draws, n), device = self.chosen_KN.shape, self.scaling.mean.device
+        blocks, _, dim = self.x_LND.shape
+        found = []
+        for part in _chunks(blocks * draws, n * (dim + 1) * 4, device):
+            group = torch.arange(blocks * draws)[part]
+            block_G, rows_GN = group // draws, self.chosen_KN[group % draws]
+            home = self.x_LND.device
+            x_GND = self.x_LND[block_G[:, None].to(home), rows_GN.to(home)].to(device)
+            penalty_RG = torch.full((1, len(group)), self.penalty, dtype=torch.float64)
+            x_GNE = self.scaling.of_blocks(block_G)(x_GND)
+            solved = fit_logistic(x_GNE, self.y_N[rows_GN].to(device), penalty_RG.to(device),
+                                  classes=self.classes)  # fmt: skip
+            found.append(solved.weights[0].float())
+            bar.update(len(group))
+        return torch.cat(found).unflatten(0, (blocks, draws))
 
 
 def _drawn(orders: list[list[np.ndarray]], numbers: list[int]) -> Tensor:
@@ -661,7 +689,7 @@ def factor_probe(
             for x_ND, z_MD in tqdm(zip(x_LND, z_LMD, strict=True), total=len(x_LND),
                                    desc="factors", unit="block", disable=not progress):  # fmt: skip
                 x_ND, z_MD = x_ND.to(device), z_MD.to(device)
-                scaling = _Scaling.of(x_ND[None], standardize)
+                scaling = _Scaling.of(x_ND[None], standardize, device)
                 x_NE, z_ME = scaling(x_ND[None])[0].double(), scaling(z_MD[None])[0].double()
                 rows.append(_ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device),
                                           held.to(device)))  # fmt: skip
