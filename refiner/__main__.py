@@ -124,7 +124,9 @@ def course_command(args: argparse.Namespace) -> int:
 def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
     add("--data", default="toybox", metavar="NAME", help="an image set or a folder of images")
-    add("--n", type=int, metavar="IMAGES", help="how many images; default: all of the set")
+    add("--n", "--images", type=int, metavar="IMAGES", dest="n",
+        help="how many images; default: all. Say --images under accelerate launch or torchrun, "
+        "which take --n for their own")  # fmt: skip
     add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the state in --out")
     add("--device", help="default: cuda if there is one, else cpu")
