@@ -347,6 +347,102 @@ def block_curve(
     return ax
 
 
+def error_and_knn(
+    error: Tensor | np.ndarray | Mapping[str, object],
+    knn: Tensor | np.ndarray | Mapping[str, object],
+    *,
+    blocks: Sequence[int] | None = None,
+    error_label: str = "reconstruction error",
+    knn_label: str = "k-NN accuracy",
+    title: str = "Does a block paint, or does it see?",
+    ax: Axes | None = None,
+) -> Axes:
+    """Reconstruction error (left axis) and k-NN accuracy (right axis) of every block.
+
+    MIM-Refiner's argument (Alkin et al. 2024, arXiv 2402.10093): where the error falls while the
+    accuracy falls too, blocks have taken over the decoder's work. The ring marks each curve's
+    best block: the lowest error, the highest accuracy.
+
+    Args:
+        error: [L], or several by name.
+        knn: [L], or several by name.
+        blocks: the blocks' numbers; default 1 to L.
+        error_label, knn_label: what they are.
+        title: of the figure.
+
+    Returns:
+        The Axes of the errors; those of the accuracies are its ``.figure.axes[-1]``.
+
+    Raises:
+        ValueError: for curves of different lengths.
+    """
+    sides = [x if isinstance(x, Mapping) else {"": x} for x in (error, knn)]
+    sides = [{name: _array(x) for name, x in side.items()} for side in sides]
+    lengths = {len(x) for side in sides for x in side.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"errors and accuracies must have as many blocks, not {sorted(lengths)}")
+    at = np.arange(1, lengths.pop() + 1) if blocks is None else np.asarray(blocks)
+    (ax,) = _axes(ax, 1, (6.8, 4.0))
+    twin = ax.twinx()
+    drawn = []
+    for panel, side, label, best, colour in (
+        (ax, sides[0], error_label, np.argmin, COLOURS[1]),
+        (twin, sides[1], knn_label, np.argmax, COLOURS[0]),
+    ):
+        for i, (name, values) in enumerate(side.items()):
+            look = _look(i) | {"color": colour, "marker": MARKERS[2 * i + (panel is twin)]}
+            drawn += panel.plot(at, values, label=f"{label} {name}".strip(), markersize=6, **look)
+            top = int(best(values))
+            panel.plot(at[top], values[top], "o", markersize=15, fillstyle="none", color=colour)
+        panel.set_ylabel(label, color=colour)
+    if all(x.max() <= 1 for x in sides[1].values()):
+        twin.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    twin.spines["right"].set_visible(True)
+    twin.grid(False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    ax.set(xlabel="block", title=title)
+    ax.legend(handles=drawn, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return ax
+
+
+def similarity_map(
+    similarity: Tensor | np.ndarray,
+    *,
+    rows: str = "block",
+    columns: str = "block",
+    label: str = "linear CKA",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """How similar blocks are, a square a pair.
+
+    Args:
+        similarity: [L1, L2] in 0..1, such as :func:`refiner.linear_cka` gives.
+        rows, columns: what L1 and L2 are.
+        label: what the numbers are, for the colour bar.
+        title: default the label.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: for anything but a matrix.
+    """
+    table = _array(similarity)
+    if table.ndim != 2:
+        raise ValueError(f"the similarities must be [L1, L2], not {list(table.shape)}")
+    (ax,) = _axes(ax, 1, (0.3 * table.shape[1] + 1.8, 0.3 * table.shape[0] + 1.2))
+    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1)
+    every = [max(1, -(-n // 12)) for n in table.shape]  # at most 12 numbers a side
+    numbers = [range(0, n, step) for n, step in zip(table.shape, every, strict=True)]
+    ax.set_yticks(numbers[0], [i + 1 for i in numbers[0]])
+    ax.set_xticks(numbers[1], [i + 1 for i in numbers[1]])
+    ax.grid(False)
+    ax.set(xlabel=columns, ylabel=rows, title=title or _capital(label))
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
 def _capital(text: str) -> str:
     return text if text.startswith("k-NN") else text[:1].upper() + text[1:]
 
