@@ -42,6 +42,7 @@ _HOME = {
     "load_heads": "refine",
     "pretrain": "mae",
     "reconstruct": "mae",
+    "decode_blocks": "decoders",
     "record": "course",
 }
 
