@@ -274,3 +274,39 @@ def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tenso
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def traffic(recipe: Recipe, trained: int, world: int) -> dict[str, float]:
+    """Bytes that each process hands to the others in a step of stage 3, by kind of exchange.
+
+    Args:
+        recipe: with its blocks filled in.
+        trained: numbers that get a gradient, the heads' included.
+        world: processes.
+
+    Returns:
+        ``all_gather``: predictions, projections for the queue, statistics of the heads' five
+        BatchNorms; ``reduce_scatter``: gradients of predictions and statistics that belong to each
+        process; ``all_reduce``: gradients of the weights. All are float32, as on a CPU; on a GPU
+        the predictions travel in bfloat16, half of it.
+    """
+    t, v, own = len(recipe.blocks), len(recipe.views), recipe.batch // world
+    widths = 2 * recipe.hidden + recipe.predictor_hidden + 2 * recipe.out
+    statistics, predictions = 4.0 * 2 * t * widths, 4.0 * t * v * own * recipe.out
+    return {
+        "all_gather": predictions + predictions / v + statistics,
+        "reduce_scatter": predictions + statistics,
+        "all_reduce": 4.0 * trained,
+    }
+
+
+def on_the_wire(handed: dict[str, float], world: int) -> float:
+    """Bytes that each process receives in a step, when messages go around a ring."""
+    others = world - 1
+    return (
+        others * (handed["all_gather"] + handed["reduce_scatter"])
+        + 2 * others / world * handed["all_reduce"]
+    )
