@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refiner.encoders import keep_patches
-from refiner.images import ImageSet
+from refiner.images import ImageSet, load_images
 from refiner.models import allow_any_size, build_vit, copy_model, load_model
 from refiner.toybox import render
 from refiner.views import View
@@ -173,6 +173,25 @@ def test_heads_come_back_with_their_queue(model, images, tmp_path):
     assert all(torch.equal(v, run.queue.state_dict()[k]) for k, v in queue.state_dict().items())
     with pytest.raises(FileNotFoundError, match="no heads"):
         R.load_heads("mae_toybox")
+
+
+def test_embedded_heads_know_the_embedded_encoder():
+    """An image's projection lies close to that of the same image in the queue, mirrored or not."""
+    heads, queue, recipe = R.load_heads("mae_toybox_refined")
+    model = allow_any_size(load_model("mae_toybox_refined"))
+    newest = queue.ids[(queue.pushed - 1 - torch.arange(64)) % recipe.queue]
+    assert len(newest.unique()) == 64
+    shown = load_images("toybox", split="train", progress=False).images[newest]
+    x = (shown.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        x_TBD = R.head_features(model, x, recipe.blocks, pooling=recipe.pooling)
+        z_TVBO, _ = heads(x_TBD[:, None])
+    similar_TBB = (
+        z_TVBO[:, 0] @ queue.vectors[:, (queue.pushed - 1 - torch.arange(64)) % recipe.queue].mT
+    )
+    own_T = similar_TBB.diagonal(dim1=1, dim2=2).mean(1)
+    others_T = (similar_TBB.sum((1, 2)) - similar_TBB.diagonal(dim1=1, dim2=2).sum(1)) / (64 * 63)
+    assert (own_T > others_T + 0.3).all()
 
 
 def test_labels_are_watched_but_never_learned_from(model, images):
