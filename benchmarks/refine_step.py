@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sizes", nargs="+", choices=tuple(WIDTHS), default=list(WIDTHS))
-    add("--rounds", type=int, default=9)
+    add("--rounds", type=int, default=5)
     add("--full", action="store_true", help="the paper's widths, batch and queue; for a GPU")
     add("--no-compile", action="store_true", help="leave the compiled rung out")
     add("--out", type=Path)

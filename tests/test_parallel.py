@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from refiner import parallel
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import build_vit
-from refiner.recipe import Recipe
-from refiner.refine import refine
+from refiner.planning import traffic
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import begin, freeze_first, refine
 from refiner.views import View, make_views
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +40,31 @@ def model():
     return build_vit(size=16, patch=4, dim=16, depth=3, heads=2, seed=0)
 
 
+def count_bytes() -> dict[str, int]:
+    """Lets torch.distributed count what this process hands to each kind of exchange."""
+    counted = {}
+
+    def counting(name, payload):
+        original = getattr(dist, name)
+
+        def wrapped(*args):
+            counted[name] = counted.get(name, 0) + payload(*args).nbytes
+            return original(*args)
+
+        setattr(dist, name, wrapped)
+
+    counting("all_gather", lambda parts, x: x)
+    counting("reduce_scatter", lambda own, parts: own)
+    counting("all_reduce", lambda x: x)
+    return counted
+
+
 def main(out: Path) -> None:
-    """What each process does: a float64 step with its gradients, a run, and a wrong call."""
+    """What each process does: a counted step, a run, a wrong call, a step in float64."""
+    counted = count_bytes()
+    refine(model(), images(), recipe=replace(TINY, head_steps=0, steps=1), progress=False,
+           log_every=1, device="cpu")  # fmt: skip
+    counted = dict(counted)
     run = refine(model(), images(), recipe=TINY, progress=False, log_every=1, out=out / "run",
                  device="cpu")  # fmt: skip
     found = {"loss": [e["loss"] for e in run.history], "queue_ids": run.queue.ids.tolist(),
@@ -48,6 +74,7 @@ def main(out: Path) -> None:
         refine(model(), images()[: 24 - parallel.rank()], recipe=TINY, progress=False)
     except ValueError as error:
         found["error"] = str(error)
+    found["bytes"] = counted
     found["gradients"] = [g.tolist() for g in float64_gradients()]
     (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
 
@@ -97,6 +124,18 @@ def test_two_processes_are_one_with_the_same_batch(two, ranks):
     together = load_model(two / "run")
     for name, weight in alone.model.state_dict().items():
         assert torch.allclose(together.state_dict()[name], weight, atol=2e-4), name
+
+
+def test_what_is_exchanged_is_what_the_plan_counts(ranks):
+    recipe = complete_recipe(replace(TINY, head_steps=0, steps=1), model(), images())
+    run = begin(model(), recipe, torch.device("cpu"))
+    freeze_first(run.model, recipe.frozen_blocks)
+    weights = [*run.model.parameters(), *run.heads.parameters()]
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    expected = traffic(recipe, trained, 2)
+    expected["all_gather"] += 4 * 2 * 4  # the log: loss, similarity, age, spread of two heads
+    for r in ranks:
+        assert r["bytes"] == expected
 
 
 def test_all_processes_end_alike(ranks):
