@@ -32,7 +32,7 @@ NEVER = -2.0  # below every cosine
 GROUP = 16  # keys whose maximum stands for them
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
-SCAN = 2**24  # scores from which on the compiled loops pay: a tenth of a second of work
+SCAN = 2**31  # multiplications from which on the compiled loops pay: a tenth of a second
 SCAN_KEYS = 4096  # keys of one product: a tile of 512 queries takes 8 MiB
 
 
@@ -138,7 +138,7 @@ class _Search:
             sides = self.side(q_QD, "queries"), self.side(x_KD, "keys", shared=not self.normalize)
             indices = torch.empty(n_queries, self.k, dtype=torch.int64, device=device)
             scores = torch.empty(n_queries, self.k, dtype=torch.float64, device=device)
-            large = device.type == "cpu" and n_queries * len(x_KD) >= SCAN
+            large = device.type == "cpu" and n_queries * x_KD.numel() >= SCAN
             scan = large and self.products == torch.float32 and len(x_KD) >= SCAN_KEYS
             sure = (self.by_scan if scan else self.by_topk)(*sides, indices, scores, bar)
             self.by_float64(*sides, indices, scores, (~sure).nonzero()[:, 0])
@@ -180,7 +180,7 @@ class _Search:
         n_candidates, doubt = min(self.k + spare, n_keys), self.doubt(dim)
         x_unit, q_unit = x.unit.to(self.products), q.unit.to(self.products)
         sure = torch.ones(n_queries, dtype=torch.bool, device=device)
-        step = self.chunk or _chunk_rows(device, n_keys * 4 + n_candidates * dim * 8)
+        step = self.chunk or _chunk_rows(device, n_keys * 4)
         for start in range(0, n_queries, step):
             rows = slice(start, start + step)
             rough_QK = q_unit[rows] @ x_unit.T
@@ -248,11 +248,17 @@ class _Search:
 
     def exact(self, q: _Side, x: _Side, rows, some_QC: Tensor) -> Tensor:
         """Scores of some queries with their own candidates in float64, [Q, C]."""
-        # index_select, as x[some_QC] is six times slower on a CPU.
-        x_QCD = self.wide(x.x.index_select(0, some_QC.flatten())).view(*some_QC.shape, -1)
-        products_QCD = x_QCD.mul_(self.wide(q.x[rows])[:, None])
-        # A plain sum, unlike a matrix product, treats every pair alike: duplicates tie to the bit.
-        return products_QCD.sum(-1) / (q.norm[rows, None] * x.norm[some_QC])
+        wide_QD, norm_Q, parts = self.wide(q.x[rows]), q.norm[rows, None], []
+        step = _chunk_rows(some_QC.device, some_QC.shape[1] * wide_QD.shape[1] * 8)
+        for start in range(0, len(some_QC), step):
+            part = slice(start, start + step)
+            # index_select, as x[some] is six times slower on a CPU.
+            x_QCD = self.wide(x.x.index_select(0, some_QC[part].flatten()))
+            products_QCD = x_QCD.view(*some_QC[part].shape, -1).mul_(wide_QD[part, None])
+            # A plain sum, unlike a matrix product, treats every pair alike: duplicates tie to the
+            # bit.
+            parts.append(products_QCD.sum(-1) / (norm_Q[part] * x.norm[some_QC[part]]))
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
