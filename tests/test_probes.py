@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from refiner.probes import factor_probe, linear_probe, low_shot
+from refiner.probes import _by_class, _drawn, factor_probe, linear_probe, low_shot
 
 CLASSES = 5
 
@@ -47,6 +47,82 @@ def test_the_minimum_is_scikit_learns(penalty):
         best = objective(weights, bias, x[block], y, penalty)
         assert ours == pytest.approx(best, rel=1e-4) and ours > best * (1 - 1e-6)
         assert float(probe.objective[block]) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-3, 1e-1])
+def test_the_gap_bounds_the_distance_to_the_minimum(penalty):
+    """The gap that is reported is never smaller than the true one, and tolerances are kept."""
+    x, y = blobs(300)
+    best = linear_probe(x, y, x, y, penalties=[penalty], tolerance=1e-9)
+    assert best.converged.all() and (best.gap <= 1e-9).all(), "float64 takes over from float32"
+    for tolerance in (1e-1, 1e-2, 1e-4):
+        rough = linear_probe(x, y, x, y, penalties=[penalty], tolerance=tolerance)
+        true = rough.objective / best.objective - 1
+        assert rough.converged.all() and (rough.gap <= tolerance).all()
+        assert (true <= rough.gap + 1e-6).all() and (true >= -1e-6).all()
+
+
+def test_a_fit_that_may_not_finish_says_so():
+    x, y = blobs(300)
+    probe = linear_probe(x, y, x, y, penalties=[1e-5], max_steps=1)
+    assert not probe.converged.any() and (probe.gap > 1e-4).all()
+
+
+def test_more_features_than_images():
+    (x, y), (z, t) = blobs(40, dim=60), blobs(40, dim=60, seed=1)
+    probe = linear_probe(x, y, z, t, penalties=[1e-2])
+    assert probe.converged.all()
+    mean, std = x[0].mean(0), x[0].std(0, correction=0)
+    peer = LogisticRegression(C=1 / (1e-2 * 40), tol=1e-8, max_iter=5000)
+    peer.fit(((x[0] - mean) / std).double().numpy(), y)
+    weights = torch.from_numpy(peer.coef_.T) / std[:, None].double()
+    bias = torch.from_numpy(peer.intercept_) - mean.double() @ weights
+    best = objective(weights, bias, x[0], y, 1e-2)
+    assert objective(probe.weights[0], probe.bias[0], x[0], y, 1e-2) == pytest.approx(
+        best, rel=1e-4
+    )
+
+
+def test_labels_need_not_be_dense_and_a_class_may_have_one_image():
+    (x, y), (z, t) = blobs(300, blocks=1), blobs(200, blocks=1, seed=1)
+    names = torch.tensor([2, 3, 5, 7, 11])
+    y, t = names[y], names[t]
+    y[0] = 13  # its only image
+    t[:10] = 17  # a class that train does not have
+    probe = linear_probe(x, y, z, t)
+    assert probe.classes.tolist() == [2, 3, 5, 7, 11, 13]
+    guess = probe.predict(z)
+    assert set(guess.unique().tolist()) <= set(probe.classes.tolist())
+    assert float(probe.accuracy[0]) == pytest.approx(float((guess[0] == t).float().mean()))
+    assert (guess[0, :10] != t[:10]).all()
+    assert low_shot(x, y, z, t, shots=(1,), draws=2).images == (6,)
+
+
+def test_without_standardizing_the_features_are_used_as_they_come():
+    x, y = blobs(200, blocks=1)
+    x = x / x.std()
+    probe = linear_probe(x, y, x, y, penalties=[1e-3], standardize=False)
+    peer = LogisticRegression(C=1 / (1e-3 * 200), tol=1e-8, max_iter=5000)
+    peer.fit(x[0].double().numpy(), y)
+    for weights, bias in (
+        (probe.weights[0], probe.bias[0]),
+        (torch.from_numpy(peer.coef_.T), torch.from_numpy(peer.intercept_)),
+    ):
+        value = torch.nn.functional.cross_entropy(x[0].double() @ weights + bias, y)
+        value += 0.5e-3 * weights.square().sum()
+        assert float(value) == pytest.approx(float(probe.objective[0]), rel=1e-4)
+
+
+def test_draws_are_nested_and_the_same_for_every_block():
+    """A block that is a copy of another has its scores; more labels only add to the fewer."""
+    (x, y), (z, t) = blobs(200, blocks=1), blobs(100, blocks=1, seed=1)
+    found = low_shot(x.repeat(2, 1, 1), y, z.repeat(2, 1, 1), t, shots=(1, 2), draws=3)
+    assert (found.draws[:, :, 0] - found.draws[:, :, 1]).abs().max() < 0.021
+    orders = [_by_class(y, np.random.default_rng([0, draw])) for draw in range(3)]
+    few, more = (_drawn(orders, [n] * CLASSES) for n in (1, 2))
+    for a, b in zip(few, more, strict=True):
+        assert set(a.tolist()) < set(b.tolist())
+        assert y[a].bincount().tolist() == [1] * CLASSES
 
 
 def test_a_grid_gives_what_its_members_give_alone():
