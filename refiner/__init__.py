@@ -33,6 +33,7 @@ _HOME = {
     "linear_probe": "probes",
     "low_shot": "probes",
     "factor_probe": "probes",
+    "probe": "probe_report",
     "nna_loss": "heads",
     "NeighborQueue": "heads",
     "IDHeads": "heads",

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refiner", description=refiner.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=refiner.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
-    for add in (add_course, add_pretrain, add_refine, add_models):
+    for add in (add_course, add_pretrain, add_refine, add_probe, add_models):
         add(subparsers, common)
     return parser
 
@@ -232,6 +232,55 @@ def refine_preset(name: str, model, size: int, n: int):
     if name == "fitted":
         return Recipe.fitted(model, n)
     return Recipe.paper(name, images=n)
+
+
+def add_probe(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner probe``: what every block of a model knows."""
+    parser = subparsers.add_parser(
+        "probe",
+        parents=[common],
+        help="measure every block of one or several models",
+        description="Measures every block: k-NN, linear probes, probes with few labels, clusters, "
+        "measures without labels and, where they are known, factors of the images. Writes "
+        "report.json, figures and index.html, a page that opens without a network.",
+    )
+    add = parser.add_argument
+    add("--model", action="append", metavar="NAME", dest="models",
+        help="a model's name or folder; repeat it to compare; default: mae_toybox")  # fmt: skip
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder; default: %(default)s")  # fmt: skip
+    add("--out", default="runs/probe", metavar="FOLDER", help="default: %(default)s")
+    add("--n", type=int, metavar="IMAGES", help="how many train images; default: all")
+    add("--n-test", type=int, metavar="IMAGES", help="how many test images; default: all")
+    add("--parts", nargs="+", metavar="PART",
+        help="only these of knn, linear, low_shot, clustering, measures, factors")  # fmt: skip
+    add("--k", type=int, nargs="+", metavar="K", help="neighbors that vote; default: 1 10 20")
+    add("--shots", type=int, nargs="+", metavar="N", help="labels a class; default: 1 2 5 10")
+    add("--fractions", type=float, nargs="+", metavar="SHARE",
+        help="shares of the labels, such as 0.01 0.1; default: none")  # fmt: skip
+    add("--draws", type=int, metavar="N", help="random sets of few labels; default: 10")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--resume", action="store_true", help="keep the parts that are done in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    parser.set_defaults(command=probe_command)
+
+
+def probe_command(args: argparse.Namespace) -> int:
+    """Probes and writes the report."""
+    from refiner.probe_report import Settings, probe
+
+    names = ("parts", "k", "shots", "fractions", "draws", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    check_out(args.out)
+    report = resumable(
+        probe, args.models or ["mae_toybox"], args.data, out=args.out, n=args.n,
+        n_test=args.n_test, settings=Settings(**given), resume=args.resume, device=args.device,
+    )  # fmt: skip
+    for sentence in report["left_out"]:
+        print(f"left out: {sentence}")
+    print(f"{Path(args.out) / 'index.html'}: the report")
+    return 0
 
 
 def add_models(subparsers, common: argparse.ArgumentParser) -> None:

@@ -1,0 +1,140 @@
+"""``refiner probe``: its numbers are the library's, its page stands alone, and it goes on."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import refiner
+from refiner.__main__ import main
+from refiner.models import build_vit, save_model
+from refiner.probe_report import PARTS, Settings, _images, probe
+
+QUICK = Settings(k=(1, 5), shots=(1, 2), draws=2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two small random encoders."""
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = build_vit(size=16, patch=4, dim=24, depth=2, heads=2)
+        folders.append(str(tmp_path_factory.mktemp(f"model{seed}")))
+        save_model(model, folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def report(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    found = probe(models, "toybox", out, n=192, n_test=96, settings=QUICK, progress=False)
+    return out, found
+
+
+def test_the_numbers_are_the_librarys(models, report):
+    out, found = report
+    assert json.loads((out / "report.json").read_text()) == found
+    train, test = (refiner.load_images("toybox", split=s, n=n, size=16)
+                   for s, n in (("train", 192), ("test", 96)))  # fmt: skip
+    model = refiner.load_model(models[1])
+    x, z = (refiner.extract(model, s, progress=False)["patch"] for s in (train, test))
+    numbers = found["models"][models[1]]["patch"]
+    assert set(numbers) == set(PARTS)
+    knn = refiner.knn_accuracy(x, train.labels, z, test.labels, k=[1, 5])
+    assert numbers["knn"]["k"] == [1, 5]
+    assert torch.tensor(numbers["knn"]["accuracy"]) == pytest.approx(knn, abs=1e-4)
+    linear = refiner.linear_probe(x, train.labels, z, test.labels)
+    assert numbers["linear"]["accuracy"] == pytest.approx(linear.accuracy.tolist(), abs=1e-4)
+    shots = refiner.low_shot(x, train.labels, z, test.labels, shots=(1, 2), draws=2)
+    assert torch.tensor(numbers["low_shot"]["mean"]) == pytest.approx(shots.mean, abs=1e-4)
+    assert numbers["measures"]["rankme"] == pytest.approx(refiner.rankme(z).tolist(), rel=1e-4)
+    hue = refiner.factor_probe(x, {"hue": train.factors["hue"]}, z, {"hue": test.factors["hue"]})
+    assert numbers["factors"]["hue"] == pytest.approx(hue["hue"].tolist(), abs=1e-4)
+    assert len(numbers["factors"]["class"]) == 2
+
+
+def test_the_page_stands_alone(report):
+    out, found = report
+    page = (out / "index.html").read_text()
+    drawn = sorted((out / "figures").glob("*.png"))
+    assert page.count("data:image/png;base64,") == len(drawn) >= 14
+    assert "http" not in page.replace('href="report.json"', "").replace("https://", "http")
+    last = found["models"][next(iter(found["models"]))]["cls"]["knn"]["accuracy"][0][-1]
+    assert f"{last:.1%}" in page and "Left out" not in page
+
+
+def test_a_resumed_run_does_only_what_is_missing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("refiner.probe_report.write_page", lambda out, report: None)
+    options = {"n": 64, "n_test": 48, "progress": False}
+    some = Settings(parts=("knn", "measures"), k=(1,))
+    first = probe(models[0], out=tmp_path, settings=some, **options)
+    path = tmp_path / "report.json"
+    content = json.loads(path.read_text())
+    found = content["models"][models[0]]
+    found["done"].remove("measures")
+    del found["cls"]["measures"], found["patch"]["measures"]
+    found["cls"]["knn"]["accuracy"][0][0] = 0.123  # would be measured again if it were not kept
+    path.write_text(json.dumps(content))
+    again = probe(models[0], out=tmp_path, settings=some, resume=True, **options)
+    kept = again["models"][models[0]]["cls"]
+    assert kept["knn"]["accuracy"][0][0] == 0.123
+    assert kept["measures"] == first["models"][models[0]]["cls"]["measures"]
+    monkeypatch.setattr("refiner.probe_report.extract", None)  # all is done: nothing to extract
+    probe(models[0], out=tmp_path, settings=some, resume=True, **options)
+    with pytest.raises(ValueError, match="settings differ"):
+        probe(models[0], out=tmp_path, settings=QUICK, resume=True, **options)
+
+
+def folder_of_images(root, classes: int, each: int):
+    g = torch.Generator().manual_seed(0)
+    for c in range(classes):
+        (root / f"class{c}" if classes > 1 else root).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=g, dtype=torch.uint8).numpy()
+            where = root / f"class{c}" / f"{i}.png" if classes > 1 else root / f"{i}.png"
+            Image.fromarray(pixels).save(where)
+    return root
+
+
+def test_a_plain_folder_lends_a_fifth(tmp_path):
+    root = folder_of_images(tmp_path / "data", 3, 10)
+    train, test = _images(root, None, None, 16)
+    assert (len(train), len(test)) == (24, 6)
+    assert sorted(test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_without_labels_the_measures_remain(models, tmp_path):
+    root = folder_of_images(tmp_path / "data", 1, 20)
+    found = probe(models[0], root, tmp_path / "out", settings=QUICK, progress=False)
+    assert any("no labels" in text for text in found["left_out"])
+    assert "left_out" not in found["models"][models[0]]["cls"]["measures"]
+    assert "Left out" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_command(models, tmp_path, capsys):
+    code = main(["probe", "--model", models[0], "--n", "64", "--n-test", "32", "--parts", "knn",
+                 "--k", "3", "--out", str(tmp_path / "out")])  # fmt: skip
+    assert code == 0 and "index.html" in capsys.readouterr().out
+    assert (tmp_path / "out" / "index.html").exists()
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["models"][models[0]]["cls"]["knn"]["k"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "knnn"], "unknown part 'knnn'"),
+        (["--k", "0"], "k must be at least 1"),
+        (["--model", "no_such_model"], "no_such_model"),
+        (["--data", "no_such_folder"], "no_such_folder"),
+        (["--n", "0"], "n must be at least 1"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, models, tmp_path, capsys):
+    if "--model" not in arguments:
+        arguments = ["--model", models[0], *arguments]
+    assert main(["probe", *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("refiner: ")
