@@ -148,19 +148,21 @@ class _Search:
 
     def side(self, x_ND: Tensor, name: str, *, shared: bool = False) -> _Side:
         """Queries or keys, with what every score is divided by; ``shared``: the largest norm."""
-        x_ND = x_ND if x_ND.dtype == torch.float64 else x_ND.float()
-        parts = x_ND.split(1024)  # widening all of x would cost more memory and time
-        norm = torch.cat([torch.linalg.vector_norm(self.wide(x), dim=1) for x in parts])
+        x_ND = (x_ND if x_ND.dtype == torch.float64 else x_ND.float()).contiguous()
+        norm = torch.empty(len(x_ND), dtype=torch.float64, device=x_ND.device)
+        unit = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        # Widening all of x at once would cost more memory and time.
+        for x, n, u in zip(*(t.split(512) for t in (x_ND, norm, unit)), strict=True):
+            wide = self.wide(x)
+            # Zero vectors get a harmless length.
+            torch.linalg.vector_norm(wide, dim=1, out=n).clamp_min_(1e-12)
+            u.copy_(wide.div_(n[:, None]))
         if not norm.isfinite().all():
             raise ValueError(f"the {name} hold NaN or infinity")
-        norm.clamp_min_(1e-12)  # zero vectors get a harmless length
         if shared:
+            unit *= (norm / norm.amax()).float()[:, None]
             norm = norm.amax().repeat(len(norm))
-        unit = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), 1024):
-            rows = slice(start, start + 1024)
-            unit[rows] = self.wide(x_ND[rows]) / norm[rows, None]
-        return _Side(x_ND.contiguous(), norm, unit)
+        return _Side(x_ND, norm, unit)
 
     def wide(self, x: Tensor) -> Tensor:
         """The vectors in float64, a copy, shifted and scaled."""
