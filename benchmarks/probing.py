@@ -265,8 +265,8 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
 
 
 def extract_part(quick: bool, rounds: int) -> list[dict]:
-    size = {"images": 32, "batch": 32} if quick else {"images": 256, "batch": 128}
-    return [compare_extraction("small", **size, rounds=rounds)]
+    size = {"images": 32, "batch": 32} if quick else {"images": 512, "batch": 128}
+    return [compare_extraction("small", **size, rounds=max(rounds, 15) if not quick else 1)]
 
 
 # ---------------------------------------------------------------- growth
@@ -332,6 +332,25 @@ def print_sides(title: str, taken: dict[str, dict]) -> None:
         print(
             f"  {name:24}" + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True
         )
+
+
+def table(result: dict) -> list[str]:
+    """README's table, from the committed JSON: processor seconds by library, one row a task."""
+    names = ["refiner", "faiss", "scikit-learn", "lightly"]
+    rows = [["processor seconds", *names]]
+    for row in result["knn"]["rows"]:
+        blocks = f"{row['blocks']} block" + "s" * (row["blocks"] > 1)
+        size = f"{row['queries']:,} × {row['keys']:,} × {row['dim']}"
+        rows.append([f"k-NN of {blocks}, {size}, five k", *_seconds(row["sides"], names)])
+    for row in result["kmeans"]["rows"]:
+        task = f"k-means, {row['images']:,} × {row['dim']}, {row['clusters']} clusters"
+        rows.append([task, *_seconds(row["sides"], names)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def _seconds(sides: dict, names: list[str]) -> list[str]:
+    return [f"{sides[name]['cpu_seconds']:.2f}" if name in sides else "–" for name in names]
 
 
 def parsed() -> argparse.Namespace:

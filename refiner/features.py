@@ -381,11 +381,14 @@ def _borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device
     try:
-        model.eval().to(device)
+        model.eval()
+        if home != device:
+            model.to(device)
         # Not inference_mode: its tensors could not be used to train a probe.
         with torch.no_grad():
             yield
     finally:
-        model.to(home)
+        if home != device:
+            model.to(home)
         for module, training in modes.items():
             module.training = training
