@@ -180,8 +180,11 @@ def main() -> None:
         ladder = Ladder(args.preset, seed, train)
         for rung in args.only:
             model, seconds, steps = ladder.train(rung)
+            kept = ladder.folder / rung / f"scores_{args.split}.json"
+            if not kept.is_file():
+                write_json(kept, measure(model, bank, queries))
             cell = {"rung": rung, "seed": seed, "seconds": seconds, "steps": steps,
-                    **measure(model, bank, queries)}  # fmt: skip
+                    **json.loads(kept.read_text())}  # fmt: skip
             cells.append(cell)
             last = {p: [cell[p][k][-1] for k in ("k200", "k10")] for p in ("cls", "patch")}
             print(f"{rung}, seed {seed}, {seconds / 60:.1f} min: last block {last}", flush=True)

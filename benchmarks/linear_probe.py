@@ -133,7 +133,7 @@ def main() -> None:
     command = " ".join(["python benchmarks/linear_probe.py", *sys.argv[1:]])
     write_json(
         Path(__file__).parent / "results" / "linear_probe.json",
-        {"command": command, "machine": machine(), **result},
+        {"command": command, "machine": machine(), "load": round(os.getloadavg()[0], 1), **result},
     )
     for name, seconds in result["processor_seconds"].items():
         print(f"{name:>32}: {seconds:.2f} s, ours is {result['times_faster'][name]} times faster")
