@@ -266,7 +266,7 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
 
 def extract_part(quick: bool, rounds: int) -> list[dict]:
     size = {"images": 32, "batch": 32} if quick else {"images": 512, "batch": 128}
-    return [compare_extraction("small", **size, rounds=max(rounds, 15) if not quick else 1)]
+    return [compare_extraction("small", **size, rounds=max(rounds, 16) if not quick else 1)]
 
 
 # ---------------------------------------------------------------- growth

@@ -247,7 +247,7 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], pools) -> di
         x_BTD = run_block(block, x_BTD, context)
         if number in wanted:
             if with_cls:
-                cls[number] = x_BTD[:, 0]
+                cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
             patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
             for name, pool in pools.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, TensorDataset
 
 from refiner.features import Features, extract, preprocess, preprocessing_card
@@ -125,6 +126,20 @@ def test_every_kind_of_input_gives_the_same():
         found = quiet(model, some)
         for kind in expected:
             assert torch.allclose(found[kind], expected[kind], rtol=1e-5, atol=1e-5), name
+
+
+def test_no_blocks_tokens_outlive_the_next_block():
+    model = tiny()
+    alive = []
+
+    def hook(_, __, x):
+        alive.append(StorageWeakRef(x.untyped_storage()))
+        assert all(tokens.expired() for tokens in alive[:-2])
+
+    for block in model.blocks:
+        block.register_forward_hook(hook)
+    quiet(model, pixels(), batch_size=10)
+    assert len(alive) == 3
 
 
 def test_chosen_blocks_are_those_blocks_in_the_asked_order():
