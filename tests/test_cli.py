@@ -24,7 +24,7 @@ class Finder:
     def create_module(self, spec):
         return None
     def exec_module(self, module):
-        exec("class Recipe: pass\\ndef refine(): return 7", module.__dict__)
+        exec("def load_heads(): pass\\ndef refine(): return 7", module.__dict__)
 
 sys.meta_path.insert(0, Finder())
 """
@@ -33,8 +33,8 @@ import refiner
 assert refiner.refine() == 7
 from refiner import refine
 assert refine() == 7
-from refiner.refine import Recipe
-assert Recipe is refiner.Recipe and Recipe.__module__ == "refiner.refine"
+from refiner.refine import load_heads
+assert load_heads is refiner.load_heads and load_heads.__module__ == "refiner.refine"
 assert sys.modules["refiner.refine"].refine is refine is refiner.refine
 """
 
@@ -95,10 +95,10 @@ def test_an_unknown_name_is_an_attribute_error():
         "import refiner",
         "import refiner; import refiner.refine",
         "import refiner.refine; import refiner",
-        "from refiner.refine import Recipe; import refiner",
+        "from refiner.refine import load_heads; import refiner",
         "from refiner import refine; import refiner.refine",
         "import importlib; importlib.import_module('refiner.refine'); import refiner",
-        "import refiner; refiner.Recipe",
+        "import refiner; refiner.load_heads",
         "import refiner; refiner.refine; import refiner.refine",
     ],
 )
