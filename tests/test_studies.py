@@ -104,7 +104,8 @@ def test_every_result_tells_its_command_and_machine():
     assert results
     for path in results:
         content = json.loads(path.read_text())
-        machines = [content.get("machine")] + [c.get("machine") for c in content.get("cells", [])]
+        cells = [cell for cell in content.get("cells", []) if isinstance(cell, dict)]
+        machines = [content.get("machine"), *(cell.get("machine") for cell in cells)]
         assert content["command"].startswith("python benchmarks/"), path.name
         assert (BENCHMARKS.parent / content["command"].split()[1]).is_file(), path.name
         assert any(m and m["processor"] for m in machines), path.name
