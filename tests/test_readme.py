@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "refine_controls.json").read_text())
+PROBING = json.loads((ROOT / "benchmarks" / "results" / "probing.json").read_text())
 
 
 def percent(values) -> str:
@@ -49,6 +50,31 @@ def test_tables_of_the_studies_are_their_files(monkeypatch):
     from readme_tables import filled
 
     assert filled(README) == README, "run: python benchmarks/readme_tables.py"
+
+
+def test_probing_table_is_the_json(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.probing import table
+
+    lines = table(PROBING)
+    assert len(lines) == 2 + len(PROBING["knn"]["rows"]) + len(PROBING["kmeans"]["rows"])
+    assert "\n".join(lines) in README
+
+
+def test_probing_claims_hold_on_the_committed_measurement():
+    """Exact, and faster than the others; by how much depends on the width."""
+    for row in PROBING["knn"]["rows"]:
+        ours = row["sides"]["refiner"]
+        assert ours["predictions_unlike_float64"] == 0 and row["k"] == [1, 10, 20, 100, 200]
+        assert ours["cpu_seconds"] < row["sides"]["faiss"]["cpu_seconds"]
+        assert 3 * ours["cpu_seconds"] <= row["sides"]["lightly"]["cpu_seconds"]
+        least = 3 if row["dim"] < 256 else 2
+        assert least * ours["cpu_seconds"] <= row["sides"]["scikit-learn"]["cpu_seconds"]
+    for row in PROBING["kmeans"]["rows"]:
+        inertia = {name: side["inertia"] for name, side in row["sides"].items()}
+        assert inertia["refiner"] <= 1.001 * min(inertia.values())
+    ratio = PROBING["extract"]["rows"][0]["cpu"]["ratio"]
+    assert ratio <= 1.05 and f"{ratio:.2f} times timm's" in README
 
 
 def test_every_linked_file_exists():
