@@ -310,6 +310,8 @@ def draw_growth(rows: list[dict], path: Path) -> None:
                       [row["sides"][side]["cpu_seconds"] for row in some],
                       marker=marker, label=side)  # fmt: skip
         ax.set_xlabel(label)
+        ax.set_xticks([row[key] for row in some], [f"{row[key]:,}" for row in some])
+        ax.minorticks_off()
     axes[0].set_ylabel("processor seconds")
     axes[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
