@@ -18,16 +18,16 @@ def features_of(model, bank, test):
     return tuple(refiner.extract(model, s, progress=False) for s in (bank, test))
 
 
-def knn_curves(model, bank, test, *, k: int = 10) -> dict[str, list[float]]:
-    """k-NN accuracy of each block: ``{"cls": [L], "patch": [L]}``."""
+def knn_curves(model, bank, test) -> dict[str, list[float]]:
+    """k-NN accuracy (k=10) of each block: ``{"cls": [L], "patch": [L]}``."""
     keys, queries = features_of(model, bank, test)
     return {
-        p: rounded(refiner.knn_accuracy(keys[p], bank.labels, queries[p], test.labels, k=k))
+        p: rounded(refiner.knn_accuracy(keys[p], bank.labels, queries[p], test.labels, k=10))
         for p in ("cls", "patch")
     }
 
 
-def block_report(model, bank, test, *, k: int = 10, factors: bool = True) -> dict:
+def block_report(model, bank, test) -> dict:
     """Everything a card reports, per block and for both poolings.
 
     Returns:
@@ -40,7 +40,7 @@ def block_report(model, bank, test, *, k: int = 10, factors: bool = True) -> dic
     for pooling in ("cls", "patch"):
         x, y, z, t = keys[pooling], bank.labels, queries[pooling], test.labels
         found = {
-            "knn": rounded(refiner.knn_accuracy(x, y, z, t, k=k)),
+            "knn": rounded(refiner.knn_accuracy(x, y, z, t, k=10)),
             "linear": rounded(refiner.linear_probe(x, y, z, t).accuracy),
         }
         shots = refiner.low_shot(x, y, z, t, shots=SHOTS)
@@ -49,7 +49,7 @@ def block_report(model, bank, test, *, k: int = 10, factors: bool = True) -> dic
             found[f"{s}-shot spread"] = rounded(spread)
         groups = refiner.clustering(z, t)
         found |= {"kmeans_acc": rounded(groups["acc"]), "kmeans_nmi": rounded(groups["nmi"])}
-        if factors and bank.factors:
+        if bank.factors:
             known = ({**s.factors, "class": s.labels} for s in (bank, test))
             scores = refiner.factor_probe(x, next(known), z, next(known))
             found["factors"] = {name: rounded(v) for name, v in scores.items()}

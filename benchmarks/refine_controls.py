@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from measured import knn_curves
 
 import refiner
 from refiner.files import write_json
@@ -25,20 +26,6 @@ from refiner.refine import Recipe, complete_recipe, recipe_dict, recipe_from, sa
 from refiner.training import machine
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def score(model, bank, test, k: int = 10) -> dict[str, list[float]]:
-    """k-NN accuracy of each block, for both poolings."""
-    keys, queries = (refiner.extract(model, s, progress=False) for s in (bank, test))
-    return {
-        pooling: [
-            round(float(v), 4)
-            for v in refiner.knn_accuracy(
-                keys[pooling], bank.labels, queries[pooling], test.labels, k=k
-            )
-        ]
-        for pooling in ("cls", "patch")
-    }
 
 
 def more_mae(name: str, images, *, batch: int, steps: int, seed: int):
@@ -77,21 +64,25 @@ def main() -> None:
     images = refiner.load_images("toybox", split="train")
     bank, test = images[:2048], refiner.load_images("toybox", split="test", n=1024)
     model = refiner.load_model(args.model)
-    before = score(model, bank, test)
+    before = knn_curves(model, bank, test)
     rows = []
     for seed in args.seeds:
         recipe = Recipe.cpu(seed=seed, **changes)
         refined, seconds = refined_model(model, images, recipe, args.keep)
-        row = {"seed": seed, "seconds": round(seconds, 1), "refined": score(refined, bank, test)}
+        row = {
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            "refined": knn_curves(refined, bank, test),
+        }
         steps = recipe.head_steps + recipe.steps
         began = time.monotonic()
-        row["mae_same_steps"] = score(
+        row["mae_same_steps"] = knn_curves(
             more_mae(args.model, images, batch=recipe.batch, steps=steps, seed=seed), bank, test
         )
         if args.time_control:
             longer = int(steps * seconds / (time.monotonic() - began))
             longest = more_mae(args.model, images, batch=recipe.batch, steps=longer, seed=seed)
-            row["mae_same_time"] = score(longest, bank, test)
+            row["mae_same_time"] = knn_curves(longest, bank, test)
             row["mae_same_time_steps"] = longer
         rows.append(row)
         print(_line(row, before), flush=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from measured import features_of, rounded
 
 import refiner
 from refiner.files import write_json
@@ -73,13 +74,13 @@ def cell_recipe(name: str, preset: str, *, seed: int = 0) -> MAERecipe:
 
 def curves(model, bank, test) -> dict[str, list[float]]:
     """k-NN and linear accuracy of every block for both poolings."""
-    keys, queries = (refiner.extract(model, s, progress=False) for s in (bank, test))
+    keys, queries = features_of(model, bank, test)
     found = {}
     for pooling in ("cls", "patch"):
         data = keys[pooling], bank.labels, queries[pooling], test.labels
         found[f"knn_{pooling}"] = refiner.knn_accuracy(*data, k=10)
         found[f"linear_{pooling}"] = refiner.linear_probe(*data).accuracy
-    return {name: [round(float(v), 4) for v in value] for name, value in found.items()}
+    return {name: rounded(value) for name, value in found.items()}
 
 
 def train_cell(name: str, preset: str, seed: int) -> None:

@@ -329,10 +329,10 @@ def models_command(args: argparse.Namespace) -> int:
 
 def print_embedded() -> None:
     """One line for each checkpoint that comes with the course."""
-    from refiner.models import embedded_models, read_checkpoint
+    from refiner.models import embedded_models, read_card
 
     for name in embedded_models():
-        card, _, _ = read_checkpoint(name)
+        card = read_card(name)
         shape = ", ".join(f"{key} {value}" for key, value in card["architecture"].items())
         print(f"{name}: {card['method']}; {shape}")
     print()

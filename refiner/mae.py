@@ -323,7 +323,7 @@ def pretrain(
             losses.clear()
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is not finite at step {done}; try a lower lr")
-            seconds = round(before + time.monotonic() - began, 1)
+            seconds = round(before + time.monotonic() - began, 3)
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
         if out and (done % save_every == 0 or done == recipe.steps):

@@ -185,13 +185,13 @@ def _load_carded(name: str) -> Encoder:
     ours = not folder.is_dir() or (folder / "card.json").is_file()
     if not ours and (folder / "config.json").is_file():
         return _load_timm_folder(f"local-dir:{name}", folder / "config.json")
-    card, encoder, _ = read_checkpoint(name)
+    card = read_card(name)
     if "architecture" not in card:  # one of timm's models, or refined from one
         model = timm.create_model(f"local-dir:{name}", pretrained=True)
         check_supported(model, name)
     else:
         model = build_vit(**card["architecture"])
-        model.load_state_dict(encoder)
+        model.load_state_dict(read_checkpoint(name)[1])
     model.refiner_card = card
     return model.eval()
 
@@ -261,11 +261,11 @@ def read_checkpoint(name: str | Path, *,
     elif entry is not None and entry.address:
         path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
     if path.is_dir():
-        card, state = read_folder(path)
+        card, state = read_card(path), load_file(path / "model.safetensors")
         decoder = path / "decoder.safetensors"
         state |= load_file(decoder) if decoder.is_file() else {}
     elif _has_card(path):
-        card, state = _read_card(path.with_suffix(".json")), load_file(path)
+        card, state = read_card(name), load_file(path)
     elif path.is_file():
         found = convert(read_file(path), name=str(path), num_heads=num_heads)
         preprocessing = {"size": found.architecture["size"], **IMAGENET}
@@ -279,22 +279,24 @@ def read_checkpoint(name: str | Path, *,
     return card, {k: v for k, v in state.items() if k not in decoder}, decoder
 
 
-def _read_card(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"the model's card {path.name} is missing beside its weights")
-    return json.loads(path.read_text())
+def read_card(name: str | Path) -> dict:
+    """The card alone of an embedded checkpoint, a folder of :func:`save_model`, or a file.
 
-
-def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Card and weights of a folder that :func:`save_model` wrote."""
-    card, weights = folder / "card.json", folder / "model.safetensors"
-    missing = [path.name for path in (card, weights) if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not a saved model: {' and '.join(missing)} missing. "
-            "Give a folder that save_model, `refiner pretrain` or `refiner refine` wrote."
-        )
-    return _read_card(card), load_file(weights)
+    Raises:
+        FileNotFoundError: when card or weights are missing.
+    """
+    path = Path(name)
+    if str(name) in embedded_models():
+        path = data_folder() / f"{name}.safetensors"
+    if path.is_dir():
+        missing = [f for f in ("card.json", "model.safetensors") if not (path / f).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{path} is not a saved model: {' and '.join(missing)} missing. "
+                "Give a folder that save_model, `refiner pretrain` or `refiner refine` wrote."
+            )
+        return json.loads((path / "card.json").read_text())
+    return json.loads(path.with_suffix(".json").read_text())
 
 
 def _load_timm(name: str) -> Encoder:

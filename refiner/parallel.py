@@ -103,11 +103,13 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter], *, piece: int = 
     if world() == 1:
         return
     waiting: list[Tensor] = []
+    size = 0
     for parameter in (p for p in parameters if p.grad is not None):
         waiting.append(parameter.grad)
-        if sum(g.numel() for g in waiting) >= piece:
+        size += parameter.numel()
+        if size >= piece:
             _average(waiting)
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         _average(waiting)
 

@@ -129,9 +129,12 @@ def probe(
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
     with tqdm(total=len(names) * _total(settings), desc="probing", unit="", disable=not progress,
               bar_format=BAR) as bar:  # fmt: skip
+        by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
-            train, test = _images(data, n, n_test, size)
+            if size not in by_size:
+                by_size[size] = _images(data, n, n_test, size)
+            train, test = by_size[size]
             report["images"] = {
                 "train": len(train), "test": len(test), "classes": len(train.classes),
             }  # fmt: skip

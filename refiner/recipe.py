@@ -148,9 +148,8 @@ class Recipe:
         """
         if name not in _PAPER:
             raise ValueError(f"no published recipe {name!r}: choose from {', '.join(_PAPER)}")
-        facts = dict(_PAPER[name])
-        epochs = 20 if data2vec else facts.pop("epochs", 30)
-        facts.pop("epochs", None)
+        facts = {"epochs": 30, **_PAPER[name]}
+        epochs = min(facts.pop("epochs"), 20 if data2vec else 30)
         batch = changes.get("batch", facts["batch"])
         per_epoch = _count(images) // batch
         if not per_epoch:
@@ -201,11 +200,11 @@ class Recipe:
         return replace(base, **changes)
 
 
-# DESIGN: blocks from 0, the last of them the final output; epochs of stage 3 where not 30.
+# Blocks from 0, the last of them the final output; epochs of stage 3 where not 30.
 _PAPER = {
-    "L/16": {"blocks": (*range(16, 23), 23), "temperature": 0.2, "batch": 1024},
-    "H/14": {"blocks": (*range(20, 31), 31), "temperature": 0.3, "batch": 512},
-    "2B/14": {"blocks": (*range(16, 23), 23), "temperature": 0.35, "batch": 512,
+    "L/16": {"blocks": tuple(range(16, 24)), "temperature": 0.2, "batch": 1024},
+    "H/14": {"blocks": tuple(range(20, 32)), "temperature": 0.3, "batch": 512},
+    "2B/14": {"blocks": tuple(range(16, 24)), "temperature": 0.35, "batch": 512,
               "frozen_blocks": 6, "epochs": 20},
 }  # fmt: skip
 

@@ -462,7 +462,7 @@ class Trainer:
         entry = {"stage": stage, "step": step, "loss": None, "similarity": None,
                  "neighbor_accuracy": None}  # fmt: skip
         entry |= dict(zip(names, parallel.average(seen).tolist(), strict=True))
-        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 1)}
+        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 3)}
         self.guard.check(entry)
         self.run.history.append(entry)
         shown = {"stage": stage, "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}

@@ -54,10 +54,16 @@ def batch_indices(n: int, batch: int, *, seed: int, step: int) -> Tensor:
     Each epoch is its own permutation of all n images; what does not fill a last batch is left to
     the next epoch's draw. A set smaller than a batch is an error upstream.
     """
-    per_epoch = n // batch
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return torch.from_numpy(order[position * batch : (position + 1) * batch])
+    epoch, position = divmod(step, n // batch)
+    order = _epoch_order(n, seed, epoch)
+    return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
+
+
+@lru_cache(
+    maxsize=4
+)  # every step of an epoch asks for it, and shuffling a million images takes time
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def draw(*shape: int, generator: torch.Generator | None = None,
