@@ -44,6 +44,9 @@ _HOME = {
     "pretrain": "mae",
     "reconstruct": "mae",
     "decode_blocks": "decoders",
+    "finetune": "finetune",
+    "FinetuneRecipe": "finetune",
+    "few_labels": "finetune",
     "record": "course",
 }
 
