@@ -60,7 +60,8 @@ def _views(globals_: int, locals_: int, keep: float = 1.0) -> tuple[View, ...]:
 PRESETS = {
     "cpu": Preset(
         mae=MAERecipe(steps=3000, normalize_targets=True, compile=True),
-        refine=Recipe.cpu(views=_views(2, 2, keep=0.5)),
+        # The swap grows late: this short an autoencoder's neighbors are mostly wrong at first.
+        refine=Recipe.cpu(views=_views(2, 2, keep=0.5), swap_from=0.3, swap_full=0.9),
         bank=10_000, queries=2_000,
     ),
     "gpu": Preset(

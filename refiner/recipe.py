@@ -109,7 +109,6 @@ class Recipe:
             blocks=(8, 9, 10, 11), hidden=256, predictor_hidden=512, out=128,
             views=_toy_views(size, keep=0.5), batch=128, head_steps=20, steps=160, head_lr=4e-3,
             lr=6e-3, layer_decay=0.75, frozen_blocks=6, queue=4096, top_k=5, ema=0.98, warmup=0.1,
-            swap_from=0.3, swap_full=0.9,
         )  # fmt: skip
         return replace(base, **changes)
 

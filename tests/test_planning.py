@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 TINY = Recipe.cpu(
     batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
     blocks=(1, 2, 3), frozen_blocks=0, views=(View(size=16), View(size=8)),
+    swap_from=0.3, swap_full=0.9,
 )  # fmt: skip
 
 
