@@ -40,13 +40,19 @@ def pca_embedding(features: Tensor, *, axes_of: Tensor | None = None) -> Tensor:
             raise ValueError(f"features must be [N, D] with D at least 2, not {list(x.shape)}")
         if not x.isfinite().all():
             raise ValueError("the features hold NaN or infinity")
-    mean = base.double().mean(0)
-    centred = base.double() - mean
+    mean, axes_D2 = pca_axes(base)
+    return ((features.double() - mean) @ axes_D2).float()
+
+
+@torch.no_grad()
+def pca_axes(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean float64 [D] and the two directions of most variance, float64 [D, 2], of [N, D]."""
+    mean = features.double().mean(0)
+    centred = features.double() - mean
     _, vectors_DD = torch.linalg.eigh(centred.T @ centred)  # ascending
     axes_D2 = vectors_DD[:, -2:].flip(1)
     largest = axes_D2.abs().argmax(0)
-    axes_D2 = axes_D2 * axes_D2[largest, torch.arange(2, device=largest.device)].sign()
-    return ((features.double() - mean) @ axes_D2).float()
+    return mean, axes_D2 * axes_D2[largest, torch.arange(2, device=largest.device)].sign()
 
 
 def umap_embedding(
@@ -57,6 +63,7 @@ def umap_embedding(
     seed: int = 0,
     init: Tensor | np.ndarray | None = None,
     min_dist: float = 0.1,
+    epochs: int | None = None,
 ) -> Tensor:
     """Lays images out such that neighbors stay neighbors (McInnes et al. 2018, arXiv 1802.03426).
 
@@ -71,6 +78,8 @@ def umap_embedding(
         init: where the points start, [N, 2]; default the PCA. Start a map from that of the block
             before, and points move only as far as their neighbors make them.
         min_dist: how close points may come in the map.
+        epochs: rounds of optimisation; default umap-learn's, 500 up to 10,000 images and 200
+            beyond. A map that starts from a good one needs fewer.
 
     Returns:
         float32 [N, 2], no unit.
@@ -94,6 +103,7 @@ def umap_embedding(
     mapper = umap.UMAP(
         n_neighbors=n_neighbors, min_dist=min_dist, metric="cosine", random_state=seed,
         n_jobs=1,  # a seed allows no more
+        n_epochs=epochs,
         init=start.detach().cpu().numpy().astype(np.float32),
         precomputed_knn=(indices, distances),
     )  # fmt: skip

@@ -1,0 +1,207 @@
+"""Maps of every block: shared PCA axes at once, and UMAP chained from block to block.
+
+A chain starts at the PCA, and each block's map starts at that of the block before, so that points
+move only as far as their neighbors make them. Every map is kept on disk under the hash of what it
+was made from: the exact graph, where the points started, and the settings. Blocks that two models
+share (refining freezes the first ones) have the same hash and so the same map.
+
+Shape legend: L blocks, N images, D width, k neighbors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from refiner.files import replacing
+from refiner.images import cache_folder
+from refiner.layout import pca_axes, umap_embedding
+from refiner.models import data_folder
+from refiner.neighbors import Graph, standardized
+
+Tensor = torch.Tensor
+POOL = 2048  # images of a block that decide the shared axes
+N_NEIGHBORS = 15
+FIRST_EPOCHS, NEXT_EPOCHS = 300, 150  # of UMAP, from the PCA and from the map of the block before
+SIGNATURE = 256  # images by whose nearest neighbor a prepared map is recognised
+ALIKE = 0.95  # share of them that must agree; other machines round differently
+
+
+# ---------------------------------------------------------------- PCA
+
+
+@torch.no_grad()
+def shared_axes(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two directions for all blocks of all models of one width.
+
+    Args:
+        features: by model [L, N, D].
+
+    Returns:
+        By model float32 [D, 2], for features standardised block by block: the directions in which
+        all blocks together vary most. A point that moves between two maps made with them has moved
+        in the feature space.
+    """
+    pools: dict[int, list[Tensor]] = {}
+    for x_LND in features.values():
+        n, width = x_LND.shape[1:]
+        some = torch.arange(0, n, max(1, n // POOL))
+        pools.setdefault(width, []).extend(standardized(x[some], x[some])[0] for x in x_LND)
+    axes = {width: pca_axes(torch.cat(pool))[1].float() for width, pool in pools.items()}
+    return {name: axes[x.shape[2]] for name, x in features.items()}
+
+
+def framed(xy: Tensor | np.ndarray) -> np.ndarray:
+    """Coordinates [..., 2] moved and scaled into -1…1, all maps alike; float32."""
+    xy = np.asarray(xy, dtype=np.float32)
+    low, high = xy.reshape(-1, 2).min(0), xy.reshape(-1, 2).max(0)
+    return (xy - (low + high) / 2) * (2 / max(float((high - low).max()), 1e-12))
+
+
+# ---------------------------------------------------------------- UMAP
+
+
+def umap_maps(
+    features: Mapping[str, Tensor],
+    graphs: Mapping[str, Graph],
+    start: Mapping[str, np.ndarray],
+    *,
+    seed: int = 0,
+    cache: bool = True,
+    progress: bool = True,
+    report: Callable[[int, int, float], None] = lambda done, total, left: None,
+) -> dict[str, np.ndarray]:
+    """UMAP of every block of every model.
+
+    Args:
+        features: by model [L, N, D].
+        graphs: by model the neighbors [L, N, ≥14], searched with ``exclude_self=True``.
+        start: by model where the first block's points start, [N, 2].
+        seed: of the optimisation.
+        cache: read and keep maps in ``maps`` of :func:`refiner.images.cache_folder`.
+        progress: show a bar.
+        report: called after each map with maps done, maps in all and the seconds left.
+
+    Returns:
+        By model float32 [L, N, 2], each map in -1…1.
+
+    Warns:
+        UserWarning: when a kept map is damaged (it is made again) or cannot be written.
+    """
+    total = sum(len(x) for x in features.values())
+    found, done, began = {}, 0, time.monotonic()
+    with tqdm(total=total, desc="UMAP", unit="map", disable=not progress) as bar:
+        for name, x_LND in features.items():
+            init, maps = framed(start[name]), []
+            for block, x_ND in enumerate(x_LND):
+                epochs = NEXT_EPOCHS if block else FIRST_EPOCHS
+                init = _one_map(x_ND, graphs[name][block], init, epochs, seed, cache)
+                maps.append(init)
+                done += 1
+                bar.update()
+                report(done, total, (time.monotonic() - began) / done * (total - done))
+            found[name] = np.stack(maps)
+    return found
+
+
+def _one_map(x_ND: Tensor, graph: Graph, init: np.ndarray, epochs: int, seed: int,
+             cache: bool) -> np.ndarray:  # fmt: skip
+    graph = graph.first(N_NEIGHBORS - 1)
+    path = cache_folder() / "maps" / f"{_key(graph, init, epochs, seed)}.npy"
+    known = _read(path, len(x_ND)) if cache else None
+    if known is not None:
+        return known
+    points = umap_embedding(
+        x_ND, graph, n_neighbors=N_NEIGHBORS, seed=seed, init=init, epochs=epochs
+    )
+    points = framed(points)
+    if cache:
+        _write(path, points)
+    return points
+
+
+def _key(graph: Graph, init: np.ndarray, epochs: int, seed: int) -> str:
+    content = hashlib.sha256(f"1 {N_NEIGHBORS} {epochs} {seed}".encode())
+    content.update(graph.indices.to(torch.int64).contiguous().numpy().data)
+    content.update(graph.similarities.float().contiguous().numpy().data)
+    content.update(np.ascontiguousarray(init, dtype=np.float32).data)
+    return content.hexdigest()[:32]
+
+
+def _read(path: Path, n: int) -> np.ndarray | None:
+    try:
+        points = np.load(path, allow_pickle=False)
+        if points.shape != (n, 2) or not np.isfinite(points).all():
+            raise ValueError("not the expected points")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        warnings.warn(f"the map in {path} is damaged ({error}) and is made again", stacklevel=4)
+        return None
+    return points
+
+
+def _write(path: Path, points: np.ndarray) -> None:
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, points)
+    except OSError as error:
+        warnings.warn(
+            f"maps cannot be kept in {path.parent} ({error.strerror or error}); they will be made "
+            "again next time. Set REFINER_CACHE to a writable folder.",
+            stacklevel=4,
+        )
+
+
+# ---------------------------------------------------------------- maps that come with the course
+
+
+def prepared_maps(graphs: Mapping[str, Graph]) -> dict[str, np.ndarray] | None:
+    """Maps of the embedded checkpoints' blocks, made by ``benchmarks/prepare_maps.py``.
+
+    Args:
+        graphs: by model the neighbors [L, N, k] among the images themselves.
+
+    Returns:
+        By model float32 [L, N, 2]; None unless every block is known. A block is recognised by its
+        images' nearest neighbors, of which nearly all must be those the map was made from.
+    """
+    found = {}
+    for name, graph in graphs.items():
+        own = [_prepared(graph[block]) for block in range(len(graph.indices))]
+        if any(points is None for points in own):
+            return None
+        found[name] = np.stack(own)
+    return found
+
+
+def _prepared(graph: Graph) -> np.ndarray | None:
+    n = len(graph.indices)
+    signatures, maps = _prepared_file(n) or ([], [])
+    if not len(signatures):
+        return None
+    agree = (signatures == signature(graph)).mean(1)
+    best = int(agree.argmax())
+    return maps[best] if agree[best] >= ALIKE else None
+
+
+@lru_cache(maxsize=4)
+def _prepared_file(n: int) -> tuple[np.ndarray, np.ndarray] | None:
+    path = data_folder() / "maps" / f"toybox_test_{n}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["signatures"], archive["maps"].astype(np.float32) / 32767
+
+
+def signature(graph: Graph) -> np.ndarray:
+    """The nearest neighbors by which a block is recognised, uint16 [≤256]."""
+    return graph.indices[:SIGNATURE, 0].numpy().astype(np.uint16)
