@@ -47,6 +47,8 @@ _HOME = {
     "finetune": "finetune",
     "FinetuneRecipe": "finetune",
     "few_labels": "finetune",
+    "corrupt": "corruptions",
+    "corrupted": "corruptions",
     "record": "course",
 }
 
