@@ -92,13 +92,18 @@ def add_course(subparsers, common: argparse.ArgumentParser) -> None:
     add("--notebooks", metavar="FOLDER", help="default: notebooks")
     add("--write-back", action="store_true",
         help="store the outputs in the notebooks themselves")  # fmt: skip
+    add("--status", action="store_true",
+        help="run nothing; show which exercises you have solved")  # fmt: skip
     parser.set_defaults(command=course_command)
 
 
 def course_command(args: argparse.Namespace) -> int:
-    """Runs the notebooks; 1 if one failed."""
-    from refiner.course import run_course
+    """Runs the notebooks; 1 if one failed. With --status it only shows the solved exercises."""
+    from refiner.course import run_course, status
 
+    if args.status:
+        print(status(args.notebooks))
+        return 0
     try:
         summary = run_course(
             args.notebooks,

@@ -1,11 +1,11 @@
-"""The course: runs its notebooks, collects what they measure, and checks exercises.
+"""The course: runs its notebooks and collects what they measure; exercises have their own module.
 
-``record`` and ``check`` are used inside the notebooks; ``run_course`` is ``refiner course``.
+``record``, ``measured``, ``check``, ``choose`` and ``status`` are used inside the notebooks;
+``run_course`` is ``refiner course``.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 import json
@@ -15,12 +15,12 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refiner.exercises import check, choose, status  # noqa: F401, notebooks say course.check
 from refiner.files import write_json
 
 if TYPE_CHECKING:
@@ -505,129 +505,3 @@ class _Progress:
         lead = "\r\x1b[K" if self.live else ""
         place = f"[{self.done + 1}/{len(self.jobs)}] {self.job.name}"
         print(f"{lead}{place}  {note}", end=end, flush=True)
-
-
-# ---------------------------------------------------------------- exercises
-
-
-def check(
-    answer: Callable,
-    reference: Callable,
-    make_args: Callable[[], tuple],
-    *,
-    name: str,
-    atol: float = 1e-5,
-    gradient: bool = False,
-    cases: int = 3,
-) -> Callable:
-    """Compares a learner's function with the library's, says what is wrong, and never raises.
-
-    Args:
-        answer: the learner's function. Returning None or raising NotImplementedError means that it
-            is not solved yet.
-        reference: the library's function.
-        make_args: makes the arguments of one case, as a tuple; called once a case.
-        name: what the exercise is called in the messages.
-        atol: largest difference allowed, in values and gradients.
-        gradient: compare the gradients with respect to every floating-point tensor too.
-        cases: how many cases to compare.
-
-    Returns:
-        ``answer`` if it is right, else ``reference``, so that the rest of a notebook works.
-    """
-    for _ in range(cases):
-        problem = _compare(answer, reference, make_args(), atol=atol, gradient=gradient)
-        if problem:
-            print(f"{name}: {problem}. The library's version is used below.")
-            return reference
-    print(f"{name}: solved ✓")
-    return answer
-
-
-def _compare(answer, reference, args: tuple, *, atol: float, gradient: bool) -> str | None:
-    """What is wrong with an answer in one case; None if nothing is."""
-    wanted, wanted_inputs = _call(reference, args, gradient)
-    try:
-        given, given_inputs = _call(answer, args, gradient)
-    except NotImplementedError:
-        return "not solved yet"
-    except Exception as error:
-        return f"your version raises {type(error).__name__}: {error}"
-    if given is None:
-        return "not solved yet"
-    problem = _difference(given, wanted, atol, "the result")
-    if problem or not gradient:
-        return problem
-    return _compare_gradients(given, given_inputs, wanted, wanted_inputs, atol)
-
-
-def _call(function: Callable, args: tuple, gradient: bool) -> tuple[object, list]:
-    """Calls with fresh copies, so that a function that changes its input harms nobody."""
-    import torch
-
-    args = copy.deepcopy(args)
-    inputs = [x for x in args if torch.is_tensor(x) and x.is_floating_point()] if gradient else []
-    for tensor in inputs:
-        tensor.requires_grad_()
-    return function(*args), inputs
-
-
-def _difference(given, wanted, atol: float, what: str) -> str | None:
-    """Compares numbers, arrays, tensors, and tuples or lists of them."""
-    import numpy as np
-    import torch
-
-    if isinstance(wanted, tuple | list):
-        if not isinstance(given, tuple | list) or len(given) != len(wanted):
-            return f"{what} should hold {len(wanted)} values"
-        pairs = enumerate(zip(given, wanted, strict=True))
-        found = (_difference(g, w, atol, f"part {i} of {what}") for i, (g, w) in pairs)
-        return next(filter(None, found), None)
-    try:
-        arrays = [
-            (x.detach().cpu().double().numpy() if torch.is_tensor(x) else np.asarray(x, float))
-            for x in (given, wanted)
-        ]
-    except (TypeError, ValueError):
-        return f"{what} is of type {type(given).__name__}, not {type(wanted).__name__}"
-    mine, theirs = arrays
-    if mine.shape != theirs.shape:
-        return f"{what} has shape {list(mine.shape)}, not {list(theirs.shape)}"
-    if np.isnan(mine).any() and not np.isnan(theirs).any():
-        return f"{what} holds NaN"
-    if np.allclose(mine, theirs, rtol=0, atol=atol, equal_nan=True):
-        return None
-    gap = np.abs(np.where(mine == theirs, 0.0, mine - theirs))
-    worst = np.unravel_index(np.argmax(gap), gap.shape)
-    place = f" at {list(map(int, worst))}" if worst else ""
-    return f"{what} is {mine[worst]:.4g}{place} where {theirs[worst]:.4g} is right"
-
-
-def _compare_gradients(given, given_inputs, wanted, wanted_inputs, atol: float) -> str | None:
-    mine, theirs = _gradients(given, given_inputs), _gradients(wanted, wanted_inputs)
-    for i, (g, w) in enumerate(zip(mine, theirs, strict=True)):
-        what = f"the gradient for tensor {i + 1} of the arguments"
-        if g is None and w is not None:
-            return f"{what} is missing: is something detached?"
-        if g is not None and w is None:
-            return f"{what} should not exist: detach it"
-        problem = None if g is None else _difference(g, w, atol, what)
-        if problem:
-            return problem
-    return None
-
-
-def _gradients(result, inputs: list) -> list:
-    """Gradients of a fixed weighted sum of all results; None where an input has no part in it."""
-    import torch
-
-    results = [x for x in (result if isinstance(result, tuple | list) else [result])]
-    results = [x for x in results if torch.is_tensor(x) and x.requires_grad]
-    if not results:
-        return [None] * len(inputs)
-    generator = torch.Generator().manual_seed(0)
-    total = sum(
-        (x.double() * torch.rand(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in results
-    )
-    return list(torch.autograd.grad(total, inputs, allow_unused=True))

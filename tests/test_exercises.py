@@ -1,4 +1,7 @@
-"""Every exercise: its solution passes its check, the empty stub is told apart, nothing raises."""
+"""Every exercise: its solution passes its check, wrong answers are explained, nothing raises.
+
+Answers of a learner are kept outside of the notebooks and come back when a stub is empty again.
+"""
 
 import ast
 import re
@@ -8,37 +11,47 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from refiner import course, exercises
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
-IMPORTS = (
-    "import torch\nimport torch.nn.functional as F\nimport refiner\nfrom refiner import course, mae"
-)
+IMPORTS = """
+import torch
+import torch.nn.functional as F
+import refiner
+from refiner import course, mae
+depth = 12
+"""
 
 
-def exercises():
-    """(notebook, cell with the stub and its check, solution) of the whole course."""
+def collect():
+    """(cell with the stub and its check, solution) of every exercise of the course."""
     for path in sorted(FOLDER.glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         for cell, following in pairwise(cells):
-            if cell.cell_type == "code" and "course.check(" in cell.source:
+            if cell.cell_type == "code" and re.search(r"course\.(check|choose)\(", cell.source):
                 solution = re.search(r"```python\n(.*?)```", following.source, re.DOTALL)
+                assert solution, f"{path.stem}: no solution right below {cell.source[:40]!r}"
                 yield pytest.param(cell.source, solution.group(1), id=f"{path.stem}-{cell.id}")
 
 
-EXERCISES = list(exercises())
+EVERY = list(collect())
+FUNCTIONS = [case for case in EVERY if "course.check(" in case.values[0]]
+CHOICES = [case for case in EVERY if "course.choose(" in case.values[0]]
 
 
-def run_check(source: str, solution: str | None) -> None:
-    """Runs a cell up to its check, with the solution put after the stub that it replaces."""
+def run_check(source: str, answer: str | None) -> None:
+    """Runs a cell up to its check, with an answer put after the stub that it replaces."""
     nodes = ast.parse(source).body
-    checked = next(i for i, node in enumerate(nodes) if "course.check(" in ast.unparse(node))
-    extra = ast.parse(solution).body if solution else []
+    calls = ("course.check(", "course.choose(")
+    checked = next(i for i, x in enumerate(nodes) if any(c in ast.unparse(x) for c in calls))
+    extra = ast.parse(answer).body if answer else []
     tree = ast.Module([*nodes[:checked], *extra, nodes[checked]], type_ignores=[])
     names = {}
     exec(IMPORTS, names)
     exec(compile(tree, "exercise", "exec"), names)
 
 
-@pytest.mark.parametrize("source, solution", EXERCISES)
+@pytest.mark.parametrize("source, solution", EVERY)
 def test_the_solution_is_accepted_and_the_stub_is_not(source, solution, capsys):
     run_check(source, solution)
     assert "solved ✓" in capsys.readouterr().out
@@ -46,14 +59,170 @@ def test_the_solution_is_accepted_and_the_stub_is_not(source, solution, capsys):
     assert "not solved yet" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("source, solution", EXERCISES)
-def test_a_wrong_answer_is_refused(source, solution, capsys):
+WRONG = {
+    "value": ("right(*args) + 1", r"is .* where .* is right|times what it should be"),
+    "scale": ("right(*args) * 2", r"is .* where .* is right|times what it should be"),
+    "shape": ("torch.as_tensor(right(*args))[..., None]", r"has shape .* not"),
+    "type": ("'a text'", r"is of type str"),
+    "crash": ("nothing_like_it", r"your version raises NameError"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("source, solution", FUNCTIONS)
+def test_a_wrong_answer_is_refused_and_explained(source, solution, kind, capsys):
     name = re.search(r"def (my_\w+)", source).group(1)
-    wrong = f"{solution}\nright = {name}\ndef {name}(*args):\n    return right(*args) + 1"
-    run_check(source, wrong)
+    wrong, explanation = WRONG[kind]
+    run_check(source, f"{solution}\nright = {name}\ndef {name}(*args):\n    return {wrong}")
     said = capsys.readouterr().out
-    assert "solved" not in said and "library's version is used" in said
+    assert re.search(explanation, said) and "solved ✓" not in said
+    assert "The library's version is used below" in said
 
 
-def test_the_course_has_exercises():
-    assert len(EXERCISES) >= 7
+@pytest.mark.parametrize("source, solution", [c for c in FUNCTIONS if "gradient=True" in c[0][0]])
+def test_a_detached_answer_is_refused_for_its_gradient(source, solution, capsys):
+    name = re.search(r"def (my_\w+)", source).group(1)
+    run_check(source, f"{solution}\nright = {name}\ndef {name}(*args):\n"
+                      "    return right(*args).detach()")  # fmt: skip
+    assert "gradient" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice", ["[-1]", "[99]", "'all'", "[]", "[3, 3]"])
+@pytest.mark.parametrize("source, solution", CHOICES)
+def test_an_impossible_choice_is_refused_and_explained(source, solution, choice, capsys):
+    name = ast.parse(solution).body[-1].targets[0].id
+    run_check(source, f"{name} = {choice}")
+    said = capsys.readouterr().out
+    assert "solved" not in said and "library's version is used" in said and len(said) > 60
+
+
+def test_every_exercise_says_goal_difficulty_and_time_and_hides_its_solution():
+    progress = course.status(FOLDER)
+    assert len(progress.exercises) == len(EVERY) >= 11
+    assert len({exercise.name for exercise in progress.exercises}) == len(EVERY)
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        for cell, check, after in zip(cells, cells[1:], cells[2:], strict=False):
+            if "### Exercise" in cell.source:
+                place = f"{path.stem}: {cell.source[:60]!r}"
+                assert "**Goal:**" in cell.source and "<summary>Hint" in cell.source, place
+                assert re.search(r"course\.(check|choose)\(", check.source), place
+                assert "<summary>Solution" in after.source, place
+
+
+def test_an_exercise_without_a_check_is_named():
+    heading = nbformat.v4.new_markdown_cell("### Exercise: adding (easy, 5 minutes)")
+    book = nbformat.v4.new_notebook(cells=[heading, nbformat.v4.new_code_cell("1 + 1")])
+    with pytest.raises(ValueError, match="00_a: no check right below the exercise 'adding'"):
+        exercises.find_exercises(book, "00_a")
+
+
+# ---------------------------------------------------------------- kept answers
+
+
+def double(x):
+    return 2 * x
+
+
+def stub(x):
+    """Nothing yet."""
+
+
+@pytest.fixture
+def at_work(tmp_path, monkeypatch):
+    """As if somebody worked in a notebook, with an empty folder for the answers."""
+    monkeypatch.setenv("REFINER_ANSWERS", str(tmp_path / "answers"))
+    monkeypatch.delenv("REFINER_RECORD", raising=False)
+    monkeypatch.setattr(exercises, "_interactive", lambda: True)
+    return tmp_path / "answers"
+
+
+def checked(answer):
+    return course.check(answer, lambda x: x + x, lambda: (3.0,), name="Twice as much!")
+
+
+def test_a_right_answer_is_kept_and_stands_in_for_an_empty_stub(at_work, capsys):
+    checked(stub)
+    assert not at_work.exists(), "nothing to keep"
+    assert checked(double) is double
+    assert (at_work / "twice_as_much.py").read_text() == "def double(x):\n    return 2 * x\n"
+    capsys.readouterr()
+    earlier = checked(stub)
+    assert earlier(4) == 8 and earlier is not double
+    assert "solved ✓ (with your answer in answers/twice_as_much.py)" in capsys.readouterr().out
+
+
+def test_a_kept_answer_that_no_longer_passes_is_not_used(at_work, capsys):
+    checked(double)
+    (at_work / "twice_as_much.py").write_text("def double(x):\n    return 3 * x\n")
+    assert checked(stub)(4) == 8
+    said = capsys.readouterr().out
+    assert "no longer passes: the result is 9 where 6 is right" in said
+    (at_work / "twice_as_much.py").write_text("def broken(")
+    assert checked(stub)(4) == 8
+    assert "no longer passes: SyntaxError" in capsys.readouterr().out
+
+
+def test_a_wrong_answer_does_not_replace_a_kept_one(at_work):
+    checked(double)
+    before = (at_work / "twice_as_much.py").read_text()
+    assert checked(lambda x: x)(4) == 8
+    assert (at_work / "twice_as_much.py").read_text() == before
+
+
+def test_a_choice_is_kept_too(at_work):
+    def problem(choice):
+        return None if choice in (1, 2) else f"{choice} is not possible"
+
+    assert course.choose(2, 1, problem, name="pick") == 2
+    assert course.choose(None, 1, problem, name="pick") == 2
+    assert course.choose(5, 1, problem, name="pick") == 1
+
+
+def test_the_course_runner_neither_reads_nor_writes_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFINER_ANSWERS", str(tmp_path))
+    monkeypatch.setenv("REFINER_RECORD", str(tmp_path / "recorded.json"))
+    checked(double)
+    assert list(tmp_path.iterdir()) == []
+    for exercise in course.status(FOLDER).exercises:
+        (tmp_path / f"{exercise.name}.py").write_text("")
+    assert course.status(FOLDER).solved == 0
+
+
+def test_progress_counts_kept_answers_in_text_and_table(at_work):
+    total = len(course.status(FOLDER).exercises)
+    assert str(course.status(FOLDER)).splitlines()[-1].startswith(f"0 of {total} exercises solved")
+    at_work.mkdir()
+    (at_work / "patchify.py").write_text("def my_patchify(): ...\n")
+    progress = course.status(FOLDER)
+    assert progress.solved == 1 and "✓ 01_masked_image_modeling  patchify" in str(progress)
+    html = progress._repr_html_()
+    assert html.count("✓ solved") == 1 and html.count("○ open") == total - 1
+
+
+def test_answers_lie_beside_the_notebooks_where_git_does_not_look(monkeypatch):
+    monkeypatch.delenv("REFINER_ANSWERS", raising=False)
+    monkeypatch.chdir(FOLDER)
+    assert exercises.answers_folder() == FOLDER.parent / "my_answers"
+    assert "my_answers/" in (FOLDER.parent / ".gitignore").read_text().splitlines()
+
+
+def test_the_check_leaves_the_notebooks_random_numbers_alone():
+    import torch
+
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    seen = []
+    course.check(stub, lambda x: x, lambda: seen.append(torch.rand(1)) or (seen[-1],), name="a")
+    course.check(stub, lambda x: x, lambda: seen.append(torch.rand(1)) or (seen[-1],), name="b")
+    assert torch.equal(torch.rand(2), wanted) and torch.equal(seen[0], seen[1])
+
+
+def test_a_constant_factor_is_named_as_one(capsys):
+    course.check(lambda x: [6.0, 9.0], lambda x: [2.0, 3.0], lambda: (0,), name="scaled")
+    assert "3 times what it should be" not in capsys.readouterr().out, "a list has no one factor"
+    import torch
+
+    course.check(lambda x: 3 * x, lambda x: x, lambda: (torch.rand(5),), name="scaled")
+    assert "3 times what it should be, everywhere" in capsys.readouterr().out
