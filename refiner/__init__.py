@@ -47,8 +47,12 @@ _HOME = {
     "finetune": "finetune",
     "FinetuneRecipe": "finetune",
     "few_labels": "finetune",
+    "linear_segmentation": "segmentation",
+    "load_dense": "segmentation",
+    "object_maps": "segmentation",
     "corrupt": "corruptions",
     "corrupted": "corruptions",
+    "explore": "explorer",
     "record": "course",
 }
 

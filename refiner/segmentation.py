@@ -1,0 +1,399 @@
+"""Dense labels: what single patches know, by linear segmentation.
+
+A linear classifier on patch features whose logits are interpolated to every pixel: the "linear"
+protocol of ADE20K (Zhou et al. 2017) as DINOv2 uses it (Oquab et al. 2023, arXiv 2304.07193).
+Interpolation and the linear map commute, so features are interpolated to a few random pixels of
+each train image and the classifier is the exact minimum of :mod:`refiner.probes`' objective on
+them, instead of the end of a schedule.
+
+Shape legend: L blocks, N images, B images of a batch, Q pixels an image, D width, C classes,
+S side of the images, h w grid of patches, E = D + 1 (bias last).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+from refiner.encoders import Encoder
+from refiner.features import _borrowed, _default_batch, preprocess, preprocessing_card
+from refiner.images import ImageSet, _image_files, read_files
+from refiner.neighbors import _device, _full_precision
+from refiner.probes import PENALTIES, _Choice, _grid, _Scaling
+
+Tensor = torch.Tensor
+IGNORE = 255  # pixels without a class
+FOLDERS = {"train": ("training", "train"), "test": ("test", "testing", "validation", "val")}
+
+
+# ---------------------------------------------------------------- images with maps
+
+
+@dataclass(repr=False)
+class DenseSet:
+    """Images with a class for every pixel.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+        maps: uint8 [N, S, S], indices into ``classes``, :data:`IGNORE` where nothing is known.
+        classes: the classes' names.
+        name: where they come from.
+        background: the class that is no object; None if there is none.
+    """
+
+    images: Tensor
+    maps: Tensor
+    classes: tuple[str, ...]
+    name: str = "dense"
+    background: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        size = "×".join(map(str, self.images.shape[1:]))
+        return f"DenseSet({self.name!r}: {len(self)} images of {size}, {len(self.classes)} classes)"
+
+
+def object_maps(images: ImageSet, *, threshold: float = 0.5) -> DenseSet:
+    """The map of each image: background, or the image's class where its object covers a pixel.
+
+    Args:
+        images: with labels and ``masks``, as Toybox has them.
+        threshold: of a pixel's coverage.
+
+    Returns:
+        A :class:`DenseSet`; class 0 is the background.
+
+    Raises:
+        ValueError: without masks or labels.
+    """
+    if images.masks is None or images.labels is None:
+        raise ValueError(f"{images.name} has no masks; Toybox has")
+    inside = images.masks >= threshold
+    maps = torch.where(inside, images.labels[:, None, None] + 1, 0).to(torch.uint8)
+    return DenseSet(images.images, maps, ("background", *images.classes), images.name, 0)
+
+
+def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None = None,
+               size: int = 224, progress: bool = True) -> DenseSet:  # fmt: skip
+    """Images and maps from a folder in ADE20K's form.
+
+    ``images/`` and ``annotations/`` hold files of the same names, the annotations as PNG with one
+    channel of 8 bits: 0 is unknown and left out, k is the k-th class. Both may be divided into
+    ``training`` and ``validation`` (or train, val, test); if not, every fifth file is the test
+    split. Images are resized by the shorter side and cropped at the centre, maps likewise by the
+    nearest pixel.
+
+    Args:
+        folder: holds ``images`` and ``annotations``.
+        split: "train", or "test" (which takes the validation part where there is no test part).
+        n: only the first so many.
+        size: height and width, pixels.
+        progress: show a bar.
+
+    Returns:
+        A :class:`DenseSet`.
+
+    Raises:
+        FileNotFoundError: when a folder or an image's annotation is missing.
+        ValueError: for another split, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    if split not in ("train", "test"):
+        raise ValueError(f"a folder with annotations has splits train and test, not {split!r}")
+    for part in ("images", "annotations"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder} has no sub-folder {part!r}")
+    files = _split_files(folder / "images", split)[:n]
+    pairs = [(path, _annotation(path, folder)) for path in files]
+    pixels, broken = read_files(files, size, progress=progress)
+    if broken:
+        path, reason = next(iter(broken.items()))
+        raise ValueError(f"cannot read {path}: {reason}")
+    maps = torch.from_numpy(np.stack([_read_map(path, size) for _, path in pairs]))
+    known = maps[maps != IGNORE]
+    count = int(known.max()) + 1 if len(known) else 0
+    names = tuple(f"class {i + 1}" for i in range(count))
+    return DenseSet(pixels, maps, names, f"{folder} {split}")
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    for name in FOLDERS[split]:
+        if (folder / name).is_dir():
+            return sorted(_image_files(folder / name))
+    files = sorted(_image_files(folder))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no images")
+    return [f for i, f in enumerate(files) if (i % 5 == 4) == (split == "test")]
+
+
+def _annotation(path: Path, folder: Path) -> Path:
+    place = folder / "annotations" / path.relative_to(folder / "images").with_suffix(".png")
+    if not place.is_file():
+        raise FileNotFoundError(f"{path.name} has no annotation: {place} is missing")
+    return place
+
+
+def _read_map(path: Path, size: int) -> np.ndarray:
+    """One annotation as uint8 [S, S]."""
+    with Image.open(path) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise ValueError(
+                f"{path} has mode {image.mode}: annotations have one channel of 8 bits"
+            )
+        width, height = image.size
+        scale = size / min(width, height)
+        sides = max(size, round(width * scale)), max(size, round(height * scale))
+        left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
+        image = image.resize(sides, Image.Resampling.NEAREST)
+        values = np.asarray(image.crop((left, top, left + size, top + size))).astype(np.uint8)
+    return values - np.uint8(1)  # 0 becomes IGNORE
+
+
+# ---------------------------------------------------------------- features of patches
+
+
+def patch_maps(model: Encoder, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """Patch features of some blocks, before the final norm.
+
+    Args:
+        model: an encoder in eval mode.
+        images: uint8 [B, 3, H, W] on the model's device.
+        blocks: counted from 1.
+
+    Returns:
+        float32 [B, D, h, w] for each block.
+    """
+    x = preprocess(images, preprocessing_card(model))
+    bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+    with torch.no_grad(), bf16:
+        found = model.forward_intermediates(
+            x, indices=[b - 1 for b in blocks], intermediates_only=True, norm=False
+        )
+    return [f.float() for f in found]
+
+
+def at_pixels(maps_BDhw: Tensor, rows_BQ: Tensor, columns_BQ: Tensor, size: int) -> Tensor:
+    """Bilinear features at pixels of a picture of ``size``, [B, Q, D]."""
+    where = torch.stack([columns_BQ, rows_BQ], dim=-1)[:, None]  # [B, 1, Q, 2]
+    where = (2 * where.to(maps_BDhw) + 1) / size - 1
+    found = F.grid_sample(maps_BDhw, where, padding_mode="border", align_corners=False)
+    return found[:, :, 0].mT
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What :func:`linear_segmentation` returns, on the CPU.
+
+    Attributes:
+        blocks: the blocks' numbers, L of them.
+        miou: mean over classes of intersection over union, float32 [L].
+        spread: its standard deviation over resampled test images, [L].
+        pixel_accuracy: share of right pixels, [L].
+        object_iou: of objects of any class against the background, [L]; NaN without background.
+        iou: of each class, [L, C]; NaN where a class neither occurs nor is predicted.
+        penalty: the λ that was chosen, [L].
+        validation: pixel accuracy on held-out train images, [L].
+    """
+
+    blocks: tuple[int, ...]
+    miou: Tensor
+    spread: Tensor
+    pixel_accuracy: Tensor
+    object_iou: Tensor
+    iou: Tensor
+    penalty: Tensor
+    validation: Tensor
+
+    @property
+    def best(self) -> int:
+        """The place of the block that is best on the held-out train images."""
+        return int(self.validation.argmax())
+
+
+def linear_segmentation(
+    model: Encoder,
+    train: DenseSet,
+    test: DenseSet,
+    *,
+    blocks: Sequence[int] = (-1,),
+    pixels: int = 16,
+    penalties: Sequence[float] = PENALTIES,
+    validation: float = 0.2,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Segmentation:
+    """Segments images by a linear classifier on the patch features of each block.
+
+    Args:
+        model: an encoder.
+        train, test: of the same classes.
+        blocks: counted from 1, or from the end with negative numbers.
+        pixels: random pixels of each train image that the classifier learns from.
+        penalties: grid of λ; each block's is chosen on held-out train images.
+        validation: their share, of whole images.
+        seed: of pixels and held-out images.
+        device: where to work; default CUDA if there is one, else the model's.
+        progress: show a bar.
+
+    Returns:
+        A :class:`Segmentation`.
+
+    Raises:
+        ValueError: for fewer than two train images, fewer than two classes, or a block that the
+            model does not have.
+    """
+    device = _device(device, next(model.parameters()))
+    depth = len(model.blocks)
+    numbers = tuple(b if b > 0 else depth + 1 + b for b in blocks)
+    if not numbers or not all(1 <= b <= depth for b in numbers):
+        raise ValueError(f"blocks must be among 1 to {depth} (or -{depth} to -1), not {blocks}")
+    with (
+        _borrowed(model, device),
+        tqdm(total=len(train) + len(test), desc="segmentation", unit="image",
+             disable=not progress) as bar,
+    ):  # fmt: skip
+        order = sorted(set(numbers))  # as timm gives them
+        x_LMD, y_M, image_M = _sampled_features(model, train, order, pixels, seed, device, bar)
+        with _full_precision(device):
+            fits = [_fit(x_MD, y_M, image_M, penalties, validation, seed) for x_MD in x_LMD]
+        counts = _test_counts(model, test, order, fits, device, bar)
+    rows = [order.index(b) for b in numbers]
+    return _scores(numbers, [fits[r] for r in rows], [counts[r] for r in rows], test)
+
+
+def _batches(model: Encoder, images: Tensor, device: torch.device):
+    step = min(128, _default_batch(model, device))
+    for start in range(0, len(images), step):
+        yield slice(start, start + step), images[start : start + step].to(device)
+
+
+def _sampled_features(model, train: DenseSet, blocks, pixels: int, seed: int, device, bar: tqdm):
+    """Features [L, M, D], classes [M] and images [M] of the pixels that are known."""
+    if len(train) < 2:
+        raise ValueError("segmentation needs at least two train images")
+    n, size = train.maps.shape[:2]
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(0, size, (2, n, pixels)))
+    parts = []
+    for rows, x in _batches(model, train.images, device):
+        r_BQ, c_BQ = drawn[:, rows].to(device)
+        maps = patch_maps(model, x, blocks)
+        parts.append(torch.stack([at_pixels(m, r_BQ, c_BQ, size).flatten(0, 1) for m in maps]))
+        bar.update(len(x))
+    y_NQ = train.maps[torch.arange(n)[:, None], drawn[0], drawn[1]].long()
+    known = (y_NQ != IGNORE).flatten()
+    image_M = torch.arange(n).repeat_interleave(pixels)[known].to(device)
+    return (torch.cat(parts, dim=1)[:, known.to(device)], y_NQ.flatten()[known].to(device), image_M)
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """A fitted classifier: weights [D, K], bias [K], the classes [K]; how it was chosen."""
+
+    weights: Tensor
+    bias: Tensor
+    classes: Tensor
+    penalty: float
+    validation: float
+
+
+def _fit(x_MD: Tensor, y_M: Tensor, image_M: Tensor, penalties, validation: float,
+         seed: int) -> _Head:  # fmt: skip
+    classes, y = y_M.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError("segmentation needs at least two classes in the train maps")
+    images = image_M.unique()
+    shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+    held = images[shuffled[: max(1, round(validation * len(images)))].to(images.device)]
+    chooses = torch.isin(image_M, held)
+    grid = torch.tensor(_grid(penalties)).to(x_MD.device)
+    options = {"classes": len(classes), "tolerance": 1e-4, "max_steps": 50}
+    choice = _Choice(y, (~chooses).nonzero()[:, 0], chooses.nonzero()[:, 0], grid, options)
+    scaling = _Scaling.of(x_MD[None], True, x_MD.device)
+    penalty, right, solved = choice.solve(scaling(x_MD[None]))
+    weights, bias = scaling.undo(solved.weights[0])
+    return _Head(weights[0].float(), bias[0].float(), classes, float(penalty), float(right.max()))
+
+
+def _test_counts(model, test: DenseSet, blocks, fits: list[_Head], device, bar: tqdm):
+    """For each block int64 [N, 3, C + 2]: pixels of truth, prediction and both, an image.
+
+    The last two columns are background and object, where there is a background.
+    """
+    size, found = test.maps.shape[-1], [[] for _ in fits]
+    n_classes = max(len(test.classes), *(int(f.classes.max()) + 1 for f in fits))
+    for rows, x in _batches(model, test.images, device):
+        truth = test.maps[rows].to(device).long()
+        for maps, head, parts in zip(patch_maps(model, x, blocks), fits, found, strict=True):
+            logits = torch.einsum("bdhw,dc->bchw", maps, head.weights)
+            logits = logits + head.bias[:, None, None]
+            logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+            guess = head.classes[logits.argmax(1)]
+            counts = class_counts(truth, guess, n_classes)
+            merged = class_counts(truth, guess, 2, background=test.background)
+            parts.append(torch.cat([counts, merged], dim=2).cpu())
+        bar.update(len(x))
+    return [torch.cat(parts) for parts in found]
+
+
+def class_counts(truth: Tensor, guess: Tensor, classes: int, *,
+                 background: int | None = -1) -> Tensor:  # fmt: skip
+    """Pixels of each class in truth, in prediction and in both, int64 [B, 3, C].
+
+    Args:
+        truth, guess: int64 [B, S, S]; where truth is :data:`IGNORE` nothing counts.
+        classes: C.
+        background: merge all other classes into one: 0 background, 1 object. -1 leaves them;
+            None gives zeros.
+    """
+    if background is None:
+        return torch.zeros(len(truth), 3, classes, dtype=torch.int64, device=truth.device)
+    known = (truth != IGNORE).flatten(1)
+    t, g = truth.flatten(1), guess.flatten(1)
+    if background >= 0:
+        t, g = (t != background).long(), (g != background).long()
+    bins = torch.where(known, t, classes), torch.where(known, g, classes)
+    both = torch.where(known & (t == g), t, classes)
+    out = torch.zeros(len(t), 3, classes + 1, dtype=torch.int64, device=t.device)
+    for i, index in enumerate((*bins, both)):
+        out[:, i].scatter_add_(1, index, torch.ones_like(index))
+    return out[:, :, :classes]
+
+
+def iou_of(counts: Tensor) -> Tensor:
+    """Intersection over union of each class, float64 [..., C], from counts [..., 3, C]."""
+    truth, guess, both = counts.double().unbind(-2)
+    union = truth + guess - both
+    return torch.where(union > 0, both / union.clamp(min=1), torch.nan)
+
+
+def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) -> Segmentation:
+    total = torch.stack([c.sum(0) for c in counts])  # [L, 3, C + 2]
+    iou = iou_of(total[:, :, :-2])
+    right = total[:, 2, :-2].sum(-1) / total[:, 0, :-2].sum(-1).clamp(min=1)
+    objects = iou_of(total[:, :, -2:])[:, 1]
+    n = len(test)
+    resampled = torch.from_numpy(np.random.default_rng(0).integers(0, n, (200, n)))
+    times = torch.zeros(200, n).scatter_add_(1, resampled, torch.ones(200, n)).double()
+    spread = []
+    for c in counts:
+        drawn = (times @ c[:, :, :-2].double().flatten(1)).unflatten(1, (3, -1))
+        spread.append(iou_of(drawn).nanmean(-1).std(correction=0))
+    plain = lambda values: torch.tensor([getattr(f, values) for f in fits])  # noqa: E731
+    return Segmentation(
+        numbers, iou.nanmean(-1).float(), torch.stack(spread).float(), right.float(),
+        objects.float(), iou.float(), plain("penalty"), plain("validation"),
+    )  # fmt: skip
