@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    Attention,
     Format,
     build_sincos2d_pos_embed,
     gen_relative_position_index,
@@ -213,6 +214,42 @@ def run_block(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
     if "grid" in context:
         return _beit_block(block, x_BTD, **context)
     return block(x_BTD, **context)
+
+
+def class_token_of(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
+    """A block's output for its first token, where no other is read afterwards.
+
+    A plain block asks, adds and multiplies for that token alone, 10 of its 12 D² multiplications a
+    token less; in the others everything runs.
+
+    Returns:
+        [B, 1, D], or [B, T, D] where everything ran.
+    """
+    attn = getattr(block, "attn", None)
+    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention and attn.gate is None
+    if not plain or context:
+        return run_block(block, x_BTD, context)
+    first_B1D = x_BTD[:, :1]
+    if isinstance(block, PostNormBlock):
+        first_B1D = block.norm1(first_B1D + block.drop_path1(block.ls1(_ask_first(attn, x_BTD))))
+        return block.norm2(first_B1D + block.drop_path2(block.ls2(block.mlp(first_B1D))))
+    attended = _ask_first(attn, block.norm1(x_BTD))
+    first_B1D = first_B1D + block.drop_path1(block.ls1(attended))
+    return first_B1D + block.drop_path2(block.ls2(block.mlp(block.norm2(first_B1D))))
+
+
+def _ask_first(attn: Attention, x_BTD: Tensor) -> Tensor:
+    """Attention of the first token to all, [B, 1, D]."""
+    b, t, _ = x_BTD.shape
+    d, bias = attn.attn_dim, attn.qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:d], bias[d:])
+    q = F.linear(x_BTD[:, :1], attn.qkv.weight[:d], q_bias)
+    kv = F.linear(x_BTD, attn.qkv.weight[d:], kv_bias)
+    q = attn.q_norm(q.reshape(b, 1, attn.num_heads, -1).transpose(1, 2))
+    k, v = kv.reshape(b, t, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    drop = attn.attn_drop.p if attn.training else 0.0
+    x_B1D = F.scaled_dot_product_attention(q, attn.k_norm(k), v, dropout_p=drop)
+    return attn.proj_drop(attn.proj(attn.norm(x_B1D.transpose(1, 2).flatten(2))))
 
 
 def keep_patches(model: Encoder, x_BTD: Tensor, context: dict,

@@ -33,7 +33,7 @@ GROUP = 16  # keys whose maximum stands for them
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 SCAN = 2**31  # multiplications from which on the compiled loops pay: a tenth of a second
-SCAN_KEYS = 4096  # keys of one product: a tile of 512 queries takes 8 MiB
+SCAN_KEYS = 2048  # keys of one product: a tile of 512 queries takes 4 MiB, in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ class _Search:
             itself = torch.arange(start, start + len(rough_QK), device=device)[:, None]
             if self.exclude_self:
                 rough_QK.scatter_(1, itself, NEVER)
-            rough_QC, some_QC = _top(rough_QK, n_candidates)
+            rough_QC, some_QC = largest(rough_QK, n_candidates)
             exact_QC = self.exact(q, x, rows, some_QC)
             if self.exclude_self:
                 exact_QC.masked_fill_(some_QC == itself, NEVER)
@@ -278,7 +278,7 @@ class _Side:
     unit: Tensor
 
 
-def _top(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their keys: those of the k groups with the largest maxima."""
     n_keys = scores_QK.shape[1]
     n_groups = n_keys // GROUP

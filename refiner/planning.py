@@ -289,17 +289,17 @@ def traffic(recipe: Recipe, trained: int, world: int) -> dict[str, float]:
 
     Returns:
         ``all_gather``: predictions, projections for the queue, statistics of the heads' five
-        BatchNorms; ``reduce_scatter``: gradients of predictions and statistics that belong to each
-        process; ``all_reduce``: gradients of the weights. All are float32, as on a CPU; on a GPU
-        the predictions travel in bfloat16, half of it.
+        BatchNorms; ``reduce_scatter``: gradients of the predictions that belong to each process;
+        ``all_reduce``: gradients of the weights and the BatchNorms' means of gradients. All are
+        float32, as on a CPU; on a GPU the predictions travel in bfloat16, half of it.
     """
     t, v, own = len(recipe.blocks), len(recipe.views), recipe.batch // world
     widths = 2 * recipe.hidden + recipe.predictor_hidden + 2 * recipe.out
     statistics, predictions = 4.0 * 2 * t * widths, 4.0 * t * v * own * recipe.out
     return {
         "all_gather": predictions + predictions / v + statistics,
-        "reduce_scatter": predictions + statistics,
-        "all_reduce": 4.0 * trained,
+        "reduce_scatter": predictions,
+        "all_reduce": 4.0 * trained + statistics,
     }
 
 

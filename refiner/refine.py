@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from refiner import parallel
 from refiner.encoders import (
     Encoder,
+    class_token_of,
     embed,
     final_features,
     keep_patches,
@@ -104,13 +105,14 @@ def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
         if kept_BK is not None:
             x_BND, context = keep_patches(model, x_BND, context, kept_BK)
     pooled = []
-    last = len(model.blocks) - 1
-    for i, block in enumerate(model.blocks[: max(blocks) + 1]):
+    last, top = len(model.blocks) - 1, max(blocks)
+    for i, block in enumerate(model.blocks[: top + 1]):
+        run = class_token_of if i == top and reads[i] == "cls" else run_block
         with torch.no_grad() if i < frozen_blocks else nullcontext():
             if recompute and i >= frozen_blocks and torch.is_grad_enabled():
-                x_BND = checkpoint(run_block, block, x_BND, context, use_reentrant=False)
+                x_BND = checkpoint(run, block, x_BND, context, use_reentrant=False)
             else:
-                x_BND = run_block(block, x_BND, context)
+                x_BND = run(block, x_BND, context)
         if i in reads:
             take_out = final_features if i == last else pool
             pooled.append(take_out(model, x_BND, reads[i]))

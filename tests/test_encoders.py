@@ -277,3 +277,31 @@ def test_an_eva_made_for_one_size_says_so():
     model = Eva(**SMALL | EVA | {"dynamic_img_size": False})
     with pytest.raises(ValueError, match="dynamic_img_size=True"):
         encoders.allow_any_size(model)
+
+
+# ---------------------------------------------------------------- the class token alone
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_block_asked_for_its_class_token_gives_the_same_and_its_gradients(kind):
+    model = built(kind).double()
+    pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    block, found = model.blocks[1], []
+    for run_it in (encoders.run_block, encoders.class_token_of):
+        tokens, context = encoders.embed(model, pixels)
+        x = tokens.detach().requires_grad_()
+        out = run_it(block, x, context)[:, :1]
+        (out * torch.arange(24)).sum().backward()
+        found.append([out, x.grad, *(p.grad.clone() for p in block.parameters())])
+        block.zero_grad()
+    assert found[0][1].abs().max() > 0.1
+    for whole, alone in zip(*found, strict=True):
+        assert torch.allclose(whole, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_plain_block_runs_its_mlp_for_the_class_token_only():
+    for kind in ("post-norm", "registers"):
+        block, seen = built(kind).blocks[0], []
+        block.mlp.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))  # noqa: B023
+        encoders.class_token_of(block, torch.randn(2, 9, 24), {})
+        assert seen == [(2, 1, 24)], kind

@@ -172,6 +172,23 @@ def test_top_k_draws_uniformly_among_the_k_nearest():
     assert counts[nearest].min() > 900 and counts[nearest].max() < 1100
 
 
+def test_the_nearest_of_a_long_queue_are_those_of_a_full_sort():
+    """Long enough that the maxima of groups are looked at first; the last keys fill no group."""
+    queue = NeighborQueue(1003, 4, heads=2)
+    queue.push(torch.randn(2, 1003, 4), torch.arange(1003))
+    z = torch.randn(2, 3, 4)
+    best = (F.normalize(z, dim=-1) @ queue.vectors.mT).sort(descending=True).indices
+    for k in (1, 20):
+        rng = torch.Generator().manual_seed(0)
+        drawn = torch.stack([
+            queue.lookup(z, torch.arange(2000, 2003), k=k, generator=rng).positions
+            for _ in range(30 * k)
+        ])  # fmt: skip
+        for t in range(2):
+            for i in range(3):
+                assert set(drawn[:, t, i].tolist()) == set(best[t, i, :k].tolist())
+
+
 def test_without_a_candidate_the_query_comes_back():
     queue, z = NeighborQueue(4, 3), torch.randn(2, 3)
     empty = queue.lookup(z, torch.tensor([0, 1]))
@@ -239,6 +256,26 @@ def test_stacked_heads_are_separate_torch_heads():
         if isinstance(stacked, StackedBatchNorm):
             plain.running_mean, plain.running_var = stacked.mean[1, 0], stacked.var[1, 0]
     assert torch.allclose(z_eval[1].flatten(0, 1), projector.eval()(x[1].flatten(0, 1)))
+
+
+def test_the_norms_gradient_is_the_numerical_one_and_torchs():
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    norm = StackedBatchNorm(2, 3).double()
+    assert torch.autograd.gradcheck(lambda x: norm(x), x)
+    weight = torch.randn_like(x)
+    (norm(x) * weight).sum().backward()
+    for t in range(2):
+        alone = x[t].detach().requires_grad_()
+        (nn.BatchNorm1d(3, affine=False).double()(alone) * weight[t]).sum().backward()
+        assert torch.allclose(alone.grad, x.grad[t], rtol=1e-9, atol=1e-12)
+
+
+def test_the_norm_is_as_exact_far_from_zero():
+    x = torch.randn(1, 500, 4) + 300  # the mean of squares minus the squared mean would fail
+    y = StackedBatchNorm(1, 4)(x)
+    wide = x.double()
+    expected = (wide - wide.mean(1)) / (wide.var(1, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(y.double(), expected, atol=1e-4)
 
 
 def test_head_has_the_papers_layers():

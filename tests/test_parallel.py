@@ -121,9 +121,22 @@ def test_two_processes_are_one_with_the_same_batch(two, ranks):
         assert torch.allclose(torch.tensor(ranks[0][key]), expected, rtol=1e-4, atol=1e-4), key
     from refiner.models import load_model
 
-    together = load_model(two / "run")
-    for name, weight in alone.model.state_dict().items():
-        assert torch.allclose(together.state_dict()[name], weight, atol=2e-4), name
+    assert_alike(load_model(two / "run"), alone.model)
+
+
+def assert_alike(one, two, atol=2e-4) -> None:
+    """Equal to rounding, but for weights without a gradient: of its noise AdamW makes whole steps.
+
+    A softmax does not see the keys' biases, nor the heads' first BatchNorm that of the final norm.
+    """
+    keys = slice(one.embed_dim, 2 * one.embed_dim)
+    for name, weight in one.state_dict().items():
+        apart = (weight - two.state_dict()[name]).abs()
+        if name == "norm.bias":
+            continue
+        if name.endswith("qkv.bias"):
+            apart[keys] = 0
+        assert apart.max() <= atol + 1e-5 * weight.abs().max(), name
 
 
 def test_what_is_exchanged_is_what_the_plan_counts(ranks):
