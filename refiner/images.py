@@ -1,4 +1,4 @@
-"""Image sets: the embedded Toybox, CIFAR, scikit-learn's digits, or a folder of your own.
+"""Image sets: the embedded Toybox, scikit-learn's digits, what torchvision fetches, your folder.
 
 Every set comes as an :class:`ImageSet`. Its order is such that every prefix is a fair sample:
 ``images[:100]`` shows all classes about equally often, and ``load_images(name, n=100)`` gives the
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from refiner import toybox
+from refiner import named_sets, toybox
 from refiner.files import replacing
 
 Tensor = torch.Tensor
-BUILT_IN = (*toybox.VARIANTS, "cifar10", "cifar100", "digits")
+BUILT_IN = (*toybox.VARIANTS, "digits", "cifar10", "cifar100", *named_sets.SOURCES)
 EXTENSIONS = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
@@ -214,6 +214,10 @@ def load_images(
     - ``"toybox"``, ``"toybox-hard"``, ``"toybox-new"`` are rendered (see :mod:`refiner.toybox`),
       with every factor known. Splits train, val, test; by default 8192, 2048, 2048 images.
     - ``"cifar10"``, ``"cifar100"`` are downloaded once through torchvision. Splits train, test.
+    - ``"flowers102"``, ``"oxfordiiitpet"``, ``"dtd"``, ``"caltech101"``, ``"sun397"``,
+      ``"food101"``, ``"imagenette"`` are downloaded once through torchvision. Splits train, test,
+      and val where the set has one. Caltech101 and SUN397 have none: 30 and 50 images of each
+      class, always the same, are the train split.
     - ``"digits"`` comes with scikit-learn; every fifth image is the test split.
     - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
       class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
@@ -227,7 +231,7 @@ def load_images(
         name: one of the names above, or the path of a folder.
         split: "train", "val" or "test".
         n: only so many images, the classes balanced; None for all. A smaller n is a prefix.
-        size: height and width in pixels. Default: 32 for Toybox, CIFAR and digits; in a folder
+        size: height and width in pixels. Default: 32 for Toybox, CIFAR and digits; in other sets
             the size that a sample of 64 files agrees on if it is square, else 224.
         seed: of Toybox's scenes; for the other sets of the order, and so of which n.
         cache: keep rendered Toybox images on disk, see :func:`cache_folder`.
@@ -242,7 +246,7 @@ def load_images(
         ValueError: for an unknown split, an n that is not positive or larger than the set, or a
             folder without readable images.
         FileNotFoundError: for a name that is neither built in nor a folder, with the nearest name.
-        ConnectionError: when CIFAR is not on disk and cannot be downloaded.
+        ConnectionError: when a set is not on disk and cannot be downloaded.
 
     Warns:
         UserWarning: once, when images of a folder cannot be read (they are left out), or when a
@@ -258,6 +262,8 @@ def load_images(
         found = _load_cifar(str(name), split, n, size or 32, seed)
     elif str(name) == "digits":
         found = _load_digits(split, n, size or 32, seed)
+    elif str(name) in named_sets.SOURCES:
+        found = _load_named(str(name), split, n, size, seed, progress)
     else:
         found = _load_folder(Path(name), split, n, size, seed, progress)
     return found.to(device)
@@ -406,6 +412,14 @@ def _fetch(url: str, path: Path, md5: str, name: str) -> None:
         ) from error
 
 
+def _load_named(name: str, split: str, n: int | None, size, seed: int, progress: bool) -> ImageSet:
+    _check_split(split, tuple(named_sets.SOURCES[name].splits), name)
+    paths, labels, classes = named_sets.list_files(name, split, cache_folder())
+    labels = torch.tensor(labels, dtype=torch.int64)
+    found = _read_set(paths, labels, classes, cache_folder() / name, n, size, seed, progress)
+    return replace(found, name=f"{name} {split}")
+
+
 # ---------------------------------------------------------------- folders
 
 
@@ -453,7 +467,14 @@ def _load_folder(
     if not folder.is_dir():
         raise FileNotFoundError(_no_folder(folder))
     folder = _split_folder(folder, split)
-    paths, labels, classes = _list_folder(folder)
+    return _read_set(*_list_folder(folder), folder, n, size, seed, progress)
+
+
+def _read_set(
+    paths: list[Path], labels: Tensor | None, classes: tuple[str, ...], folder: Path,
+    n: int | None, size: int | None, seed: int, progress: bool,
+) -> ImageSet:  # fmt: skip
+    """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
     order = balanced_order(labels, len(paths), seed=seed)[: _first(n, len(paths), str(folder))]
     paths = [paths[i] for i in order]
     labels = None if labels is None else labels[order]
@@ -473,7 +494,7 @@ def _load_folder(
     rest = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
     warnings.warn(
         f"{len(broken)} of {len(paths)} images cannot be read and are left out: {named}{rest}",
-        stacklevel=3,
+        stacklevel=4,
     )
     good = torch.tensor([path not in broken for path in paths])
     labels = None if labels is None else labels[good]
