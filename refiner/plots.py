@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from refiner.alt_text import accompany_figures
 from refiner.images import ImageSet
 from refiner.neighbors import Graph
 
@@ -44,12 +45,14 @@ STYLE = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "figure.dpi": 100,
+    "figure.facecolor": "white",  # solid: the same on a dark page
+    "savefig.facecolor": "white",
     "axes.prop_cycle": plt.cycler(color=COLOURS),
 }
 
 
 def style() -> ExitStack:
-    """Sets the course's look for all figures that follow.
+    """Sets the course's look for all figures that follow, and their alt text in a notebook.
 
     Returns:
         A context manager that puts the old look back: ``with style(): ...``. Ignore it to keep
@@ -58,6 +61,7 @@ def style() -> ExitStack:
     restore = ExitStack()
     restore.callback(plt.rcParams.update, {key: plt.rcParams[key] for key in STYLE})
     plt.rcParams.update(STYLE)
+    accompany_figures()
     return restore
 
 
@@ -678,3 +682,96 @@ def factor_heatmap(
     axes[0].set_ylabel("factor")
     axes[0].figure.colorbar(image, ax=list(axes), label=label)
     return axes
+
+
+# ---------------------------------------------------------------- the method
+
+
+def schematic(
+    depth: int = 12, heads: Sequence[int] = (9, 10, 11, 12), frozen: int = 6, *,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """MIM-Refiner in one picture: views, encoder, heads, queue and Nearest Neighbor Alignment.
+
+    Args:
+        depth: blocks of the encoder.
+        heads: numbers, from 1, of the blocks that carry a head.
+        frozen: how many first blocks stay as they were.
+
+    Returns:
+        The Axes, in units of its own without ticks.
+
+    Raises:
+        ValueError: for a head on a block that does not exist.
+    """
+    if not heads or not all(1 <= block <= depth for block in heads):
+        raise ValueError(f"heads sit on blocks 1 to {depth}, not {list(heads)}")
+    (ax,) = _axes(ax, 1, (10.0, 4.6))
+    left, width = 18.0, 44.0 / depth
+    for block in range(1, depth + 1):
+        x = left + (block - 1) * width
+        still = block <= frozen
+        _box(ax, x + 0.2, 8, width - 0.4, 14, str(block), COLOURS[5] if not still else "0.88",
+             hatch="//" if still else None)  # fmt: skip
+        if block in heads:
+            _box(ax, x + 0.3, 28, width - 0.6, 6, "head", COLOURS[4], size=7)
+            _arrow(ax, (x + width / 2, 22.2), (x + width / 2, 27.8))
+    for y, name, colour in ((17, "view A", COLOURS[0]), (10, "view B", COLOURS[1])):
+        _box(ax, 1, y - 2, 11, 6, name, colour, text="white")
+        _arrow(ax, (12.4, y + 1), (left - 0.3, y + 1))
+    rest = left + frozen * width
+    if frozen:
+        ax.text((left + rest) / 2, 5.5, "stay as they were", ha="center", va="center", fontsize=9)
+    ax.text((rest + left + 44) / 2, 5.5, "refined", ha="center", va="center", fontsize=9)
+    ax.text(40, 2, f"encoder: {depth} transformer blocks", ha="center", fontsize=11)
+    ax.text(left, 31, "instance-discrimination heads:\nprojector → z, predictor → p", va="center",
+            fontsize=9)  # fmt: skip
+    _schematic_loss(ax, (left + (max(heads) - 0.5) * width, 34))
+    ax.set(xlim=(0, 100), ylim=(0, 46), xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.figure.set_label(
+        f"Schematic: two views of an image pass an encoder of {depth} blocks, the first {frozen} "
+        f"unchanged. Heads on blocks {', '.join(map(str, heads))} give a target z of view A and a "
+        "prediction p of view B. A queue of past targets is searched for the nearest neighbor of "
+        "z, and p is drawn to that neighbor and pushed from the targets of other images"
+    )
+    return ax
+
+
+def _schematic_loss(ax: Axes, start: tuple[float, float]) -> None:
+    """The right half: target, queue, neighbor, prediction, and what the loss does with them."""
+    _box(ax, 68, 36, 11, 6, "z of view A", COLOURS[0], text="white", size=9)
+    _box(ax, 68, 8, 11, 6, "p of view B", COLOURS[1], text="white", size=9)
+    x, y = start
+    _arrow(ax, (x, y + 0.2), (67.7, 39), bend=-0.25)
+    _arrow(ax, (x + 1.6, y - 3.2), (67.7, 13), bend=-0.2)
+    ax.text(80.2, 42.6, "no gradient", fontsize=8, ha="left", va="bottom")
+    for i in range(7):
+        near = i == 4
+        _box(ax, 68 + 4 * i, 26, 3.6, 5, "NN" if near else "", COLOURS[2] if near else "0.95",
+             text="white", size=8)  # fmt: skip
+    ax.text(96.5, 33.5, "queue of past z", fontsize=9, ha="right", va="center")
+    _arrow(ax, (79.3, 38), (85.4, 31.3))
+    _arrow(ax, (85.8, 25.7), (77, 14.3), both=True)
+    ax.text(83.5, 20, "NNA: alike", fontsize=10, fontweight="bold")
+    ax.text(83.5, 16.8, "unlike z of\nother images", fontsize=9, va="top")
+
+
+def _box(ax: Axes, x, y, width, height, name, colour, *, text="black", size=9, hatch=None) -> None:
+    style = "round,pad=0,rounding_size=0.6"
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=colour, edgecolor="0.25",
+                       linewidth=0.9, hatch=hatch)
+    )  # fmt: skip
+    label = ax.text(x + width / 2, y + height / 2, name, ha="center", va="center", color=text,
+                    fontsize=size)  # fmt: skip
+    if hatch:
+        label.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 1.5})
+
+
+def _arrow(ax: Axes, start, end, *, bend: float = 0.0, both: bool = False) -> None:
+    ax.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="<|-|>" if both else "-|>", mutation_scale=11,
+                        connectionstyle=f"arc3,rad={bend}", color="0.25", linewidth=1.2)
+    )  # fmt: skip

@@ -10,11 +10,17 @@ from pathlib import Path
 from refiner.files import write_text
 
 # nbconvert's page loads scripts for formulas, diagrams and old widgets from the network. Without
-# them formulas stay as they were typed; JupyterLab shows them set.
+# them formulas stay as they were typed; JupyterLab shows them set. Its pictures have no alt text.
 _OFFLINE_PAGE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block data_png -%}
+<div class="jp-RenderedImage jp-OutputArea-output" tabindex="0">
+<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
+{%- set alt = output | get_metadata('alt', 'image/png') %}{% if alt %} alt="{{ alt | escape_html }}"
+{%- endif %}></div>
+{%- endblock -%}
 """
 
 _STYLE = """
@@ -123,13 +129,13 @@ def _figures(path: Path) -> list[str]:
         for output in cell.get("outputs", []):
             png = output.get("data", {}).get("image/png")
             if png:
-                figures.append(_figure("".join(png), heading))
+                told = output.get("metadata", {}).get("image/png", {}).get("alt", heading)
+                figures.append(_figure("".join(png), heading, told))
     return figures
 
 
-def _figure(png: str, heading: str) -> str:
+def _figure(png: str, heading: str, told: str) -> str:
     caption = escape(heading)
     source = f"data:image/png;base64,{png.strip()}"
-    return (
-        f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-    )
+    picture = f'<img alt="{escape(told)}" src="{source}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

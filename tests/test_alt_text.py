@@ -1,0 +1,98 @@
+"""The words that go with a picture say what it shows, and reach the notebook's output."""
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from refiner import execute, plots
+from refiner.alt_text import UNLABELLED, describe
+from refiner.report import write_page
+
+
+@pytest.fixture(autouse=True)
+def closing():
+    yield
+    plt.close("all")
+
+
+def words(figure):
+    figure.canvas.draw()
+    return describe(figure)
+
+
+def test_curves_are_told_with_their_ends_in_the_axis_units():
+    ax = plots.block_curve({"before": [0.25, 0.5, 0.75]}, chance=0.1, best=False, title="Votes")
+    assert words(ax.figure) == (
+        "Votes; curve “before” from 25% at 1 to 75% at 3; level “chance” at 10%; x axis: block; "
+        "y axis: accuracy."
+    )
+
+
+def test_bars_are_told_with_their_names():
+    text = words(plots.bars_with_spread({"before": [0.1, 0.3], "after": [0.4, 0.5]}).figure)
+    assert "bars: 20%, 45%" in text and "(before, after)" in text
+
+
+def test_maps_points_and_images_are_told():
+    text = words(plots.similarity_map(torch.eye(4)).figure)
+    assert "map of 4 × 4 values, 0 to 1" in text and "Colour scale: linear CKA" in text
+    xy = {"one": np.random.default_rng(0).random((9, 2))}
+    axes = plots.embedding(xy, torch.arange(9) % 3, ("ant", "bee", "cow"))
+    assert "9 points in the groups ant, bee, cow" in words(axes[0].figure)
+    pictures = torch.rand(2, 3, 8, 8)
+    text = words(plots.reconstruction(pictures, pictures, pictures).figure)
+    assert "6 images" in text and "original, masked, reconstruction" in text
+
+
+def test_an_axis_with_numbers_but_no_label_is_told():
+    figure, axis = plt.subplots()
+    axis.plot([1, 2], [3, 4])
+    axis.set_xlabel("step")
+    assert f"y {UNLABELLED}" in words(figure) and f"x {UNLABELLED}" not in words(figure)
+    axis.set_ylabel("loss")
+    assert UNLABELLED not in words(figure)
+    axis.set(xlabel="", xticks=[1, 2], xticklabels=["cat", "dog"])
+    assert UNLABELLED not in words(figure), "names speak for themselves"
+
+
+def test_the_figures_own_label_comes_first_and_many_panels_are_told_once():
+    figure, _ = plt.subplots(3, 3)
+    figure.set_label("Nine patches")
+    assert words(figure).startswith("Nine patches. 9 small panels, like this: ")
+
+
+def test_the_schematic_tells_its_blocks_and_refuses_heads_beside_them():
+    ax = plots.schematic(depth=10, heads=(8, 10), frozen=4)
+    text = words(ax.figure)
+    assert "encoder of 10 blocks, the first 4 unchanged" in text and "blocks 8, 10" in text
+    numbers = [t.get_text() for t in ax.texts]
+    assert [n for n in numbers if n.isdigit()] == [str(i) for i in range(1, 11)]
+    assert numbers.count("head") == 2 and UNLABELLED not in text
+    with pytest.raises(ValueError, match=r"blocks 1 to 10, not \[11\]"):
+        plots.schematic(depth=10, heads=[11])
+
+
+def test_every_figure_is_solid_so_that_a_dark_page_does_not_shine_through():
+    with plots.style():
+        figure, _ = plt.subplots()
+        figure.canvas.draw()
+        assert np.asarray(figure.canvas.buffer_rgba())[0, 0].tolist() == [255] * 4
+
+
+def test_the_words_reach_the_executed_notebook_and_its_page(tmp_path):
+    source = (
+        "from refiner import plots\nplots.style()\nplots.style()\n"
+        "plots.block_curve({'a': [0.25, 0.5]}, best=False, title='Votes <b>');"
+    )
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# A?"), nbformat.v4.new_code_cell(source)]
+    )
+    done = execute.execute(book, cwd=tmp_path)
+    assert not done.problems
+    (picture,) = [o for o in done.notebook.cells[1].outputs if "image/png" in o.get("data", {})]
+    text = picture.metadata["image/png"]["alt"]
+    assert text.startswith("Votes <b>; curve “a” from 25% at 1 to 50% at 2")
+    write_page(tmp_path / "a.html", done.notebook, title="A", folder=tmp_path)
+    assert 'alt="Votes &lt;b&gt;; curve' in (tmp_path / "a.html").read_text()
