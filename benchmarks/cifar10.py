@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import statistics
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from refiner.views import View
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/cifar10")
+TIMED = 12  # steps timed of each training
 RUNGS = ("mae", "all_heads", "one_head", "swap_both", "mae_longer", "from_scratch")
 
 _COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
@@ -92,6 +94,13 @@ def measure(model, bank, queries) -> dict:
     return found
 
 
+def pace(run) -> float:
+    """Seconds of a step: the median between logged entries, without the first (compiling)."""
+    seconds = [entry["seconds"] for entry in run.history]
+    gaps = [b - a for a, b in pairwise(seconds)]
+    return statistics.median(gaps) / (run.history[1]["step"] - run.history[0]["step"])
+
+
 class Ladder:
     """The rungs of one preset and seed: trains each at most once."""
 
@@ -134,19 +143,30 @@ class Ladder:
         return self._refine(out, replace(self.recipe, swap="both"))
 
     def _from_scratch(self, out: Path):
-        total = self.train("mae")[1] + self.train("all_heads")[1]
         keys = ("size", "patch", "dim", "depth", "heads")
         shape = {k: getattr(self.mae_recipe, k) for k in keys}
-        model = build_vit(**shape, seed=self.seed)
         views = tuple(replace(v, keep=1.0) for v in self.recipe.views)
         recipe = replace(self.recipe, head_steps=0, frozen_blocks=0, layer_decay=1.0, views=views)
         plan = out / "plan.json"  # the timing must not change the recipe of a resumed run
         if not plan.is_file():
-            began = time.monotonic()
-            refine(model, self.images, recipe=replace(recipe, steps=10), progress=False)
-            write_json(plan, {"steps": round(total * 10 / (time.monotonic() - began))})
+            write_json(plan, self._same_time(recipe, build_vit(**shape, seed=self.seed)))
         steps = json.loads(plan.read_text())["steps"]
+        model = build_vit(**shape, seed=self.seed)
         return self._refine(out, replace(recipe, steps=steps), model=model)
+
+    def _same_time(self, recipe: Recipe, model) -> dict:
+        """As many steps as MAE and refining take together, each timed now for a few steps.
+
+        The times of the trainings themselves would not do: other work may have shared the machine.
+        """
+        few = {"log_every": 2, "progress": False}
+        mae = pretrain(self.images, recipe=replace(self.mae_recipe, steps=TIMED), **few)
+        heads = refine(mae.model, self.images, recipe=replace(
+            self.recipe, head_steps=0, steps=TIMED), **few)  # fmt: skip
+        scratch = refine(model, self.images, recipe=replace(recipe, steps=TIMED), **few)
+        each = {"mae": pace(mae), "all_heads": pace(heads), "from_scratch": pace(scratch)}
+        both = sum(self.train(rung)[2] * each[rung] for rung in ("mae", "all_heads"))
+        return {"step_seconds": each, "steps": max(1, round(both / each["from_scratch"]))}
 
     def _pretrain(self, out: Path, recipe: MAERecipe, start=None):
         resume = (out / "state.pt").is_file()
