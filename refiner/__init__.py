@@ -41,6 +41,7 @@ _HOME = {
     "Recipe": "recipe",
     "plan": "planning",
     "load_heads": "refine",
+    "open_stream": "streams",
     "pretrain": "mae",
     "reconstruct": "mae",
     "decode_blocks": "decoders",

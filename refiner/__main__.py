@@ -128,10 +128,12 @@ def course_command(args: argparse.Namespace) -> int:
 
 def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
-    add("--data", default="toybox", metavar="NAME", help="an image set or a folder of images")
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder of images; refine also takes tar shards, as "
+        "'shards-{000..010}.tar' in quotes, and hf:NAME of a Hugging Face set")  # fmt: skip
     add("--n", "--images", type=int, metavar="IMAGES", dest="n",
-        help="how many images; default: all. Say --images under accelerate launch or torchrun, "
-        "which take --n for their own")  # fmt: skip
+        help="how many images; default: all (of a stream: how many it holds, for the plan). Say "
+        "--images under accelerate launch or torchrun, which take --n for their own")  # fmt: skip
     add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the state in --out")
     add("--device", help="default: cuda if there is one, else cpu")
@@ -198,7 +200,6 @@ def add_refine(subparsers, common: argparse.ArgumentParser) -> None:
 def refine_command(args: argparse.Namespace) -> int:
     """Refines and writes model, heads, card and history."""
     from refiner import parallel, watch
-    from refiner.images import load_images
     from refiner.models import load_model
     from refiner.planning import plan
     from refiner.refine import refine
@@ -208,12 +209,12 @@ def refine_command(args: argparse.Namespace) -> int:
     changed(refine_preset(args.preset, model, size, 10**6), args.settings)  # errors come first
     check_out(args.out)
     options = training_options(args)
-    images = load_images(args.data, n=args.n, size=size)
+    images = refinable_images(args, size)
     if args.knn_every:
         images, held_out = images.holdout(0.1)
         options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
         options["evaluate_every"] = args.knn_every
-    recipe = changed(refine_preset(args.preset, model, size, len(images)), args.settings)
+    recipe = changed(refine_preset(args.preset, model, size, images), args.settings)
     if args.plan or not args.resume:
         ahead = str(plan(model, images, recipe=recipe, device=args.device))
         if parallel.rank() == 0:
@@ -228,15 +229,31 @@ def refine_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def refine_preset(name: str, model, size: int, n: int):
-    """The recipe of a preset for a model, its image size and a number of images."""
+def refinable_images(args: argparse.Namespace, size: int):
+    """An image set, or a stream for tar shards and ``hf:`` names.
+
+    Raises:
+        ValueError: for a stream that shall be evaluated, and what opening raises.
+    """
+    from refiner.images import load_images
+    from refiner.streams import is_stream, open_stream
+
+    if not is_stream(args.data):
+        return load_images(args.data, n=args.n, size=size)
+    if args.knn_every:
+        raise ValueError("a stream has no labels to hold out; leave --knn-every out")
+    return open_stream(args.data, n=args.n, size=size)
+
+
+def refine_preset(name: str, model, size: int, images):
+    """The recipe of a preset for a model, its image size and a set or a number of images."""
     from refiner.recipe import Recipe
 
     if name in ("cpu", "gpu"):
         return getattr(Recipe, name)(size=size)
     if name == "fitted":
-        return Recipe.fitted(model, n)
-    return Recipe.paper(name, images=n)
+        return Recipe.fitted(model, images)
+    return Recipe.paper(name, images=images)
 
 
 def add_probe(subparsers, common: argparse.ArgumentParser) -> None:

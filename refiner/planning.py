@@ -17,6 +17,7 @@ from refiner import parallel
 from refiner.encoders import Encoder
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Refined, Trainer, begin, freeze_first, refine_step
+from refiner.streams import ImageStream
 from refiner.training import autocast, step_generator, take
 
 GB = 1e9
@@ -29,7 +30,7 @@ class Plan:
 
     Attributes:
         recipe: filled in.
-        images: how many.
+        images: how many; 0 for a stream that does not say.
         step_seconds: of a step of stage 2 and of stage 3.
         memory: bytes a process by what needs them, at the peak of stage 3.
         available: bytes that the device has free; on a CPU all of its memory.
@@ -93,6 +94,10 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     """
     device = parallel.join(device)
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    what = tuple(describe(model, images, recipe))
+    count = _count(images)
+    if isinstance(images, ImageStream):
+        images = images.sample(recipe.batch)
     if available is None:
         available = float(parallel.average(torch.tensor(_available(device), device=device)))
     memory = memory_needed(model, images, recipe, device)
@@ -102,9 +107,9 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
             needed = memory_needed(model, images, other, device)
             changes[how] = NOT_COUNTED * sum(needed.values())
     return Plan(
-        recipe=recipe, images=len(getattr(images, "images", images)),
+        recipe=recipe, images=count,
         step_seconds=_step_seconds(model, images, recipe, device), memory=memory,
-        available=available, changes=changes, what=tuple(describe(model, images, recipe)),
+        available=available, changes=changes, what=what,
     )  # fmt: skip
 
 
@@ -128,18 +133,18 @@ def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
 
 def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     """The recipe as lines of text."""
-    pixels = getattr(images, "images", images)
-    n, last = len(pixels), len(model.blocks) - 1
+    n, last = _count(images), len(model.blocks) - 1
     where = [str(b) if b < last else f"{b} (the final output)" for b in recipe.blocks]
     sizes = [v.size for v in recipe.views]
     views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
-    epochs = lambda steps: f"{steps} steps, {steps * recipe.batch / n:.3g} epochs"  # noqa: E731
+    of = lambda steps: f", {steps * recipe.batch / n:.3g} epochs" if n else ""  # noqa: E731
+    epochs = lambda steps: f"{steps} steps{of(steps)}"  # noqa: E731
     frozen = f", first {recipe.frozen_blocks} blocks frozen" if recipe.frozen_blocks else ""
     many = parallel.world()
     return [
         f"model    {model.refiner_card.get('name', 'unnamed')}: {last + 1} blocks of width "
         f"{model.embed_dim}",
-        f"data     {n} images of {pixels.shape[2]}×{pixels.shape[3]}; views: {views}",
+        f"data     {_data(images)}; views: {views}",
         f"heads    on blocks {', '.join(where)}; pooling {recipe.pooling}",
         f"stage 2  heads only: {epochs(recipe.head_steps)} of batch {recipe.batch}"
         + (f" on {many} processes" if many > 1 else ""),
@@ -147,6 +152,19 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
         f"targets  {_swapping(recipe)}; temperature {recipe.temperature}, queue {recipe.queue}, "
         f"one of the {recipe.top_k} nearest",
     ]
+
+
+def _data(images) -> str:
+    if isinstance(images, ImageStream):
+        count = f"{images.n} " if images.n else ""
+        return f"{images.shards} shards of {count}images, decoded to {images.size}×{images.size}"
+    pixels = getattr(images, "images", images)
+    return f"{len(pixels)} images of {pixels.shape[2]}×{pixels.shape[3]}"
+
+
+def _count(images) -> int:
+    """How many images there are; 0 where nobody knows."""
+    return images.n or 0 if isinstance(images, ImageStream) else len(images)
 
 
 def _swapping(recipe: Recipe) -> str:

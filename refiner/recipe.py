@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from refiner.encoders import Encoder, check_refinable, has_class_token
+from refiner.streams import ImageStream
 from refiner.views import View
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's train split
@@ -300,6 +301,8 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     pooling = _checked_pooling(recipe.pooling, model, len(blocks))
     _check_options(recipe)
     pixels = getattr(images, "images", images)
+    if isinstance(pixels, ImageStream):
+        pixels = pixels.sample(recipe.batch)
     _check_pixels(pixels)
     _check_views(recipe, model.patch_embed.patch_size[0], min(pixels.shape[2:]))
     if len(pixels) < recipe.batch:

@@ -54,6 +54,7 @@ from refiner.recipe import (
     recipe_from,
     swap_chance,
 )
+from refiner.streams import ImageStream, StreamBatches
 from refiner.training import (
     EMA,
     Batches,
@@ -301,7 +302,8 @@ def refine(
 
     Args:
         model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
-        images: an ImageSet or uint8 [N, 3, H, W]. Labels are only used to watch the neighbors.
+        images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.streams`). Labels
+            are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
         out: folder for the refined model, heads, ``history.json`` and the training state, of which
             the last two are kept.
@@ -372,18 +374,35 @@ class Trainer:
         recipe = run.recipe
         first, count = parallel.rows(recipe.batch)
         self.mine = slice(first, first + count)
-        pixels = getattr(images, "images", images)
-        parallel.check_same(len(pixels), "the number of images")
         self.total = recipe.head_steps + recipe.steps
-        self.batches = Batches(
-            pixels.to(device) if isinstance(pixels, Tensor) else pixels,
-            lambda step: self.indices(step)[self.mine], self.device, steps=self.total,
-        )  # fmt: skip
+        self.batches = self.open(getattr(images, "images", images), count)
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
         self.ema = EMA(run.model, recipe.ema)
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
         self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
+
+    def open(self, pixels, count: int) -> Batches | StreamBatches:
+        """This process's images of each step."""
+        if isinstance(pixels, ImageStream):
+            parallel.check_same(pixels.shards, "the number of shards")
+            return StreamBatches(
+                pixels, count, self.device, seed=self.run.recipe.seed, rank=parallel.rank(),
+                world=parallel.world(), steps=self.total,
+            )  # fmt: skip
+        parallel.check_same(len(pixels), "the number of images")
+        return Batches(
+            pixels.to(self.device) if isinstance(pixels, Tensor) else pixels,
+            lambda step: self.indices(step)[self.mine], self.device, steps=self.total,
+        )  # fmt: skip
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images of a step, and the sample ids of the whole batch."""
+        if isinstance(self.batches, StreamBatches):
+            pixels, own = self.batches[step]
+            return pixels, parallel.gather(own.to(self.device, non_blocking=True))
+        ids = self.indices(step).to(self.device, non_blocking=True)
+        return self.batches[step], ids
 
     def indices(self, step: int) -> Tensor:
         """The whole batch of a step, the same in every process."""
@@ -450,10 +469,10 @@ class Trainer:
 
     def forward(self, stage: int, step: int) -> Step:
         run, recipe = self.run, self.run.recipe
-        ids = self.indices(self.done).to(self.device, non_blocking=True)
+        pixels, ids = self.batch(self.done)
         with autocast(self.device):
             return refine_step(
-                run.model, run.heads, run.queue, self.batches[self.done], ids, recipe,
+                run.model, run.heads, run.queue, pixels, ids, recipe,
                 stage=stage, swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
                 generator=step_generator(recipe.seed, self.done, self.device), labels=self.labels,
             )  # fmt: skip
@@ -491,10 +510,12 @@ class Trainer:
     def save(self) -> None:
         run = self.run
         self.guard.check_weights(run.model, run.heads)
+        stream = self.stream_positions()
         if parallel.rank():
             return
         state = {
             "done": self.done,
+            "stream": stream,
             "recipe": recipe_dict(run.recipe),
             "model": run.model.state_dict(),
             "heads": run.heads.state_dict(),
@@ -504,6 +525,23 @@ class Trainer:
             "history": run.history,
         }
         save_state(self.out / "state.pt", state, keep_previous=True)
+
+    def stream_positions(self) -> list[list[int]] | None:
+        """Where each process reads on in a stream."""
+        if not isinstance(self.batches, StreamBatches):
+            return None
+        own = torch.tensor([self.batches.position(self.done)], device=self.device)
+        return parallel.gather(own).tolist()
+
+    def resume_stream(self, positions: list[list[int]] | None) -> None:
+        found = 0 if positions is None else len(positions)
+        if isinstance(self.batches, StreamBatches):
+            if found != parallel.world():
+                raise ValueError(
+                    f"cannot resume {self.out}: {found or 'no'} processes read the stream then, "
+                    f"{parallel.world()} now; start as many"
+                )
+            self.batches.resume(positions[parallel.rank()])
 
     def restore(self) -> None:
         run, folder = self.run, self.out or Path(".")
@@ -529,6 +567,7 @@ class Trainer:
             self.optimizers[int(stage)].load_state_dict(optimizer)
         run.history[:] = state["history"]
         self.done = state["done"]
+        self.resume_stream(state.get("stream"))
         self.before = run.history[-1]["seconds"] if run.history else 0.0
 
 

@@ -1,0 +1,273 @@
+"""Streams: every image once an epoch, the same ids in any order, exact resuming, clear errors."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner import streams
+from refiner.__main__ import main
+from refiner.models import build_vit
+from refiner.planning import plan
+from refiner.recipe import Recipe
+from refiner.refine import refine
+from refiner.streams import SHARD, StreamBatches, open_stream, shard_paths
+from refiner.views import View
+
+CPU = torch.device("cpu")
+SIZES = (7, 5, 9)
+TINY = Recipe.cpu(
+    batch=4, head_steps=4, steps=8, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    frozen_blocks=0, views=(View(size=8), View(size=8)),
+)  # fmt: skip
+
+
+def png(seed: int, side: int = 8) -> bytes:
+    pixels = np.random.default_rng(seed).integers(256, size=(side, side, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Three shards of 7, 5 and 9 samples, each an image, a second image and a label."""
+    folder = tmp_path_factory.mktemp("tars")
+    for shard, count in enumerate(SIZES):
+        members = {}
+        for i in range(count):
+            members |= {f"set/{i:04}.png": png(100 * shard + i), f"set/{i:04}.mask.png": png(999),
+                        f"set/{i:04}.cls": b"3"}  # fmt: skip
+        write_tar(folder / f"s-{shard:03}.tar", members)
+    return str(folder / "s-{000..002}.tar")
+
+
+@pytest.fixture
+def stream(tars):
+    return open_stream(tars, size=8, block=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0)
+
+
+def take(stream, steps, *, batch=3, **options):
+    """(id, pixels) of every image of some steps."""
+    batches = StreamBatches(stream, batch, CPU, steps=steps, **options)
+    found = [pair for s in range(steps) for pair in zip(*batches[s][::-1], strict=True)]
+    batches.close()
+    return [(int(i), pixels) for i, pixels in found]
+
+
+def test_braces_and_stars_name_shards(tmp_path):
+    for i in (8, 9, 10):
+        (tmp_path / f"a-{i:02}.tar").touch()
+    expected = [str(tmp_path / f"a-{i:02}.tar") for i in (8, 9, 10)]
+    assert shard_paths(str(tmp_path / "a-{08..10}.tar")) == expected
+    assert shard_paths(str(tmp_path / "a-*.tar")) == [expected[0], expected[1], expected[2]]
+    assert shard_paths("https://x.org/b-{0..1}.tar") == ["https://x.org/b-0.tar",
+                                                         "https://x.org/b-1.tar"]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="no shard .*a-11.tar"):
+        shard_paths(str(tmp_path / "a-{10..11}.tar"))
+
+
+def test_an_id_always_means_the_same_image(stream):
+    seen = {}
+    for i, pixels in take(stream, 28, seed=1):
+        shard, image = divmod(i, SHARD)
+        assert image < SIZES[shard]
+        assert torch.equal(pixels, streams.decode(png(100 * shard + image), 8))
+        assert torch.equal(seen.setdefault(i, pixels), pixels)
+    assert len(seen) == sum(SIZES)
+
+
+def test_an_epoch_is_every_image_once_in_another_order(stream):
+    ids = [i for i, _ in take(stream, 14)]
+    first, second = ids[:21], ids[21:]
+    assert sorted(first) == sorted(second) and len(set(first)) == 21
+    assert first != second and first != sorted(first)
+    assert ids == [i for i, _ in take(stream, 14)]
+    assert ids != [i for i, _ in take(stream, 14, seed=1)]
+
+
+def test_processes_have_their_own_shards(stream):
+    ids = [{i for i, _ in take(stream, 20, rank=r, world=2)} for r in range(2)]
+    assert {i // SHARD for i in ids[0]} == {0, 2} and {i // SHARD for i in ids[1]} == {1}
+    with pytest.raises(ValueError, match="3 shards .* cannot be shared by 4 processes"):
+        StreamBatches(stream, 3, CPU, world=4, steps=1)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 6, 7, 8, 13])
+def test_reading_goes_on_where_it_was(stream, done):
+    whole = take(stream, 16)
+    batches = StreamBatches(stream, 3, CPU, steps=16)
+    for step in range(done):
+        batches[step]
+    position = batches.position(done)
+    batches.close()
+    assert position[0] > done * 3 - 3 - stream.block, "little is read twice"
+    again = StreamBatches(stream, 3, CPU, steps=16)
+    again.resume(position)
+    rest = [int(i) for step in range(done, 16) for i in again[step][1]]
+    again.close()
+    assert rest == [i for i, _ in whole[3 * done :]]
+
+
+def test_a_broken_image_is_replaced_and_named(tmp_path):
+    good = {f"{i}.png": png(i) for i in range(5)}
+    write_tar(tmp_path / "x.tar", good | {"bad.png": b"no image"})
+    stream = open_stream(str(tmp_path / "x.tar"), size=8)
+    with pytest.warns(UserWarning, match="image 5 of shard 0 .*x.tar cannot be read") as warned:
+        ids = Counter(i for i, _ in take(stream, 4, batch=6))
+    assert len(warned) == 1 and set(ids) == set(range(5)) and sum(ids.values()) == 24
+    write_tar(tmp_path / "bad.tar", {f"{i}.png": b"no image" for i in range(4)})
+    with pytest.raises(OSError, match="no image of a whole batch of .*bad.tar can be read"):
+        take(open_stream(str(tmp_path / "bad.tar"), size=8), 1, batch=4)
+
+
+def test_a_cut_or_empty_shard_is_named(tmp_path):
+    write_tar(tmp_path / "cut.tar", {f"{i}.png": png(i, side=64) for i in range(3)})
+    content = (tmp_path / "cut.tar").read_bytes()
+    for cut in (b"no tar" * 200, content[:20_000]):  # of three images of 13 kB
+        (tmp_path / "cut.tar").write_bytes(cut)
+        with pytest.raises(OSError, match="cannot read .*cut.tar"):
+            take(open_stream(str(tmp_path / "cut.tar"), size=8), 8)
+    write_tar(tmp_path / "text.tar", {"a.txt": b"words"})
+    with pytest.raises(OSError, match="no images in the shards of .*text.tar"):
+        take(open_stream(str(tmp_path / "text.tar"), size=8), 1)
+
+
+# ---------------------------------------------------------------- refining
+
+
+def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_path, monkeypatch):
+    options = {"recipe": TINY, "progress": False, "log_every": 1}
+    whole = refine(model, stream, **options)
+    known = {s * SHARD + k for s, count in enumerate(SIZES) for k in range(count)}
+    assert set(whole.queue.ids.tolist()) <= known
+    half = replace(TINY, steps=2)
+    refine(model, stream, recipe=half, progress=False, log_every=1, out=tmp_path, save_every=1)
+    state = torch.load(tmp_path / "state.pt")
+    assert len(state["stream"]) == 1 and state["done"] == 6
+    # The same run, interrupted there: schedules depend on the steps, so it is killed instead.
+    from refiner.refine import Trainer
+
+    step, calls = Trainer.one_step, []
+
+    def killed(self, *args):
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "one_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, stream, out=tmp_path / "k", save_every=1, **options)
+    monkeypatch.setattr(Trainer, "one_step", step)
+    resumed = refine(model, stream, out=tmp_path / "k", resume=True, **options)
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+    assert all(torch.equal(v, resumed.model.state_dict()[k])
+               for k, v in whole.model.state_dict().items())  # fmt: skip
+
+
+def test_a_stream_resumes_with_as_many_processes_only(model, stream, tmp_path):
+    refine(model, stream, recipe=TINY, progress=False, out=tmp_path, save_every=1)
+    state = torch.load(tmp_path / "state.pt")
+    torch.save(state | {"stream": state["stream"] * 2, "done": 1}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="2 processes read the stream then, 1 now"):
+        refine(model, stream, recipe=TINY, progress=False, out=tmp_path, resume=True)
+
+
+def test_the_plan_of_a_stream(model, tars):
+    text = str(plan(model, open_stream(tars, size=8), recipe=TINY, device="cpu"))
+    assert "3 shards of images, decoded to 8×8" in text and "4 steps of batch 4" in text
+    told = str(plan(model, open_stream(tars, size=8, n=21), recipe=TINY, device="cpu"))
+    assert "3 shards of 21 images" in told and "4 steps, 0.762 epochs of batch 4" in told
+
+
+def test_too_few_images_and_no_length_are_said(model, stream):
+    with pytest.raises(ValueError, match="21 images in .* are fewer than one batch of 64"):
+        refine(model, stream, recipe=replace(TINY, batch=64), progress=False)
+    with pytest.raises(ValueError, match="say it with --images N"):
+        Recipe.fitted(model, stream)
+
+
+def test_shards_from_the_command_line(tars, tmp_path, capsys):
+    sizes = ["steps=2", "head_steps=2", "batch=4", "hidden=8", "predictor_hidden=8", "out=4"]
+    settings = [part for value in sizes for part in ("--set", value)]
+    command = ["refine", "--data", tars, "--out", str(tmp_path / "r"), *settings]
+    assert main(command) == 0
+    assert "3 shards of images" in capsys.readouterr().out
+    assert main([*command, "--knn-every", "1"]) == 2
+    assert "a stream has no labels" in capsys.readouterr().err
+    assert main([*command[:2], tars.replace("002", "004"), *command[3:]]) == 2
+    assert "there is no shard" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Two files of five and six rows, as the hub keeps them."""
+    pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("parquet")
+    for shard, count in enumerate((5, 6)):
+        rows = [{"bytes": png(100 * shard + i), "path": None} for i in range(count)]
+        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        table = pyarrow.table({"label": list(range(count)), "image": pyarrow.array(rows, kind)})
+        parquet.write_table(table, folder / f"train-{shard:05}-of-00002.parquet")
+    return folder
+
+
+def test_a_hugging_face_set_is_streamed(parquet, model):
+    stream = open_stream(f"hf:{parquet}", size=8, block=4)
+    assert stream.shards == 2
+    seen = dict(take(stream, 22, batch=1))
+    assert len(seen) == 11
+    for i, pixels in seen.items():
+        shard, image = divmod(i, SHARD)
+        assert torch.equal(pixels, streams.decode(png(100 * shard + image), 8))
+    assert list(islice(stream.read(1, 4), 1)) == [png(104)]
+    run = refine(model, stream, recipe=TINY, progress=False)
+    assert run.queue.ids.min() >= 0
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mim-refiner-lab\[stream\]'"):
+        open_stream("hf:somebody/pictures", size=8)
+
+
+def test_a_set_without_images_is_refused(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.csv").write_text("text,number\nx,1\n")
+    with pytest.raises(ValueError, match="no column of images, only text, number"):
+        open_stream(f"hf:{tmp_path}", size=8)
+
+
+def test_importing_does_not_import_datasets():
+    code = "import sys, refiner.streams; assert 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
