@@ -190,6 +190,7 @@ class Exploration:
         classes: their names.
         factors: by name [N].
         sample: positions [S] of the images whose neighbors were searched.
+        pictures: by position the thumbnails that have been shown.
     """
 
     images: object
@@ -199,6 +200,7 @@ class Exploration:
     classes: tuple[str, ...]
     factors: dict[str, np.ndarray]
     sample: np.ndarray
+    pictures: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -28,7 +28,6 @@ from refiner.models import data_folder
 from refiner.neighbors import Graph, standardized
 
 Tensor = torch.Tensor
-POOL = 2048  # images of a block that decide the shared axes
 N_NEIGHBORS = 15
 FIRST_EPOCHS, NEXT_EPOCHS = 300, 150  # of UMAP, from the PCA and from the map of the block before
 SIGNATURE = 256  # images by whose nearest neighbor a prepared map is recognised
@@ -47,15 +46,11 @@ def shared_axes(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         By model float32 [D, 2], for features standardised block by block: the directions in which
-        all blocks together vary most. A point that moves between two maps made with them has moved
-        in the feature space.
+        the last block of the last model varies most, so that one can watch how they come about. A
+        point that moves between two maps made with them has moved in the feature space.
     """
-    pools: dict[int, list[Tensor]] = {}
-    for x_LND in features.values():
-        n, width = x_LND.shape[1:]
-        some = torch.arange(0, n, max(1, n // POOL))
-        pools.setdefault(width, []).extend(standardized(x[some], x[some])[0] for x in x_LND)
-    axes = {width: pca_axes(torch.cat(pool))[1].float() for width, pool in pools.items()}
+    last = {x_LND.shape[2]: x_LND[-1] for x_LND in features.values()}
+    axes = {width: pca_axes(standardized(x, x[:1])[0])[1].float() for width, x in last.items()}
     return {name: axes[x.shape[2]] for name, x in features.items()}
 
 
