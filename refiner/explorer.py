@@ -293,7 +293,8 @@ class Explorer:
         try:
             yield
         except Exception as error:
-            self._say(f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self._say(f"{kind}{error}")
             raise
 
     @contextmanager
@@ -362,7 +363,6 @@ class _Map:
     def _show_pictures(self, explored: Exploration) -> None:
         """Pictures at the mouse, made when asked for: all at once would cost memory and time."""
         widget, labelled = self.widget, explored.labels is not None
-        widget.data = None  # jupyter-scatter would look the picture up in its table
         widget.tooltip_preview, widget.tooltip_preview_type = "picture", "image"
         widget.tooltip_preview_image_height, widget.tooltip_preview_image_size = 64, "contain"
         names = ["image", *(["class"] if labelled else [])]
@@ -373,17 +373,20 @@ class _Map:
         widget.tooltip_properties, widget.tooltip_histograms = names, False
         widget.tooltip_enable = True
 
-        def answer(_, message, buffers):
+        def answer(message, buffers):
             if message.get("type") == "tooltip":
-                i = int(message["index"])
-                about = {"image": str(i)}
-                if labelled:
-                    about["class"] = explored.name_of(int(explored.labels[i]))
-                picture = panels.thumbnail(explored, i)
-                widget.send({"type": "tooltip", "index": i, "preview": picture,
-                             "properties": about})  # fmt: skip
+                widget.send(self._about(int(message["index"])))
 
-        widget.on_msg(answer)
+        # jupyter-scatter has this method answer from its table, before any callback is asked.
+        widget._handle_custom_msg = answer
+
+    def _about(self, i: int) -> dict:
+        """What the tooltip says of an image."""
+        explored, about = self.explorer.exploration, {"image": str(i)}
+        if explored.labels is not None:
+            about["class"] = explored.name_of(int(explored.labels[i]))
+        picture = panels.thumbnail(explored, i)
+        return {"type": "tooltip", "index": i, "preview": picture, "properties": about}
 
     def _selected(self, indices) -> None:
         chosen = [] if indices is None else np.asarray(indices).tolist()

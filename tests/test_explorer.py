@@ -134,7 +134,8 @@ def test_tooltips_show_the_picture_of_the_point(explorer, monkeypatch):
     monkeypatch.setattr(
         type(widget), "send", lambda self, content, buffers=None: sent.append(content)
     )
-    widget._msg_callbacks(widget, {"type": "tooltip", "index": 6}, [])
+    message = {"method": "custom", "content": {"type": "tooltip", "index": 6}}
+    widget._handle_msg({"content": {"data": message}, "buffers": []})  # as the browser sends it
     (content,) = sent
     assert content["index"] == 6 and content["properties"] == {"image": "6", "class": "<cone>"}
     assert content["preview"] == panels.thumbnail(explorer.exploration, 6)
