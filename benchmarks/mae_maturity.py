@@ -1,12 +1,14 @@
 """How good must the MAE be before refining helps? MAEs of different length, each refined.
 
-    python benchmarks/mae_maturity.py [--steps 1500 3000 6000 11000] [--seeds 0] [--collect]
+    python benchmarks/mae_maturity.py [--steps 1500 3000 11000] [--refine 160] [--seeds 0]
+                                      [--collect]
 
 Every MAE has its own complete schedule (the embedded checkpoint's recipe with fewer steps; 11,000
-is that checkpoint) and is refined by the cpu preset. Each reports every block's k-NN, linear probe,
-1/2/5-shot accuracy, k-means and factor probe before and after, and how often the neighbors that NNA
-drew were right. Finished encoders are kept in ``runs/mae_maturity`` and used again. Writes
-``benchmarks/results/mae_maturity.json`` and a figure beside it.
+is that checkpoint) and is refined by the cpu preset, or by one with more steps. Each reports every
+block's k-NN, linear probe, 1/2/5-shot accuracy, k-means and factor probe before and after, and how
+often the neighbors that NNA drew were right. Finished encoders are kept in ``runs/mae_maturity``
+and used again; ``--collect`` takes all of them. Writes ``benchmarks/results/mae_maturity.json`` and
+a figure beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from refiner.refine import Recipe, refine
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/mae_maturity")
 EMBEDDED = 11_000  # steps of mae_toybox
+PRESET = 160  # steps of the cpu preset with the encoder
 
 
 def pretrained(steps: int, seed: int, images):
@@ -43,25 +46,30 @@ def pretrained(steps: int, seed: int, images):
     return refiner.load_model(out)
 
 
-def refined(steps: int, seed: int, images):
+def refined(steps: int, longer: int, seed: int, images):
     """The rung's refined encoder and its history."""
-    out = RUNS / f"refined-{steps}-seed{seed}"
+    out = RUNS / f"refined-{steps}{_suffix(longer)}-seed{seed}"
     if not (out / "history.json").is_file():
-        recipe = Recipe.cpu(seed=seed, swap_from=0.0, swap_full=0.0)
+        recipe = Recipe.cpu(seed=seed, steps=longer)
         resume = (out / "state.pt").is_file()
         refine(pretrained(steps, seed, images), images, recipe=recipe, out=out, resume=resume)
     return refiner.load_model(out), json.loads((out / "history.json").read_text())
 
 
-def measured_rung(steps: int, seed: int, images) -> dict:
+def _suffix(longer: int) -> str:
+    return "" if longer == PRESET else f"-refine{longer}"
+
+
+def measured_rung(steps: int, longer: int, seed: int, images) -> dict:
     """Everything about one MAE before and after refining; measured once."""
-    done = RUNS / f"cell-{steps}-seed{seed}.json"
+    done = RUNS / f"cell-{steps}{_suffix(longer)}-seed{seed}.json"
     if done.is_file():
         return json.loads(done.read_text())
     before = pretrained(steps, seed, images)
-    after, history = refined(steps, seed, images)
+    after, history = refined(steps, longer, seed, images)
     cell = {
-        "steps": steps, "seed": seed, "mae_loss": before.refiner_card["loss"],
+        "steps": steps, "refine_steps": longer, "seed": seed,
+        "mae_loss": before.refiner_card["loss"],
         "seconds": {"mae": before.refiner_card["seconds"], "refine": history[-1]["seconds"]},
         "neighbor_accuracy": [h["neighbor_accuracy"][-1] for h in history if h["stage"] == 3],
         "before": block_report(before, *bank_and_test()),
@@ -81,12 +89,16 @@ def draw(cells: list[dict], path: Path) -> None:
     panels = {"knn": "k-NN", "linear": "linear probe", "1-shot": "one label a class",
               "kmeans_acc": "k-means accuracy"}  # fmt: skip
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), sharey=True, layout="constrained")
-    first = [c for c in cells if c["seed"] == cells[0]["seed"]]
+    first = [c for c in cells if c["seed"] == 0 and c["refine_steps"] == PRESET]
+    more = [c for c in cells if c["seed"] == 0 and c["refine_steps"] > PRESET]
     for axis, (measure, title) in zip(axes, panels.items(), strict=True):
         for when, style in (("before", "o--"), ("after", "s-")):
             color = "C0" if when == "before" else "C1"
             y = [last(c[when], measure) for c in first]
             axis.plot([c["steps"] for c in first], y, style, color=color, label=f"{when} refining")
+        for c in more:
+            label = f"after, {c['refine_steps']:,} steps instead of {PRESET}"
+            axis.plot(c["steps"], last(c["after"], measure), "^", color="C2", label=label)
         axis.set(title=title, xlabel="MAE steps before refining", xscale="log", ylim=(0, 100))
         axis.set_xticks([c["steps"] for c in first], [f"{c['steps']:,}" for c in first])
         axis.minorticks_off()
@@ -99,7 +111,8 @@ def draw(cells: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1500, 3000, 6000, EMBEDDED])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1500, 3000, EMBEDDED])
+    parser.add_argument("--refine", type=int, nargs="+", default=[PRESET])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", action="store_true", help="only rungs that were measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "mae_maturity.json")
@@ -108,16 +121,15 @@ def main() -> None:
     if args.collect:
         cells = [json.loads(p.read_text()) for p in RUNS.glob("cell-*.json")]
     else:
-        cells = [measured_rung(n, s, images) for s in args.seeds for n in args.steps]
-    cells.sort(key=lambda c: (c["seed"], c["steps"]))
-    chosen = " ".join(str(n) for n in sorted({c["steps"] for c in cells}))
-    write_json(args.out, {**header(f"python benchmarks/mae_maturity.py --steps {chosen}"),
-                          "cells": cells})  # fmt: skip
+        cells = [measured_rung(n, r, s, images)
+                 for s in args.seeds for n in args.steps for r in args.refine]  # fmt: skip
+    cells.sort(key=lambda c: (c["seed"], c["steps"], c["refine_steps"]))
+    write_json(args.out, {**header("python benchmarks/mae_maturity.py"), "cells": cells})
     draw(cells, args.out.with_suffix(".png"))
     for c in cells:
         shown = {m: [round(last(c[w], m), 1) for w in ("before", "after")]
                  for m in ("knn", "linear", "1-shot", "kmeans_acc")}  # fmt: skip
-        print(f"{c['steps']:>6} steps, seed {c['seed']}: {shown}")
+        print(f"{c['steps']:>6} + {c['refine_steps']} steps, seed {c['seed']}: {shown}")
     print(f"wrote {args.out}")
 
 
