@@ -54,6 +54,10 @@ _HOME = {
     "corrupt": "corruptions",
     "corrupted": "corruptions",
     "explore": "explorer",
+    "mask_explorer": "widgets",
+    "attention_explorer": "widgets",
+    "view_explorer": "widgets",
+    "queue_explorer": "widgets",
     "record": "course",
 }
 
