@@ -1,4 +1,4 @@
-# make course | test | lab | bench    each sets up .venv by itself and sets it up again only when
+# make course | test | lab | site | bench    each sets up .venv by itself and sets it up again only when
 #                                     pyproject.toml or constraints.txt changed
 # make clean                          removes .venv and the caches; runs/ stays
 #
@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check \
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONHOME
 
-.PHONY: help course test lab bench clean
+.PHONY: help course test lab site bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -37,6 +37,11 @@ test: $(READY)
 lab: $(READY)
 	@echo "Opening JupyterLab; stop it with Ctrl-C"
 	@$(BIN)/jupyter lab notebooks/00_tour.ipynb $(ARGS)
+
+site: $(READY)
+	@echo "Building the site of the notebooks as they ran: build/site/index.html"
+	@$(PIP) --quiet --editable '.[site]'
+	@$(BIN)/python docs/build.py $(ARGS)
 
 bench: $(READY)
 	@echo "Running the measuring scripts of benchmarks/ (minutes to half an hour each)"

@@ -40,7 +40,7 @@ def pinned():
 
 
 def test_conda_and_pip_install_the_same_packages():
-    wanted = PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["test"]
+    wanted = PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["site"] + EXTRAS["test"]
     wanted = dict(split(r) for r in wanted if not r.startswith(PROJECT["name"]))
     wanted = {CONDA_NAMES.get(n, n): rest for n, rest in wanted.items() if n not in PIP_ONLY}
     wanted |= {"python": PROJECT["requires-python"], "pip": ""}
@@ -50,8 +50,8 @@ def test_conda_and_pip_install_the_same_packages():
     assert environment["dependencies"][-1] == {"pip": ["--editable .", *PIP_ONLY]}
 
 
-def test_the_test_extra_brings_the_lab():
-    assert f"{PROJECT['name']}[lab]" in EXTRAS["test"]
+def test_the_test_extra_brings_the_lab_and_the_site():
+    assert f"{PROJECT['name']}[lab,site]" in EXTRAS["test"]
 
 
 def test_constraints_are_names_and_versions_only():
@@ -79,6 +79,7 @@ def test_every_import_of_the_library_is_a_declared_dependency():
     declared = [split(r)[0] for r in PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["stream"]]
     declared = {imported.get(name, name.replace("-", "_")) for name in declared}
     brought_along = {"jupyter_client", "jupyter_core", "traitlets", "zmq", "jinja2", "IPython"}
+    brought_along |= {"matplotlib_inline"}
     for path in (ROOT / "refiner").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

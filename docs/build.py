@@ -1,0 +1,101 @@
+"""Builds the course's static site: the notebooks as they ran, with search, for offline reading.
+
+    python docs/build.py [--out build/site]
+
+Sphinx with MyST-NB does the work; here its sources are put together in a temporary folder. Nothing
+is executed and nothing is fetched, and the pages open from the file system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=ROOT / "build" / "site", type=Path)
+    parser.add_argument("--notebooks", default=ROOT / "notebooks", type=Path)
+    args = parser.parse_args()
+    try:
+        from sphinx.cmd.build import build_main
+    except ModuleNotFoundError:
+        print("The site needs Sphinx: pip install 'mim-refiner-lab[site]'", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        collect(source, args.notebooks)
+        shutil.rmtree(args.out, ignore_errors=True)
+        options = ["-q", "-W", "--keep-going", "-b", "html", "-d", str(Path(folder, "trees"))]
+        status = build_main([*options, str(source), str(args.out)])
+    if status == 0:
+        print(f"Site: {args.out / 'index.html'}")
+    return status
+
+
+def collect(source: Path, notebooks: Path) -> None:
+    """Puts pages, settings, the schematic and the notebooks into one folder."""
+    source.mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "conf.py", source)
+    shutil.copy(ROOT / "docs" / "schematic.png", source)
+    paths = sorted(notebooks.glob("*.ipynb"))
+    names = [path.stem for path in paths]
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.write(prepared(notebook, names), source / path.name)
+    for path in (ROOT / "docs").glob("*.md"):
+        text = path.read_text(encoding="utf-8").replace("<!-- times -->", times(paths))
+        text = text.replace("{notebooks}", "\n".join(names))
+        (source / path.name).write_text(linked(text, names), encoding="utf-8")
+
+
+def prepared(notebook, names: list[str]):
+    """A notebook whose pictures have their alt text where MyST-NB looks for it, and with links."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = linked(cell.source, names)
+        pictures = [o.get("metadata", {}).get("image/png", {}) for o in cell.get("outputs", [])]
+        alt = " ".join(picture["alt"] for picture in pictures if picture.get("alt"))
+        if alt:
+            cell.metadata["mystnb"] = {"image": {"alt": alt}}
+    return notebook
+
+
+def linked(text: str, names: list[str]) -> str:
+    """Text in which every notebook's name leads to its page."""
+    known = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<!\[)`({known})`", r"[\1](\1.ipynb)", text)
+
+
+def times(paths: list[Path]) -> str:
+    """A table of what the notebooks state and what their stored run took."""
+    from refiner.course import clock
+    from refiner.exercises import find_exercises
+
+    rows = [
+        "| Notebook | stated | measured | processor | memory | exercises |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        facts = notebook.metadata.get("refiner", {})
+        run = facts.get("measured", {})
+        spent = [clock(run[k]) if run.get(k) else "–" for k in ("seconds", "processor_seconds")]
+        memory = f"{run['peak_memory_mb']} MiB" if run.get("peak_memory_mb") else "–"
+        minutes = sum(e.minutes for e in find_exercises(notebook, path.stem))
+        stated = clock(60 * facts["minutes_cpu"])
+        row = [f"`{path.stem}`", stated, *spent, memory, f"{minutes} minutes"]
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
