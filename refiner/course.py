@@ -176,7 +176,7 @@ def run_course(
             entry = _run(job, out, preset, timeout, allowed.get(job.name, {}), progress)
             progress.finish(entry)
         if write_back and entry["status"] == "ok":
-            _write_back(job, out)
+            _write_back(job, out, entry)
         _save(folder, out, summary, job.name, entry)
     print(table(summary), f"\nReport: {out / 'index.html'}", sep="\n", flush=True)
     return summary
@@ -316,6 +316,7 @@ def _run(job: Job, out: Path, preset: str, timeout: float, bands: dict, progress
         "title": job.title,
         "status": "failed" if problems else "ok",
         "seconds": round(done.seconds, 2),
+        "processor_seconds": done.processor_seconds,
         "peak_memory_mb": done.peak_memory_mb,
         "preset": preset,
         "parameters": job.parameters,
@@ -326,13 +327,16 @@ def _run(job: Job, out: Path, preset: str, timeout: float, bands: dict, progress
     }
 
 
-def _write_back(job: Job, out: Path) -> None:
+def _write_back(job: Job, out: Path, entry: dict) -> None:
     from refiner.execute import machine_paths, read_notebook, write_back
+    from refiner.training import machine as hardware
 
     executed = read_notebook(out / f"{job.name}.ipynb")
     for path in machine_paths(executed):
         print(f"warning: {job.name} shows a path of this machine: {path}", file=sys.stderr)
-    write_back(job.path, executed)
+    facts = hardware()
+    cost = {key: entry.get(key) for key in ("seconds", "processor_seconds", "peak_memory_mb")}
+    write_back(job.path, executed, cost | {k: facts[k] for k in ("cores", "processor")})
 
 
 # ---------------------------------------------------------------- bands and summary

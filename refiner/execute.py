@@ -131,6 +131,7 @@ class Executed:
 
     notebook: NotebookNode
     seconds: float
+    processor_seconds: float | None
     peak_memory_mb: int | None
     metrics: dict[str, object]
     problems: list[Problem]
@@ -146,6 +147,7 @@ class _Watch:
     stopped: tuple[int | None, str] | None = None  # an error that is no message of the kernel
     stderr: dict[int, str] = field(default_factory=dict)
     peak_memory_mb: int | None = None
+    processor_seconds: float | None = None
 
     def start(self, cell: NotebookNode, cell_index: int) -> None:
         self.cell = cell_index
@@ -219,7 +221,9 @@ class _Engine(NBClientEngine):
         )
 
         def measure(cell, cell_index, execute_reply):
-            watch.peak_memory_mb = _peak_memory_mb(client.km.provisioner.pid)
+            pid = client.km.provisioner.pid
+            watch.peak_memory_mb = _peak_memory_mb(pid)
+            watch.processor_seconds = _processor_seconds(pid)
 
         client.on_cell_executed = measure
         client.execute(env=env, cwd=str(cwd_of_kernel))
@@ -274,7 +278,9 @@ def execute(
         done = nbformat.read(saved, as_version=4) if saved.exists() else deepcopy(notebook)
         metrics = json.loads(recorded.read_text()) if recorded.exists() else {}
     done = clean(done)
-    return Executed(done, seconds, watch.peak_memory_mb, metrics, _problems(done, watch))
+    problems = _problems(done, watch)
+    spent = watch.processor_seconds
+    return Executed(done, seconds, spent, watch.peak_memory_mb, metrics, problems)
 
 
 def _environment(folder: Path, recorded: Path) -> dict[str, str]:
@@ -305,6 +311,18 @@ def _peak_memory_mb(pid: int) -> int | None:
         return None
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(peak.group(1)) // 1024 if peak else None
+
+
+def _processor_seconds(pid: int) -> float | None:
+    """Processor time so far of a process and the children it waited for; None without /proc.
+
+    On a machine that does other work too it says more than the clock.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _problems(notebook: NotebookNode, watch: _Watch) -> list[Problem]:
@@ -376,9 +394,16 @@ def _settle_widgets(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
-def write_back(path: Path, executed: NotebookNode) -> None:
-    """Copies outputs into the notebook they came from; its ids, sources and metadata stay."""
+def write_back(path: Path, executed: NotebookNode, measured: dict[str, object]) -> None:
+    """Copies outputs into the notebook they came from; its ids and sources stay.
+
+    Args:
+        path: the notebook.
+        executed: what ran.
+        measured: what the run cost and where it ran; becomes ``metadata.refiner.measured``.
+    """
     notebook = read_notebook(path)
+    notebook.metadata.setdefault("refiner", {})["measured"] = measured
     for cell, done in zip(notebook.cells, executed.cells, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count

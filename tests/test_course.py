@@ -378,7 +378,10 @@ def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     after = nbformat.read(books / "00_a.ipynb", as_version=4)
     assert [c.id for c in after.cells] == [c.id for c in before.cells]
     assert [c.source for c in after.cells] == [c.source for c in before.cells]
+    measured = after.metadata["refiner"].pop("measured")
     assert after.metadata == before.metadata
+    assert 0 < measured["seconds"] < 600 and measured["cores"] == os.cpu_count()
+    assert sys.platform != "linux" or 0 < measured["processor_seconds"]
     assert [c.metadata for c in after.cells] == [c.metadata for c in before.cells]
     assert streams(after.cells[2]) == "cpu\n"
     assert [c.get("execution_count") for c in after.cells] == [None, 1, 2, 3]
