@@ -204,17 +204,18 @@ def refine_command(args: argparse.Namespace) -> int:
     from refiner.planning import plan
     from refiner.refine import refine
 
+    parallel.join(args.device)
     model = load_model(args.model)
     size = model.refiner_card["preprocessing"]["size"]
-    changed(refine_preset(args.preset, model, size, 10**6), args.settings)  # errors come first
+    first = refine_preset(args.preset, model, size, 10**7, args.settings)  # errors come first
     check_out(args.out)
     options = training_options(args)
-    images = refinable_images(args, size)
+    images = refinable_images(args, size, min(view.size for view in first.views))
     if args.knn_every:
         images, held_out = images.holdout(0.1)
         options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
         options["evaluate_every"] = args.knn_every
-    recipe = changed(refine_preset(args.preset, model, size, images), args.settings)
+    recipe = refine_preset(args.preset, model, size, images, args.settings)
     if args.plan or not args.resume:
         ahead = str(plan(model, images, recipe=recipe, device=args.device))
         if parallel.rank() == 0:
@@ -229,31 +230,64 @@ def refine_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def refinable_images(args: argparse.Namespace, size: int):
+def refinable_images(args: argparse.Namespace, size: int, smallest: int):
     """An image set, or a stream for tar shards and ``hf:`` names.
 
+    Args:
+        args: the command line.
+        size: to which images are resized, pixels.
+        smallest: size of the smallest view, which the images need to have.
+
     Raises:
-        ValueError: for a stream that shall be evaluated, and what opening raises.
+        ValueError: for images that are too small, and a stream that shall be evaluated.
     """
     from refiner.images import load_images
     from refiner.streams import is_stream, open_stream
 
     if not is_stream(args.data):
+        check_sides(args.data, size, smallest)
         return load_images(args.data, n=args.n, size=size)
     if args.knn_every:
         raise ValueError("a stream has no labels to hold out; leave --knn-every out")
     return open_stream(args.data, n=args.n, size=size)
 
 
-def refine_preset(name: str, model, size: int, images):
+def check_sides(folder: str, size: int, smallest: int) -> None:
+    """Looks at some image files' sizes; named sets are left alone.
+
+    Raises:
+        ValueError: when most are smaller than the smallest view.
+    """
+    from refiner.images import shorter_sides
+
+    sides = sorted(shorter_sides(Path(folder)))
+    if not sides or sides[len(sides) // 2] >= size:
+        return
+    side = sides[len(sides) // 2]
+    if side < smallest:
+        raise ValueError(
+            f"most images of {folder} have {side} pixels a side, fewer than a view of {smallest}; "
+            "give larger images, or a model and a recipe for small ones"
+        )
+    print(f"Most images of {folder} have {side} pixels a side and are enlarged to {size}.",
+          file=sys.stderr)  # fmt: skip
+
+
+def refine_preset(name: str, model, size: int, images, settings: list[str]):
     """The recipe of a preset for a model, its image size and a set or a number of images."""
     from refiner.recipe import Recipe
 
-    if name in ("cpu", "gpu"):
-        return getattr(Recipe, name)(size=size)
-    if name == "fitted":
-        return Recipe.fitted(model, images)
-    return Recipe.paper(name, images=images)
+    values = dict(map(parse_setting, settings))
+    batch = {"batch": values["batch"]} if isinstance(values.get("batch"), int) else {}
+    if name == "cpu":
+        recipe = Recipe.cpu(size=size)
+    elif name == "gpu":
+        recipe = Recipe.gpu(size=size, patch=model.patch_embed.patch_size[0])
+    elif name == "fitted":
+        recipe = Recipe.fitted(model, images, **batch)  # its steps follow the batch
+    else:
+        recipe = Recipe.paper(name, images=images, **batch)
+    return changed(recipe, settings)
 
 
 def add_probe(subparsers, common: argparse.ArgumentParser) -> None:
@@ -377,7 +411,8 @@ def changed(recipe, settings: list[str]):
         numbers = isinstance(now, int | float) and isinstance(value, int | float)
         if now is not None and not numbers and type(now) is not type(value):
             kind = type(now).__name__
-            raise ValueError(f"{name}={value!r}: expected a value of type {kind}, such as {now!r}")
+            such = f", such as {now!r}" if len(repr(now)) < 80 else ""
+            raise ValueError(f"{name}={value!r}: expected a value of type {kind}{such}")
     return replace(recipe, **values)
 
 

@@ -559,15 +559,24 @@ def _image_files(folder: Path) -> Iterator[Path]:
                 yield Path(where, name)
 
 
-def _common_size(paths: Sequence[Path], sample: int = 64) -> int:
-    """The square size that a sample of the files shares, else 224."""
-    sizes = set()
+def shorter_sides(folder: Path, sample: int = 64) -> list[int]:
+    """Shorter sides of a sample of a folder's images, pixels; none where there is no folder."""
+    return [min(size) for size in _some_sizes(list(_image_files(folder)), sample)]
+
+
+def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, int]]:
+    """(width, height) of some of the files, without those that cannot be read."""
     for path in paths[:: max(1, len(paths) // sample)]:
         try:
             with Image.open(path) as image:  # reads the header only
-                sizes.add(image.size)
+                yield image.size
         except OSError:
             continue  # named later, with the other broken ones
+
+
+def _common_size(paths: Sequence[Path]) -> int:
+    """The square size that a sample of the files shares, else 224."""
+    sizes = set(_some_sizes(paths))
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     return width if width == height else 224
 

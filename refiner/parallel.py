@@ -36,7 +36,15 @@ def rank() -> int:
 
 
 def join(device: str | torch.device | None = None) -> torch.device:
-    """Joins the processes that a launcher started, if one did, and gives this one's device."""
+    """Joins the processes that a launcher started, if one did, and gives this one's device.
+
+    Raises:
+        ValueError: for a device that is not here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"there is no device {str(device)!r} here; leave it out") from error
     cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState

@@ -115,10 +115,10 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
 
 def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
     """What to change to need less memory, the mildest first; all of it at last."""
-    blocks, half = recipe.blocks, depth // 2
+    blocks, half = recipe.blocks, min(depth // 2, recipe.blocks[0])  # heads stay above it
     fewer = blocks[::-2][::-1] if len(blocks) > 1 else blocks  # every other, with the last
     changes: dict[str, dict] = {"checkpoint=True": {"checkpoint": True}}
-    if recipe.frozen_blocks < half <= blocks[0] + 1:
+    if recipe.frozen_blocks < half:
         changes[f"frozen_blocks={half}"] = {"frozen_blocks": half}
     if len(fewer) < len(blocks) and isinstance(recipe.pooling, str):
         changes[f"blocks={fewer}"] = {"blocks": fewer}

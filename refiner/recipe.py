@@ -114,13 +114,14 @@ class Recipe:
         return replace(base, **changes)
 
     @classmethod
-    def gpu(cls, *, size: int = 32, **changes) -> Recipe:
+    def gpu(cls, *, size: int = 32, patch: int = 16, **changes) -> Recipe:
         """The full run on one GPU; up to 64 pixels the cpu preset's views, above the paper's.
 
         Not yet run on a GPU: the numbers are the paper's, scaled to one card by its own rules.
 
         Args:
             size: the model's image size.
+            patch: and its patch size, which small views are a multiple of.
             **changes: other values for any attribute.
         """
         base = cls(hidden=1024, predictor_hidden=2048, batch=512, head_steps=500, steps=6000,
@@ -128,7 +129,7 @@ class Recipe:
         if size <= 64:
             base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)
         else:
-            scaled = {224: size, 96: 16 * round(size * 96 / 224 / 16)}
+            scaled = {224: size, 96: patch * round(size * 96 / 224 / patch)}
             views = tuple(replace(view, size=scaled[view.size]) for view in base.views)
             base = replace(base, views=views, hidden=2048, predictor_hidden=4096, queue=65_536)
         return replace(base, **changes)
@@ -182,11 +183,11 @@ class Recipe:
         Args:
             model: the encoder to be refined.
             images: the set.
-            **changes: other values for any attribute.
+            **changes: other values for any attribute; another batch changes the steps.
         """
         n, width, depth = _count(images), model.embed_dim, len(model.blocks)
         size = model.refiner_card["preprocessing"]["size"]
-        batch = min(_power(n / 32), 1024 if width < 1280 else 512)
+        batch = changes.get("batch", min(_power(n / 32), 1024 if width < 1280 else 512))
         queue = min(_power(n / 4), 65_536)
         per_epoch = max(1, n // batch)
         base = cls(
@@ -322,7 +323,7 @@ def _checked_blocks(recipe: Recipe, depth: int) -> tuple[int, ...]:
         raise ValueError(
             f"heads on blocks {list(blocks)}: choose different blocks from 0 to {depth - 1}"
         )
-    if blocks[0] < recipe.frozen_blocks - 1:
+    if blocks[0] < recipe.frozen_blocks and recipe.steps:
         raise ValueError(
             f"a head on block {blocks[0]} trains nothing when {recipe.frozen_blocks} blocks are "
             "frozen; freeze fewer blocks or move the head up"
@@ -348,12 +349,25 @@ def _check_options(recipe: Recipe) -> None:
             raise ValueError(
                 f"{name} {getattr(recipe, name)!r}: choose {', '.join(map(repr, choices))}"
             )
-    least = {"batch": 2, "queue": 1, "top_k": 1, "head_steps": 0, "steps": 0, "frozen_blocks": 0}
+    least = {"batch": 2, "queue": 1, "top_k": 1, "head_steps": 0, "steps": 0, "frozen_blocks": 0,
+             "hidden": 1, "predictor_hidden": 1, "out": 1, "lr": 0, "head_lr": 0,
+             "weight_decay": 0, "head_weight_decay": 0}  # fmt: skip
     for name, low in least.items():
-        if getattr(recipe, name) < low:
+        if not low <= getattr(recipe, name) < math.inf:  # also for NaN
             raise ValueError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
-    if not recipe.temperature > 0:
-        raise ValueError(f"the temperature is {recipe.temperature}; it needs to be above 0")
+    for name in ("temperature", "layer_decay", "clip"):
+        value = getattr(recipe, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it needs to be above 0")
+    for name in ("ema", "warmup", "head_warmup", "swap_from", "swap_full"):
+        value = getattr(recipe, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it needs to be between 0 and 1")
+    if recipe.swap_from > recipe.swap_full:
+        raise ValueError(
+            f"swapping cannot begin at {recipe.swap_from} and be full at {recipe.swap_full}; "
+            "choose swap_from below swap_full"
+        )
 
 
 def _check_views(recipe: Recipe, patch: int, size: int) -> None:
@@ -361,7 +375,10 @@ def _check_views(recipe: Recipe, patch: int, size: int) -> None:
         raise ValueError("a recipe needs at least two views, and one to all of them global")
     for view in recipe.views:
         if view.size % patch:
-            raise ValueError(f"a view of {view.size} pixels is no multiple of the patch of {patch}")
+            raise ValueError(
+                f"a view of {view.size} pixels is no multiple of the patch of {patch}; choose "
+                f"{patch * max(1, round(view.size / patch))}, or the preset fitted, which does so"
+            )
         if view.size > size:
             raise ValueError(
                 f"images of {size} pixels are smaller than a view of {view.size}; load larger "

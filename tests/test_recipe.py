@@ -115,6 +115,16 @@ def test_fitted_keeps_its_rules(n, size, patch):
         assert 0 < view.scale[0] < view.scale[1] <= 1
 
 
+def test_another_batch_changes_the_steps_of_a_fitted_recipe():
+    recipe = Recipe.fitted(shaped(384), 6400, batch=64)
+    assert recipe.batch == 64 and (recipe.head_steps, recipe.steps) == (2000, 3000)
+
+
+@pytest.mark.parametrize("patch", [14, 16, 32])
+def test_views_of_the_gpu_preset_suit_the_patch(patch):
+    assert all(v.size % patch == 0 for v in Recipe.gpu(size=224, patch=patch).views)
+
+
 def test_fitted_recipe_fits(model):
     recipe = complete_recipe(Recipe.fitted(model, pixels(64)), model, pixels(64))
     assert recipe.batch == 2 and recipe.queue == 16
@@ -168,6 +178,12 @@ def nan_pixels():
     ({"temperature": 0.0}, pixels(), "temperature is 0.0"),
     ({"batch": 1}, pixels(), "batch is 1; it needs to be 2 or more"),
     ({"top_k": 0}, pixels(), "top_k is 0"),
+    ({"blocks": (1, 2), "frozen_blocks": 2}, pixels(), "block 1 trains nothing when 2 blocks"),
+    ({"out": 0}, pixels(), "out is 0"),
+    ({"lr": math.nan}, pixels(), "lr is nan"),
+    ({"ema": 1.5}, pixels(), "ema is 1.5; it needs to be between 0 and 1"),
+    ({"clip": 0.0}, pixels(), "clip is 0.0; it needs to be above 0"),
+    ({"swap_from": 0.5, "swap_full": 0.2}, pixels(), "cannot begin at 0.5 and be full at 0.2"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_training(model, change, images, message):
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refiner import images
 from refiner.__main__ import main
 
 TINY_MAE = ["steps=3", "batch=4", "dim=16", "depth=12", "heads=2", "decoder_dim=12"]
@@ -81,6 +82,10 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 0 to 11"),
     (["refine", "--preset", "L/16", "--n", "64"], "64 images are fewer than one batch of 1024"),
     (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
+    (["refine", "--set", "blocks=(5,)"], "a head on block 5 trains nothing when 6 blocks are"),
+    (["refine", "--device", "gpu"], "there is no device 'gpu' here"),
+    (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
+    (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 0 to 11"),
     (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
@@ -89,6 +94,47 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
     assert error.strip().splitlines()[-1].startswith("refiner: ")
     assert not (tmp_path / "out").exists()
+
+
+def save_images(folder, n, side, *, same=False):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    first = rng.integers(256, size=(side, side, 3), dtype=np.uint8)
+    for i in range(n):
+        pixels = first if same else rng.integers(256, size=(side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_images_that_are_too_small_or_all_alike(trained, tmp_path, capsys):
+    """A view has 16 pixels, the model 32; what lies between is enlarged, and said."""
+    save_images(tmp_path / "tiny", 8, 12)
+    save_images(tmp_path / "small", 8, 20)
+    save_images(tmp_path / "same", 8, 40, same=True)
+    expected = {
+        "tiny": "have 12 pixels a side, fewer than a view of 16",
+        "small": "have 20 pixels a side and are enlarged to 32",
+        "same": "the images look all alike",
+    }
+    for name, message in expected.items():
+        command = ["refine", "--model", str(trained), "--data", str(tmp_path / name), "--plan"]
+        done = main([*command, "--out", str(tmp_path / "r"), *settings(TINY_HEADS)])
+        assert done == (0 if name == "small" else 2)
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+
+
+def test_a_folder_too_large_for_memory_is_refined(photos, trained, tmp_path, monkeypatch):
+    """Its files are read for each batch; the result is that of the same folder in memory."""
+    results = []
+    for limit in (images.MEMORY_LIMIT, 1000):
+        monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+        out = tmp_path / str(limit)
+        command = ["refine", "--model", str(trained), "--data", str(photos), "--out", str(out)]
+        assert main([*command, "--knn-every", "1", *settings(TINY_HEADS)]) == 0
+        history = json.loads((out / "history.json").read_text())
+        results.append([(entry["loss"], entry.get("knn")) for entry in history])
+    assert isinstance(images.load_images(photos, size=32).images, images.LazyImages)
+    assert results[0] == results[1]
 
 
 def test_a_file_in_the_way_of_the_output(tmp_path, capsys):
