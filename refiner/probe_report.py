@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from refiner import measures, neighbors, plots, probes
+from refiner.alt_text import describe
 from refiner.features import extract
 from refiner.files import replacing, write_json, write_text
 from refiner.images import BUILT_IN, ImageSet, _split_folder, load_images
@@ -398,16 +399,31 @@ def _cka_figure(found: dict[str, dict]) -> plt.Figure:
 # ---------------------------------------------------------------- the page
 
 
-def write_page(out: Path, report: dict) -> None:
-    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
+def save_figures(out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figure]]]) -> list[str]:
+    """Writes ``figures/*.png`` in the course's look.
+
+    Args:
+        out: the report's folder.
+        draw: makes file names, captions and figures.
+
+    Returns:
+        Each as an HTML figure with the picture inside and its description as alt text.
+    """
     shown = []
     with plots.style():
-        for name, caption, figure in figures(report):
+        for name, caption, figure in draw():
             path = out / "figures" / f"{name}.png"
             with replacing(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=100)
+            picture = base64.b64encode(path.read_bytes()).decode()
+            shown.append(_figure(picture, caption, describe(figure)))
             plt.close(figure)
-            shown.append(_figure(base64.b64encode(path.read_bytes()).decode(), caption))
+    return shown
+
+
+def write_page(out: Path, report: dict) -> None:
+    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
+    shown = save_figures(out, lambda: figures(report))
     images, models = report["images"], ", ".join(report["models"])
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     notes = "".join(f"<li>{escape(text)}</li>" for text in report.get("left_out", []))
