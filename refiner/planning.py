@@ -48,9 +48,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of both stages."""
+        """Of both stages, without the steps from kept features, which take little."""
         heads, encoder = self.step_seconds
-        return heads * self.recipe.head_steps + encoder * self.recipe.steps
+        steps, kept = self.recipe.head_steps, self.recipe.cached_views
+        if kept:
+            steps = min(steps, kept * (self.images // self.recipe.batch))
+        return heads * steps + encoder * self.recipe.steps
 
     @property
     def bytes(self) -> float:
@@ -147,7 +150,8 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
         f"data     {_data(images)}; views: {views}",
         f"heads    on blocks {', '.join(where)}; pooling {recipe.pooling}",
         f"stage 2  heads only: {epochs(recipe.head_steps)} of batch {recipe.batch}"
-        + (f" on {many} processes" if many > 1 else ""),
+        + (f" on {many} processes" if many > 1 else "")
+        + (f", views of {recipe.cached_views} epochs" if recipe.cached_views else ""),
         f"stage 3  encoder and heads: {epochs(recipe.steps)}{frozen}",
         f"targets  {_swapping(recipe)}; temperature {recipe.temperature}, queue {recipe.queue}, "
         f"one of the {recipe.top_k} nearest",
@@ -211,7 +215,10 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
             replace(run, recipe=replace(run.recipe, checkpoint=False)), images, device
         )
         image += (whole - image) / max(1, len(model.blocks) - recipe.frozen_blocks)
-    return {
+    kept = {}
+    if recipe.cached_views:
+        kept["features"] = 4.0 * recipe.cached_views * len(images) * t * v * model.embed_dim
+    return kept | {
         "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
         "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
         "queue": 4.0 * recipe.queue * recipe.out * t,
@@ -275,6 +282,7 @@ def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device,
 
 def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor:
     """The last round's seconds of one step of stage 2 and one of stage 3, on the CPU."""
+    recipe = replace(recipe, cached_views=0)  # a whole epoch of them would be kept
     trainer = Trainer(begin(model, recipe, device), images, device=device)
     seconds = [0.0, 0.0]
     for _ in range(rounds):

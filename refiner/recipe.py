@@ -42,6 +42,10 @@ class Recipe:
         weight_decay, head_weight_decay: of the encoder's and the heads' matrices in stage 3.
         warmup: share of each stage's steps.
         head_warmup: the share in stage 2, where it is another one.
+        cached_views: for so many epochs of stage 2 views are drawn; later epochs take the features
+            that these had, in other batches, and need no encoder. Memory for each such epoch:
+            images × views × heads × the encoder's width. 0 draws views at every step, as the paper
+            does.
         frozen_blocks: this many first blocks, and the embedding, are not trained.
         temperature: τ of the NNA loss.
         queue: entries of the neighbor queue.
@@ -80,6 +84,7 @@ class Recipe:
     head_weight_decay: float = 1e-5
     warmup: float = 0.15
     head_warmup: float | None = None
+    cached_views: int = 0
     frozen_blocks: int = 0
     temperature: float = 0.2
     queue: int = 65_536
@@ -303,6 +308,8 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     _check_options(recipe)
     pixels = getattr(images, "images", images)
     if isinstance(pixels, ImageStream):
+        if recipe.cached_views:
+            raise ValueError("features of a stream cannot be kept; leave cached_views at 0")
         pixels = pixels.sample(recipe.batch)
     _check_pixels(pixels)
     _check_views(recipe, model.patch_embed.patch_size[0], min(pixels.shape[2:]))
@@ -350,7 +357,7 @@ def _check_options(recipe: Recipe) -> None:
                 f"{name} {getattr(recipe, name)!r}: choose {', '.join(map(repr, choices))}"
             )
     least = {"batch": 2, "queue": 1, "top_k": 1, "head_steps": 0, "steps": 0, "frozen_blocks": 0,
-             "hidden": 1, "predictor_hidden": 1, "out": 1, "lr": 0, "head_lr": 0,
+             "cached_views": 0, "hidden": 1, "predictor_hidden": 1, "out": 1, "lr": 0, "head_lr": 0,
              "weight_decay": 0, "head_weight_decay": 0}  # fmt: skip
     for name, low in least.items():
         if not low <= getattr(recipe, name) < math.inf:  # also for NaN

@@ -6,8 +6,8 @@ stage 3 trains the encoder with them. Views → blocks → heads → NNA loss; t
 What is done is decided in :mod:`refiner.recipe`; several processes share it by
 :mod:`refiner.parallel`.
 
-Shape legend: T heads, V views, G global views, B samples, N tokens, D encoder width, O output
-width, K patches kept.
+Shape legend: T heads, V views, G global views, B samples, N tokens or images, D encoder width, O
+output width, K patches kept or epochs whose features are kept.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ from refiner.training import (
     draw,
     load_state,
     machine,
+    repeated_indices,
     save_state,
     step_generator,
 )
@@ -72,9 +73,9 @@ from refiner.views import make_views
 from refiner.watch import Guard
 
 __all__ = [
-    "Recipe", "Refined", "Step", "complete_recipe", "freeze_first", "head_features", "load_heads",
-    "recipe_dict", "recipe_from", "refine", "refine_step", "save_refined", "swap_chance",
-    "view_features",
+    "Recipe", "Refined", "Step", "batch_features", "complete_recipe", "freeze_first",
+    "head_features", "load_heads", "recipe_dict", "recipe_from", "refine", "refine_step",
+    "save_refined", "swap_chance", "view_features",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -183,9 +184,30 @@ class Step:
     spread: Tensor
 
 
-def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor, ids: Tensor,
+def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int,
+                   generator: torch.Generator) -> Tensor:  # fmt: skip
+    """Pooled features of the views of one batch, [T, V, b, D].
+
+    Args:
+        pixels: uint8 [b, 3, H, W] on the device; with several processes, this one's rows.
+        stage: 2 keeps the encoder out of the graph.
+        total: images of the whole batch.
+        generator: of views and dropped patches.
+    """
+    rows = parallel.rows(total)[0], total
+    pre = model.refiner_card["preprocessing"]
+    mean, std = (constant(tuple(pre[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
+    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator, rows=rows)]
+    frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
+    with torch.no_grad() if stage == 2 else nullcontext():
+        return view_features(
+            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
+        )
+
+
+def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | None, ids: Tensor,
                 recipe: Recipe, *, stage: int, swap_chance: float, generator: torch.Generator,
-                labels: Tensor | None = None) -> Step:  # fmt: skip
+                labels: Tensor | None = None, features: Tensor | None = None) -> Step:  # fmt: skip
     """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
 
     With several processes each hands in its rows of the batch and the ids of the whole one. The
@@ -198,16 +220,14 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor, ids
         swap_chance: probability that a sample's target is swapped for its neighbor.
         generator: of views and draws; on the device it is fastest.
         labels: int64 [all samples] on the device; only watched, never learned from.
+        features: what :func:`batch_features` gave, in place of the pixels.
     """
     first, count = parallel.rows(len(ids))
     rows, own = (first, len(ids)), ids[first : first + count]
-    pre = model.refiner_card["preprocessing"]
-    mean, std = (constant(tuple(pre[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
-    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator, rows=rows)]
-    frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
-    with torch.no_grad() if stage == 2 else nullcontext():
-        x_TVBD = view_features(
-            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
+    x_TVBD = features
+    if x_TVBD is None:
+        x_TVBD = batch_features(
+            model, pixels, recipe, stage=stage, total=len(ids), generator=generator
         )
     z_TVBO, p_TVBO = heads(x_TVBD)
 
@@ -380,6 +400,8 @@ class Trainer:
         self.labels = None if labels is None else labels.to(device)
         self.ema = EMA(run.model, recipe.ema)
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
+        self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
+        self.kept_steps: set[int] = set()
         self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
 
     def open(self, pixels, count: int) -> Batches | StreamBatches:
@@ -406,8 +428,11 @@ class Trainer:
 
     def indices(self, step: int) -> Tensor:
         """The whole batch of a step, the same in every process."""
-        recipe = self.run.recipe
-        return batch_indices(len(self.batches.pixels), recipe.batch, seed=recipe.seed, step=step)
+        recipe, n = self.run.recipe, len(self.batches.pixels)
+        if recipe.cached_views and step < recipe.head_steps:
+            return repeated_indices(n, recipe.batch, seed=recipe.seed, step=step,
+                                    epochs=recipe.cached_views)  # fmt: skip
+        return batch_indices(n, recipe.batch, seed=recipe.seed, step=step)
 
     def train(self, bar) -> None:
         try:
@@ -422,6 +447,7 @@ class Trainer:
         steps = recipe.head_steps if stage == 2 else recipe.steps
         if stage == 3:
             self.optimizers.pop(2, None)  # its averages are as large as the heads, twice
+            self.kept_KNTVD = None
         for step in range(max(self.done - first, 0), steps):
             self.one_step(stage, step, steps, bar)
             self.done = first + step + 1
@@ -469,13 +495,47 @@ class Trainer:
 
     def forward(self, stage: int, step: int) -> Step:
         run, recipe = self.run, self.run.recipe
-        pixels, ids = self.batch(self.done)
+        pixels = features = None
         with autocast(self.device):
+            if stage == 2 and recipe.cached_views:
+                features, ids = self.kept_features(self.done)
+            else:
+                pixels, ids = self.batch(self.done)
             return refine_step(
                 run.model, run.heads, run.queue, pixels, ids, recipe,
                 stage=stage, swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
-                generator=step_generator(recipe.seed, self.done, self.device), labels=self.labels,
+                generator=self.generator(self.done), labels=self.labels, features=features,
             )  # fmt: skip
+
+    def generator(self, step: int) -> torch.Generator:
+        return step_generator(self.run.recipe.seed, step, self.device)
+
+    def kept_features(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features [T, V, b, D] of a step's views and the batch's ids, computed or found again."""
+        recipe = self.run.recipe
+        per_epoch = len(self.batches.pixels) // recipe.batch
+        epoch = step // per_epoch
+        if epoch < recipe.cached_views:
+            return self.keep_features(step)
+        for earlier in range(recipe.cached_views * per_epoch):
+            if earlier not in self.kept_steps:  # in a resumed run
+                self.keep_features(earlier)
+        ids = self.indices(step).to(self.device, non_blocking=True)
+        x_BTVD = self.kept_KNTVD[epoch % recipe.cached_views, ids[self.mine]]
+        return x_BTVD.permute(1, 2, 0, 3), ids
+
+    def keep_features(self, step: int) -> tuple[Tensor, Tensor]:
+        recipe, n = self.run.recipe, len(self.batches.pixels)
+        pixels, ids = self.batch(step)
+        x_TVBD = batch_features(self.run.model, pixels, recipe, stage=2, total=len(ids),
+                                generator=self.generator(step))  # fmt: skip
+        t, v, _, d = x_TVBD.shape
+        if self.kept_KNTVD is None:
+            self.kept_KNTVD = x_TVBD.new_empty(recipe.cached_views, n, t, v, d)
+        everyone = parallel.gather(x_TVBD, dim=2).permute(2, 0, 1, 3)
+        self.kept_KNTVD[step // (n // recipe.batch), ids] = everyone
+        self.kept_steps.add(step)
+        return x_TVBD, ids
 
     def log(self, result: Step, stage: int, step: int, lr: float, bar) -> None:
         names = [f.name for f in fields(Step) if getattr(result, f.name) is not None]

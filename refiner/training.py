@@ -59,9 +59,22 @@ def batch_indices(n: int, batch: int, *, seed: int, step: int) -> Tensor:
     return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
 
 
-@lru_cache(
-    maxsize=4
-)  # every step of an epoch asks for it, and shuffling a million images takes time
+def repeated_indices(n: int, batch: int, *, seed: int, step: int, epochs: int) -> Tensor:
+    """Like :func:`batch_indices`, but epoch e holds the images of epoch e modulo ``epochs``.
+
+    The first ``epochs`` are those of :func:`batch_indices`; later ones deal their images out anew.
+    Only where n is no multiple of the batch do epochs differ in their images.
+    """
+    epoch, position = divmod(step, n // batch)
+    if epoch < epochs:
+        return batch_indices(n, batch, seed=seed, step=step)
+    seen = _epoch_order(n, seed, epoch % epochs)[: n // batch * batch]
+    order = np.random.default_rng([seed, epoch, 1]).permutation(len(seen))
+    return torch.from_numpy(seen[order[position * batch : (position + 1) * batch]])
+
+
+# Every step of an epoch asks for it, and shuffling a million images takes time.
+@lru_cache(maxsize=4)
 def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
