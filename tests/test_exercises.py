@@ -15,11 +15,14 @@ from refiner import course, exercises
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 IMPORTS = """
+from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 import refiner
 from refiner import course, mae
-depth = 12
+from refiner.features import preprocess
+model = SimpleNamespace(blocks=[None] * 12)  # what the tour's choice of blocks asks about
+images = torch.zeros(32, 3, 32, 32)
 """
 
 
