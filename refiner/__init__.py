@@ -58,6 +58,8 @@ _HOME = {
     "attention_explorer": "widgets",
     "view_explorer": "widgets",
     "queue_explorer": "widgets",
+    "evaluate": "evaluate",
+    "EvaluationSettings": "protocols",
     "record": "course",
 }
 

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refiner", description=refiner.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=refiner.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
-    for add in (add_course, add_pretrain, add_refine, add_probe, add_models):
+    for add in (add_course, add_pretrain, add_refine, add_probe, add_evaluate, add_models):
         add(subparsers, common)
     return parser
 
@@ -337,6 +337,66 @@ def probe_command(args: argparse.Namespace) -> int:
         print(f"left out: {sentence}")
     print(f"{Path(args.out) / 'index.html'}: the report")
     return 0
+
+
+def add_evaluate(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner evaluate``: before and after under every protocol."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure one or two models under every protocol of the paper",
+        description="k-NN, linear probes, few labels, clusters, corrupted images, shifted factors, "
+        "dense labels, fine-tuning and transfer. Every row is written to report.json as soon as it "
+        "is done; at the end index.html shows tables and figures. The exit status is 1 if a row "
+        "failed; --resume tries it again.",
+    )
+    add = parser.add_argument
+    add("--before", default="mae_toybox", metavar="NAME",
+        help="a model's name or folder; default: %(default)s")  # fmt: skip
+    add("--after", metavar="NAME", help="another to compare with it")
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder, with labels; default: %(default)s")  # fmt: skip
+    add("--transfer", nargs="+", default=[], metavar="NAME", help="more image sets or folders")
+    add("--dense", metavar="FOLDER",
+        help="images and annotations in ADE20K's form; default: Toybox's own masks")  # fmt: skip
+    add("--out", default="runs/evaluate", metavar="FOLDER", help="default: %(default)s")
+    add("--preset", choices=("cpu", "gpu"),
+        help="how much is measured; default: gpu where there is one, else cpu")  # fmt: skip
+    add("--rows", nargs="+", metavar="ROW",
+        help="only these of knn, linear, few, clusters, corruptions, shifts, segmentation, "
+        "finetune, finetune_few, transfer")  # fmt: skip
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="change a value of the preset, such as n=1000; repeatable")  # fmt: skip
+    add("--resume", action="store_true", help="keep the rows that are done in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    parser.set_defaults(command=evaluate_command)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Evaluates and writes the report; 1 if a row failed."""
+    import torch
+
+    from refiner.evaluate import evaluate
+    from refiner.evaluate_report import findings
+    from refiner.protocols import EvaluationSettings
+
+    on_gpu = (args.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    preset = getattr(EvaluationSettings, args.preset or ("gpu" if on_gpu else "cpu"))()
+    settings = changed(preset, args.settings)
+    check_out(args.out)
+    report = resumable(
+        evaluate, args.before, args.after, args.data, out=args.out, transfers=args.transfer,
+        dense=args.dense, rows=args.rows, settings=settings, resume=args.resume,
+        device=args.device,
+    )  # fmt: skip
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    for name, sides in report["failed"].items():
+        for side, reason in sides.items():
+            print(f"failed: {name}, {side}: {reason}", file=sys.stderr)
+    print("\n".join(findings(report)))
+    print(f"{Path(args.out) / 'index.html'}: the report")
+    return int(bool(report["failed"]))
 
 
 def add_models(subparsers, common: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from refiner.encoders import Encoder, final_pooling, has_class_token, width
 from refiner.features import preprocess, preprocessing_card
 from refiner.images import ImageSet
 from refiner.models import copy_model
-from refiner.probes import _by_class
+from refiner.probes import PENALTIES, _by_class, linear_probe
 from refiner.refine import head_features
 from refiner.training import (
     Batches,
@@ -70,9 +70,13 @@ class FinetuneRecipe:
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
         ema: largest decay of the averaged weights, which are the result; 0 takes the last weights.
         crop: range of the random crop's share of the area.
+        ratio: range of its width / height.
         flip: probability of a mirror image.
         jitter: strength of brightness, contrast and saturation.
         pooling: "cls" or "patch"; None takes what the model's final norm is made for.
+        head: "zero" starts all classes alike, as the published recipes do; "probe" starts from a
+            linear probe of the train images (Kumar et al. 2022, arXiv 2202.10054), for runs that
+            are too short to find a head as well.
         seed: of everything random.
     """
 
@@ -89,16 +93,18 @@ class FinetuneRecipe:
     drop_path: float = 0.1
     ema: float = 0.9999
     crop: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     jitter: float = 0.3
     pooling: str | None = None
+    head: str = "zero"
     seed: int = 0
 
     @classmethod
     def cpu(cls, **changes) -> FinetuneRecipe:
         """A run of seconds to minutes on two cores: small steps, little augmentation."""
-        small = cls(epochs=4, batch=32, lr=8e-3, mixup=0.2, cutmix=0.0, drop_path=0.0, ema=0.99,
-                    crop=(0.6, 1.0), jitter=0.1)  # fmt: skip
+        small = cls(epochs=2, batch=32, lr=2e-3, mixup=0.0, cutmix=0.0, drop_path=0.0, ema=0.99,
+                    crop=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.1, head="probe")  # fmt: skip
         return replace(small, **changes)
 
     @classmethod
@@ -134,10 +140,43 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("classes", classes)
 
+    def pooled(self, x_BCHW: Tensor) -> Tensor:
+        """What the head sees of normalised images, [B, D]."""
+        last = len(self.encoder.blocks) - 1
+        return head_features(self.encoder, x_BCHW, (last,), pooling=self.pooling)[0]
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B, C] of normalised images."""
-        last = len(self.encoder.blocks) - 1
-        return self.head(head_features(self.encoder, x_BCHW, (last,), pooling=self.pooling)[0])
+        return self.head(self.pooled(x_BCHW))
+
+    @torch.no_grad()
+    def start_from_probe(self, pixels, y_N: Tensor, *, seed: int = 0) -> None:
+        """Sets the head to a linear probe of the encoder as it is.
+
+        Args:
+            pixels: uint8 [N, 3, H, W].
+            y_N: places of the labels among the classes.
+            seed: of the part that chooses the penalty; with fewer than five images in a class
+                there is no such part, and the penalty is :func:`refiner.low_shot`'s.
+        """
+        device = self.head.weight.device
+        self.eval()
+        x_ND = _over_batches(self.pooled, self.encoder, pixels, device).float()
+        grid = PENALTIES if int(y_N.bincount().min()) >= 5 else (1e-2,)
+        probe = linear_probe(x_ND, y_N, x_ND[:1], y_N[:1], penalties=grid, seed=seed, device=device)
+        self.head.weight.copy_(probe.weights.T)
+        self.head.bias.copy_(probe.bias)
+
+
+def _over_batches(function, encoder: Encoder, pixels, device: torch.device,
+                  batch: int = 256) -> Tensor:  # fmt: skip
+    """A function of normalised images, batch by batch under autocast, joined."""
+    card, found = preprocessing_card(encoder), []
+    for start in range(0, len(pixels), batch):
+        x = preprocess(pixels[start : start + batch].to(device), card)
+        with autocast(device):
+            found.append(function(x))
+    return torch.cat(found)
 
 
 @dataclass
@@ -158,13 +197,10 @@ class Finetuned:
     def predict(self, images: ImageSet | Tensor, *, batch: int = 256) -> Tensor:
         """Labels, int64 [N] on the CPU, of an ImageSet or uint8 [N, 3, H, W]."""
         pixels = images.images if isinstance(images, ImageSet) else images
-        device, card = self.model.head.weight.device, preprocessing_card(self.model.encoder)
-        found = []
-        for start in range(0, len(pixels), batch):
-            x = preprocess(pixels[start : start + batch].to(device), card)
-            with autocast(device):
-                found.append(self.model(x).argmax(1))
-        return self.model.classes[torch.cat(found)].cpu()
+        device = self.model.head.weight.device
+        place = _over_batches(lambda x: self.model(x).argmax(1), self.model.encoder, pixels,
+                              device, batch)  # fmt: skip
+        return self.model.classes[place].cpu()
 
     def accuracy(self, images: ImageSet) -> float:
         """Share of an ImageSet's labels that are predicted."""
@@ -227,6 +263,8 @@ class _Run:
         self.recipe, self.device, self.out = recipe, device, out
         with _random(recipe.seed, 0, device):
             self.model = Classifier(copy_model(model), classes, pooling).to(device)
+        if recipe.head == "probe":
+            self.model.start_from_probe(images.images, y_N, seed=recipe.seed)
         set_drop_path(self.model.encoder, recipe.drop_path)
         self.batch = min(recipe.batch, len(images)) // 2 * 2
         per_epoch = len(images) // self.batch
@@ -334,9 +372,10 @@ def _pooling(model: Encoder, recipe: FinetuneRecipe) -> str:
 
 
 def _view(size: int, recipe: FinetuneRecipe) -> View:
-    return View(size=size, scale=recipe.crop, flip=recipe.flip, jitter=float(recipe.jitter > 0),
-                brightness=recipe.jitter, contrast=recipe.jitter, saturation=recipe.jitter,
-                hue=0.0, gray=0.0)  # fmt: skip
+    strength = recipe.jitter
+    return View(size=size, scale=recipe.crop, ratio=recipe.ratio, flip=recipe.flip,
+                jitter=float(strength > 0), brightness=strength, contrast=strength,
+                saturation=strength, hue=0.0, gray=0.0)  # fmt: skip
 
 
 @contextmanager

@@ -579,6 +579,86 @@ def bars_with_spread(
     return ax
 
 
+def spider(
+    values: Mapping[str, object], names: Sequence[str], *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Several qualities at once, a spoke each, from 0 % in the middle to 100 % at the rim.
+
+    Spokes of different protocols share a scale but no meaning: only the two outlines on one spoke
+    can be compared, never one spoke with the next or the enclosed areas.
+
+    Args:
+        values: by name shares [Q] from 0 to 1.
+        names: the Q spokes'; at least three.
+        title: of the figure.
+        ax: polar Axes; default a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: for fewer than three spokes or other numbers of values.
+    """
+    outlines = {name: _array(x) for name, x in values.items()}
+    if len(names) < 3 or any(x.shape != (len(names),) for x in outlines.values()):
+        raise ValueError(
+            f"a spider plot needs three or more spokes and a value for each of {names}"
+        )
+    if ax is None:
+        figure = plt.figure(figsize=(6.4, 5.6), layout="constrained")
+        ax = figure.add_subplot(projection="polar")
+    around = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    for i, (name, x) in enumerate(outlines.items()):
+        closed = np.append(around, around[0]), np.append(x, x[0])
+        ax.plot(*closed, label=name, markersize=6, **_look(i))
+        ax.fill(*closed, color=COLOURS[i % len(COLOURS)], alpha=0.08)
+    ax.set_theta_zero_location("N")
+    ax.set_theta_direction(-1)
+    ax.set_xticks(around, names)
+    ax.tick_params(axis="x", pad=14)
+    ax.set(ylim=(0, 1), title=title)
+    ax.set_yticks([0.25, 0.5, 0.75, 1.0])
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_rlabel_position(180 / len(names))
+    ax.spines[:].set_visible(False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncols=len(outlines))
+    return ax
+
+
+def differences(
+    names: Sequence[str],
+    values: object,
+    spreads: object,
+    *,
+    xlabel: str = "after − before, percentage points",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """What changed, a line each, with bars of two spreads either side of it.
+
+    Args:
+        names: Q of them, drawn from the top.
+        values, spreads: shares [Q], shown as percentage points.
+        xlabel: what the values are.
+        title: of the figure.
+
+    Returns:
+        The Axes. Filled circles are more than two spreads away from 0, open ones are not.
+    """
+    values, spreads = 100 * _array(values), 100 * _array(spreads)
+    (ax,) = _axes(ax, 1, (7.6, 0.27 * len(names) + 1.1))
+    at = np.arange(len(names))
+    clear = np.abs(values) > 2 * spreads
+    for group, look in ((clear, {"marker": "o"}), (~clear, {"marker": "o", "fillstyle": "none"})):
+        if group.any():
+            ax.errorbar(values[group], at[group], xerr=2 * spreads[group], linestyle="",
+                        color=COLOURS[0], elinewidth=1.3, markersize=6, **look)  # fmt: skip
+    ax.axvline(0, color=GRAY, linewidth=1)
+    ax.set_yticks(at, names, fontsize=9)
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel, title=title)
+    return ax
+
+
 # ---------------------------------------------------------------- maps
 
 

@@ -202,7 +202,8 @@ class Segmentation:
         miou: mean over classes of intersection over union, float32 [L].
         spread: its standard deviation over resampled test images, [L].
         pixel_accuracy: share of right pixels, [L].
-        object_iou: of objects of any class against the background, [L]; NaN without background.
+        object_iou, object_spread: of objects of any class against the background, [L]; NaN without
+            background.
         iou: of each class, [L, C]; NaN where a class neither occurs nor is predicted.
         penalty: the λ that was chosen, [L].
         validation: pixel accuracy on held-out train images, [L].
@@ -213,6 +214,7 @@ class Segmentation:
     spread: Tensor
     pixel_accuracy: Tensor
     object_iou: Tensor
+    object_spread: Tensor
     iou: Tensor
     penalty: Tensor
     validation: Tensor
@@ -382,18 +384,18 @@ def iou_of(counts: Tensor) -> Tensor:
 
 def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) -> Segmentation:
     total = torch.stack([c.sum(0) for c in counts])  # [L, 3, C + 2]
-    iou = iou_of(total[:, :, :-2])
+    iou, n = iou_of(total), len(test)
     right = total[:, 2, :-2].sum(-1) / total[:, 0, :-2].sum(-1).clamp(min=1)
-    objects = iou_of(total[:, :, -2:])[:, 1]
-    n = len(test)
     resampled = torch.from_numpy(np.random.default_rng(0).integers(0, n, (200, n)))
     times = torch.zeros(200, n).scatter_add_(1, resampled, torch.ones(200, n)).double()
     spread = []
     for c in counts:
-        drawn = (times @ c[:, :, :-2].double().flatten(1)).unflatten(1, (3, -1))
-        spread.append(iou_of(drawn).nanmean(-1).std(correction=0))
+        drawn = iou_of((times @ c.double().flatten(1)).unflatten(1, (3, -1)))
+        both = drawn[:, :-2].nanmean(-1), drawn[:, -1]
+        spread.append(torch.stack(both).std(1, correction=0))
+    spread, objects = torch.stack(spread, dim=1).float()
     plain = lambda values: torch.tensor([getattr(f, values) for f in fits])  # noqa: E731
     return Segmentation(
-        numbers, iou.nanmean(-1).float(), torch.stack(spread).float(), right.float(),
-        objects.float(), iou.float(), plain("penalty"), plain("validation"),
+        numbers, iou[:, :-2].nanmean(-1).float(), spread, right.float(), iou[:, -1].float(),
+        objects, iou[:, :-2].float(), plain("penalty"), plain("validation"),
     )  # fmt: skip

@@ -145,10 +145,10 @@ def test_penalty_and_block_are_chosen_on_train_images_alone():
 def test_the_spread_shrinks_with_more_test_images():
     model, train = encoder(), halves(20)
     few, many = (
-        linear_segmentation(model, train, halves(n, seed=2), penalties=[1e-2]).spread
-        for n in (10, 160)
+        linear_segmentation(model, train, halves(n, seed=2), penalties=[1e-2]) for n in (10, 160)
     )
-    assert 0 < float(many) < 0.6 * float(few)
+    assert 0 < float(many.spread) < 0.6 * float(few.spread)
+    assert 0 < float(many.object_spread) < 0.6 * float(few.object_spread)
 
 
 def test_toybox_objects():
@@ -195,6 +195,7 @@ def test_a_folder_in_ade20ks_form(tmp_path):
     sides = [load_dense(tmp_path, split=s, size=16, progress=False) for s in ("train", "test")]
     found = linear_segmentation(encoder(), *sides)
     assert 0 <= found.miou <= 1 and found.object_iou.isnan().all()
+    assert found.object_spread.isnan().all()
 
 
 def test_a_flat_folder_lends_every_fifth(tmp_path):
