@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 
 Tensor = torch.Tensor
+# How many processes a launcher has started: torchrun and accelerate, Open MPI, Intel's, MVAPICH2.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+CPU_ONLY = "ACCELERATE_USE_CPU"
 
 
 def world() -> int:
@@ -39,14 +42,20 @@ def join(device: str | torch.device | None = None) -> torch.device:
     """Joins the processes that a launcher started, if one did, and gives this one's device.
 
     Raises:
-        ValueError: for a device that is not here.
+        ValueError: for a device that is not here, and for processes that were not started.
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {str(device)!r} here; leave it out") from error
     cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    started = [int(os.environ[name]) for name in WORLD_SIZES if name in os.environ]
+    if not started and "MASTER_ADDR" in os.environ and os.environ.get(CPU_ONLY) == "True":
+        raise ValueError(
+            "without MPI, accelerate launch --cpu starts one process only; for several say "
+            "torchrun --nproc-per-node N -m refiner refine ..."
+        )
+    if max(started, default=1) > 1:
         from accelerate import PartialState
 
         return PartialState(cpu=cpu).device

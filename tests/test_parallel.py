@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_streams import png, write_tar
 
 from refiner import parallel
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
@@ -20,6 +21,7 @@ from refiner.models import build_vit
 from refiner.planning import traffic
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import begin, freeze_first, refine
+from refiner.streams import SHARD, open_stream
 from refiner.views import View, make_views
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +62,7 @@ def count_bytes() -> dict[str, int]:
 
 
 def main(out: Path) -> None:
-    """What each process does: a counted step, a run, a wrong call, a step in float64."""
+    """What each process does: a counted step, runs, a wrong call, a step in float64."""
     counted = count_bytes()
     refine(model(), images(), recipe=replace(TINY, head_steps=0, steps=1), progress=False,
            log_every=1, device="cpu")  # fmt: skip
@@ -75,6 +77,10 @@ def main(out: Path) -> None:
     except ValueError as error:
         found["error"] = str(error)
     found["bytes"] = counted
+    stream = open_stream(str(out / "s-{0..1}.tar"), size=16)
+    streamed = refine(model(), stream, recipe=replace(TINY, cached_views=0), progress=False)
+    found["streamed"] = streamed.queue.ids.tolist()
+    found["streamed loss"] = streamed.history[-1]["loss"]
     found["gradients"] = [g.tolist() for g in float64_gradients()]
     (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
 
@@ -100,6 +106,8 @@ def float64_gradients() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
+    for shard in range(2):
+        write_tar(out / f"s-{shard}.tar", {f"{i}.png": png(10 * shard + i, 16) for i in range(9)})
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -161,6 +169,14 @@ def test_gradients_in_float64_are_those_of_one_process(ranks):
         got = torch.tensor(got, dtype=torch.float64)
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
         assert expected.abs().max() > 1e-4
+
+
+def test_each_process_streams_its_own_shards_into_one_queue(ranks):
+    """The queue holds three batches: the first half of each is process 0's."""
+    for key in ("streamed", "streamed loss"):
+        assert ranks[0][key] == ranks[1][key]
+    shards = (torch.tensor(ranks[0]["streamed"]) // SHARD).reshape(3, 2, 4)
+    assert (shards[:, 0] == 0).all() and (shards[:, 1] == 1).all()
 
 
 def test_different_data_is_noticed(ranks):
