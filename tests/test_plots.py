@@ -313,6 +313,35 @@ def test_factor_heatmap_has_factors_down_and_blocks_across():
         plots.factor_heatmap({"before": before}, ["a", "b", "c"])
 
 
+def test_a_spider_closes_its_outlines_and_keeps_one_scale():
+    values = {"before": [0.2, 0.5, 0.9, 0.4], "after": np.array([0.4, 0.6, 0.8, 0.4])}
+    ax = plots.spider(values, ["k-NN", "linear", "clusters", "dense"])
+    for line, x in zip(ax.lines, values.values(), strict=True):
+        angle, radius = line.get_data()
+        assert radius.tolist() == [*x, x[0]] and angle[-1] == angle[0]
+        np.testing.assert_allclose(angle[:-1], np.arange(4) * np.pi / 2)
+    assert ax.get_ylim() == (0, 1)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["k-NN", "linear", "clusters", "dense"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["before", "after"]
+    assert len({line.get_marker() for line in ax.lines}) == 2
+    for wrong in (["a", "b"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="three or more spokes"):
+            plots.spider({"x": [0.1] * len(wrong[:2])}, wrong)
+
+
+def test_differences_are_filled_where_they_are_more_than_two_spreads():
+    ax = plots.differences(["up", "flat", "down"], [0.1, 0.01, -0.2], [0.04, 0.04, 0.01])
+    filled, hollow = ax.containers
+    assert filled.lines[0].get_data()[0].tolist() == pytest.approx([10, -20])
+    assert filled.lines[0].get_data()[1].tolist() == [0, 2]
+    assert hollow.lines[0].get_data()[0].tolist() == pytest.approx([1])
+    assert hollow.lines[0].get_fillstyle() == "none" != filled.lines[0].get_fillstyle()
+    (bars,) = hollow.lines[2]
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [1 - 8, 1 + 8])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["up", "flat", "down"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+
+
 @pytest.mark.parametrize("name", ["contact_sheet", "reconstruction", "neighbor_grid",
                                   "block_curve", "bars_with_spread", "error_and_knn",
                                   "similarity_map"])  # fmt: skip
