@@ -229,3 +229,14 @@ def test_a_constant_factor_is_named_as_one(capsys):
 
     course.check(lambda x: 3 * x, lambda x: x, lambda: (torch.rand(5),), name="scaled")
     assert "3 times what it should be, everywhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_check_returns_is_used_in_the_rest_of_the_notebook(path):
+    code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    everything = "\n".join(code)
+    for name, call in re.findall(
+        r"^(\w+) = (course\.(?:check|choose)\()", everything, re.MULTILINE
+    ):
+        after = everything.partition(f"{name} = {call}")[2]
+        assert re.search(rf"\b{name}\b", after), f"{name} is not used"

@@ -131,3 +131,33 @@ def test_the_glossary_is_in_alphabetical_order():
     text = (ROOT / "docs" / "glossary.md").read_text()
     terms = [term.lower() for term in re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE)]
     assert len(terms) > 20 and terms == sorted(terms)
+
+
+# ---------------------------------------------------------------- badges
+
+
+def test_badges_are_written_once_and_nothing_else_changes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import badges
+
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "README.md").write_text("# Lab\n\nText.\n")
+    name = f"{NAMES[0]}.ipynb"
+    original = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    nbformat.write(original, tmp_path / "notebooks" / name)
+    for place in ("one/lab", "two/lab"):
+        assert badges.main([place, "--root", str(tmp_path)]) == 0
+    assert badges.main(["nonsense", "--root", str(tmp_path)]) == 2
+    head = (tmp_path / "README.md").read_text()
+    assert head.startswith("# Lab\n\n[![Open this page in Colab](") and head.endswith("\n\nText.\n")
+    written = nbformat.read(tmp_path / "notebooks" / name, as_version=4)
+    changed = [
+        (a.source, b.source)
+        for a, b in zip(original.cells, written.cells, strict=True)
+        if a.source != b.source
+    ]
+    assert len(changed) == 2, "the title's cell and the hosted one"
+    assert "one/lab" not in str(written) and "one/lab" not in head
+    link = "https://colab.research.google.com/github/two/lab/blob/main/notebooks/00_tour.ipynb"
+    assert link in changed[0][1] and changed[0][1].count("![") == 2
+    assert 'repository = "https://github.com/two/lab"' in changed[1][1]
