@@ -197,11 +197,30 @@ def figure(explored: Exploration, view: View) -> Figure:
             _map(panel, side.xy, side.colour)
             _chosen(panel, side.xy, view)
             panel.set_title(f"{side.model}, block {side.block}")
-        _names(right, view.sides[1].colour)
+        _names(right, view.sides[1].colour, view.state.colour)
         _curve(curve, explored, view)
         if view.near:
             _near_grid(parts[1], explored, view)
+        drawn.set_label(in_words(explored, view))
     return drawn
+
+
+def in_words(explored: Exploration, view: View) -> str:
+    """The figure for those who cannot see it."""
+    parts = []
+    for side in view.sides:
+        about = "" if side.accuracy is None else f", k-NN accuracy {percent(side.accuracy)}"
+        parts.append(f"{side.model}, block {side.block}{about}")
+    text = f"Two maps of {len(explored):,} images coloured by {view.state.colour}: "
+    text += f"{parts[0]}, and {parts[1]}; they share {percent(view.shared)} of the neighbors"
+    if view.near:
+        counts = [f"{int(near.right.sum())}" for near in view.near if near.right is not None]
+        own = f", {' and '.join(counts)} of them of its class" if counts else ""
+        text += (
+            f". Below, image {view.state.selected} with its {explored.k} neighbors on both sides"
+        )
+        text += own
+    return text
 
 
 def _map(ax: Axes, xy: np.ndarray, colour: Colour) -> None:
@@ -212,7 +231,8 @@ def _map(ax: Axes, xy: np.ndarray, colour: Colour) -> None:
     else:
         table = np.asarray(palette(len(colour.names)))
         ax.scatter(*xy.T, s=size, c=table[colour.values], linewidths=0, alpha=0.8)
-    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.set(xticks=[], yticks=[], aspect="equal", xlabel="first axis (no unit)")
+    ax.set_ylabel("second axis (no unit)")
     ax.grid(False)
 
 
@@ -226,11 +246,11 @@ def _chosen(ax: Axes, xy: np.ndarray, view: View) -> None:
         ax.scatter(*xy[selected], s=160, marker="*", color="black", edgecolors="white", zorder=3)
 
 
-def _names(ax: Axes, colour: Colour) -> None:
+def _names(ax: Axes, colour: Colour, name: str) -> None:
     if colour.names is None:
         cmap = plt.get_cmap(CIRCLE if colour.circle else NUMBERS)
         scale = plt.cm.ScalarMappable(plt.Normalize(*colour.limits), cmap)
-        ax.figure.colorbar(scale, ax=ax, shrink=0.8)
+        ax.figure.colorbar(scale, ax=ax, shrink=0.8, label=name)
     elif 1 < len(colour.names) <= 24:
         dots = [
             plt.Line2D([], [], linestyle="", marker="o", color=c, label=name)

@@ -190,10 +190,13 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
 
     def draw(image, ratio, seed, hidden):
         found = paint(mae, pixels[int(image)], torch.tensor(hidden))
-        some = [found[name][None] for name in ("original", "masked", "painted")]
-        error = found["error"].item()
-        title = f"{sum(hidden)} of {n} patches hidden: error {error:.3f}"
-        return plots.reconstruction(*some, title=title).figure
+        title = f"{sum(hidden)} of {n} patches hidden: error {found['error'].item():.3f}"
+        drawn, axes = plt.subplots(1, 3, figsize=(8, 3), layout="constrained")
+        for ax, name in zip(axes, ("original", "masked", "painted"), strict=True):
+            _show(ax, found[name], name, size=11)
+        drawn.suptitle(title)
+        drawn.set_label(f"An image, what the autoencoder saw of it, and what it painted; {title}")
+        return drawn
 
     return Panel(draw, controls, above=patches)
 
@@ -297,6 +300,7 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
         ax.grid(False)
     drawn.colorbar(shown, ax=list(axes[1:]), label="weight", shrink=0.8)
     drawn.suptitle(title)
+    drawn.set_label(f"An image, and beside it where each of {heads} attention heads looks")
     return drawn
 
 
@@ -396,7 +400,9 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
                       solarize=solarize)  # fmt: skip
         some = augmented(pixels[int(image)], now, n, seed=seed)
         title = "The image, then random views of it"
-        return plots.contact_sheet(some, columns=8, title=title).figure
+        drawn = plots.contact_sheet(some, columns=8, title=title).figure
+        drawn.set_label(f"An image and {n} random views of it, in other colours and crops")
+        return drawn
 
     return Panel(draw, controls)
 
@@ -519,6 +525,9 @@ def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figu
         _show(ax, pixels[i], text, colour=colour, frame=place == drawn)
     about = "" if right is None else f", {right} of its class"
     figure.suptitle(f"{name}: the {len(ids)} nearest in the queue{about}")
+    figure.set_label(
+        f"A query image and the images whose views are nearest, number {drawn + 1} drawn"
+    )
     return figure
 
 
@@ -528,11 +537,13 @@ def _label(i: int, labels, classes) -> str:
     return classes[int(labels[i])] if classes else str(int(labels[i]))
 
 
-def _show(ax, picture: Tensor, text: str, *, colour: str = "black", frame: bool = False) -> None:
+def _show(
+    ax, picture: Tensor, text: str, *, colour: str = "black", frame: bool = False, size: int = 8
+) -> None:
     ax.set_axis_on()
     ax.imshow(np.asarray(picture.permute(1, 2, 0).cpu()))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-    ax.set_title(text, fontsize=8, color=colour)
+    ax.set_title(text, fontsize=size, color=colour)
     ax.spines[:].set_visible(True)
     ax.spines[:].set(color=colour if frame else "none", linewidth=4)
