@@ -139,14 +139,14 @@ def evaluate(
              "settings": _plain(asdict(settings))}  # fmt: skip
     loaded = {side: load_model(name) for side, name in models.items()}
     report = _started(out, asked, resume)
-    bench = _Bench(loaded, settings, data, dense, device)
+    bench = _Bench(loaded, settings, data, dense, device, progress)
     report["images"] = bench.facts()
     report["left_out"] = left_out = bench.left_out(wanted)
     todo = [(r, side) for side in models for r in wanted if r not in left_out]
     with tqdm(total=sum(wanted[r].cost for r, _ in todo), desc="evaluating", unit="",
               bar_format=BAR, disable=not progress) as bar:  # fmt: skip
         for name, side in todo:
-            bar.set_description(f"{side}: {wanted[name].title}")
+            bar.set_description_str(f"{side}: {wanted[name].title}")
             if side not in report["rows"].get(name, {}):
                 _measure(report, name, wanted[name], side, bench)
                 write_json(out / "report.json", report)
@@ -174,7 +174,7 @@ def _started(out: Path, asked: dict, resume: bool) -> dict:
 
 def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> None:
     """Adds a row's scores to the report, or why there are none."""
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     try:
         scores = row.measure(bench.subject(side, name))
     # Whatever a protocol stumbles over (memory, a download, a model that cannot do it), the other
@@ -183,7 +183,11 @@ def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> Non
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report["failed"].setdefault(name, {})[side] = reason
         return
-    found = {"seconds": round(time.monotonic() - began, 2), "scores": scores}
+    found = {
+        "seconds": round(time.monotonic() - began, 2),
+        "cpu_seconds": round(time.process_time() - worked, 2),
+        "scores": scores,
+    }
     report["rows"].setdefault(name, {})[side] = found
     report["failed"].get(name, {}).pop(side, None)
     if not report["failed"].get(name, True):
@@ -194,9 +198,9 @@ class _Bench:
     """The images of a run, loaded once for each size, and a subject for each model."""
 
     def __init__(self, models: dict[str, Encoder], settings: EvaluationSettings, data,
-                 dense, device):  # fmt: skip
+                 dense, device, progress: bool):  # fmt: skip
         self.models, self.settings = models, settings
-        self.data, self.dense, self.device = data, dense, device
+        self.data, self.dense, self.device, self.progress = data, dense, device, progress
         self.loaded: dict[tuple, object] = {}
         self.main: dict[str, Subject] = {}
         for side in models:
@@ -261,7 +265,8 @@ class _Bench:
         if side not in self.main:
             self.main = {}  # one model's features at a time
             self.main[side] = Subject(self.models[side], *self.images(self.data, side),
-                                      self.settings, self.device)  # fmt: skip
+                                      self.settings, self.device,
+                                      progress=self.progress)  # fmt: skip
         subject = self.main[side]
         if kind == "segmentation":
             subject.dense = self.dense_images(side)

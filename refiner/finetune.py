@@ -247,7 +247,7 @@ def finetune(
     if resume:
         run.restore()
     with tqdm(total=run.steps, initial=run.done, desc="fine-tuning", unit="step",
-              disable=not progress) as bar:  # fmt: skip
+              leave=None, disable=not progress) as bar:  # fmt: skip
         run.train(bar, save_every)
     averaged = run.ema.module if recipe.ema else run.model
     return Finetuned(averaged.eval(), run.history, recipe)

@@ -121,6 +121,7 @@ class Subject:
         settings: see :class:`EvaluationSettings`.
         device: where to run; None decides by itself.
         dense: images with maps, train and test, if there are any.
+        progress: show a bar while fine-tuning.
     """
 
     model: Encoder
@@ -129,6 +130,7 @@ class Subject:
     settings: EvaluationSettings
     device: torch.device | str | None = None
     dense: tuple[DenseSet, DenseSet] | None = None
+    progress: bool = False
 
     def extract(self, images: ImageSet | Iterable[Tensor], **options) -> Features:
         return extract(self.model, images, device=self.device, progress=False, **options)
@@ -451,7 +453,7 @@ def few_finetuning(s: Subject) -> list[dict]:
 
 
 def _finetuned(s: Subject, train: ImageSet, test: ImageSet, recipe: FinetuneRecipe) -> float:
-    run = finetune(s.model, train, recipe=recipe, device=s.device, progress=False)
+    run = finetune(s.model, train, recipe=recipe, device=s.device, progress=s.progress)
     return run.accuracy(test)
 
 
