@@ -7,13 +7,15 @@ A ladder for the encoders' widths of Ti, S, B and L: one loop per head and pair 
 torch's own layers; the stacked heads and one product for all pairs, with a queue that is normalised
 at every lookup; the queue stored normalised; AdamW fused; the step compiled. A step is: heads,
 lookup of neighbors, loss, backward, optimiser, push. Features are given; the encoder is no part of
-it.
+it. Last comes the floor: the matrix products of a step and its backward pass and nothing else.
 
-Every round runs all rungs once, in changing order; medians of the rounds are reported. Launches are
-the operations that reach the device (none counted for compiled code), memory is what the forward
-pass keeps for the backward pass. On a CPU the products of the heads take most of the time in every
-rung, and no ladder shortens those; a GPU waits for launches. Writes
-``benchmarks/results/refine_step-<device>.json``.
+Every round runs all rungs once, in changing order; medians of the rounds are reported, on a CPU of
+processor time, as others may use the machine. Launches are the operations that reach the device
+(none counted for compiled code), memory is what the forward pass keeps for the backward pass. On a
+CPU the products take most of the time, and no ladder goes below them; a GPU waits for launches.
+
+Then a whole step of the cpu preset on the embedded autoencoder, part by part, and a step of stage 2
+with features that were kept. Writes ``benchmarks/results/refine_step-<device>.json``.
 """
 
 from __future__ import annotations
@@ -32,8 +34,13 @@ from measured import header
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import refiner
 from refiner.files import write_json
-from refiner.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import Trainer, batch_features, begin, view_features
+from refiner.training import step_generator
+from refiner.views import make_views
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -143,6 +150,33 @@ class Stacked:
         self.queue.push(self.pushed, ids)
 
 
+class Products:
+    """The floor: all matrix products of a step, forward and backward, without what is between."""
+
+    def __init__(self, dim: int, shape: Shape, device: str):
+        heads = IDHeads(shape.heads, dim, hidden=shape.hidden, out=shape.out,
+                        predictor_hidden=shape.predictor_hidden).to(device)  # fmt: skip
+        self.weights = [m.weight for m in heads.modules() if isinstance(m, StackedLinear)]
+        self.queue = torch.randn(shape.heads, shape.queue, shape.out, device=device)
+        self.targets = GLOBAL * shape.batch
+
+    @torch.no_grad()
+    def step(self, x_TVBD, ids) -> None:
+        flowing, inputs = x_TVBD.flatten(1, 2), []
+        for layer, weight in enumerate(self.weights):
+            inputs.append(flowing)
+            flowing = torch.bmm(flowing, weight)
+            if layer == 2:  # the projection
+                z = flowing[:, : self.targets]
+        torch.bmm(z, self.queue.mT)
+        logits = torch.bmm(z, flowing.mT)
+        gradient = torch.bmm(logits.mT, z)
+        for layer in reversed(range(len(self.weights))):
+            torch.bmm(inputs[layer].mT, gradient)
+            if layer:
+                gradient = torch.bmm(gradient, self.weights[layer].mT)
+
+
 def rungs(dim: int, shape: Shape, device: str, *, compiled: bool) -> dict:
     """The ladder, lowest first."""
     found = {
@@ -153,17 +187,19 @@ def rungs(dim: int, shape: Shape, device: str, *, compiled: bool) -> dict:
     }
     if compiled:
         found["compiled"] = Stacked(dim, shape, device, fused=True, compiled=True)
+    found["products only"] = Products(dim, shape, device)
     return found
 
 
-def step(rung, x_TVBD, ids) -> float:
-    """One step; its loss."""
+def step(rung, x_TVBD, ids) -> None:
+    """One step."""
+    if isinstance(rung, Products):
+        return rung.step(x_TVBD, ids)
     loss = rung.loss(x_TVBD, ids)
     rung.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     rung.optimizer.step()
     rung.push(ids)
-    return loss
 
 
 class Launches(TorchDispatchMode):
@@ -194,13 +230,16 @@ def kept_bytes(rung, x_TVBD, ids) -> int:
     return sum(kept.values())
 
 
-def timed(rung, x_TVBD, ids) -> float:
-    wait = torch.cuda.synchronize if x_TVBD.is_cuda else lambda: None
+def timed(work, device: str) -> float:
+    """Seconds of a function without arguments: wall time on a GPU, processor time on a CPU."""
+    wait, clock = torch.cuda.synchronize, time.perf_counter
+    if device == "cpu":
+        wait, clock = (lambda: None), time.process_time
     wait()
-    began = time.perf_counter()
-    step(rung, x_TVBD, ids)
+    began = clock()
+    work()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def measure(size: str, shape: Shape, device: str, rounds: int, *, compiled: bool) -> dict:
@@ -213,7 +252,9 @@ def measure(size: str, shape: Shape, device: str, rounds: int, *, compiled: bool
     for name, rung in ladder.items():
         for _ in range(2):
             step(rung, x_TVBD, ids)  # warm up, compile, make the optimiser's averages
-        found[name] = {"megabytes": round(kept_bytes(rung, x_TVBD, ids) / 1e6, 1)}
+        found[name] = {}
+        if name != "products only":
+            found[name]["megabytes"] = round(kept_bytes(rung, x_TVBD, ids) / 1e6, 1)
         if name != "compiled":
             with Launches() as launches:
                 step(rung, x_TVBD, ids)
@@ -223,12 +264,58 @@ def measure(size: str, shape: Shape, device: str, rounds: int, *, compiled: bool
     for turn in range(rounds):
         random.Random(turn).shuffle(order)
         for name in order:
-            seconds[name].append(timed(ladder[name], x_TVBD, ids))
+            seconds[name].append(timed(lambda: step(ladder[name], x_TVBD, ids), device))  # noqa: B023
     for name, values in seconds.items():
         found[name]["milliseconds"] = round(1000 * statistics.median(values), 2)
         ratios = [a / b for a, b in zip(seconds["loop"], values, strict=True)]
         found[name]["times_faster"] = round(statistics.median(ratios), 2)
     return found
+
+
+def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
+    """Milliseconds of each part of a step on the embedded autoencoder, in rounds as above."""
+    images = refiner.load_images("toybox", n=1024, progress=False)
+    model = refiner.load_model("mae_toybox")
+    recipe = complete_recipe(Recipe.cpu(head_steps=1000, cached_views=1), model, images)
+    trainer = Trainer(begin(model, recipe, torch.device(device)), images, device=device)
+    run, rng = trainer.run, step_generator(0, 0, device)
+    trainer.kept_features(8)  # fills the first epoch
+    pixels, ids = images.images[: recipe.batch].to(device), torch.arange(recipe.batch)
+    views = make_views(pixels, recipe.views, rng)
+    frozen = {"frozen_blocks": recipe.frozen_blocks, "generator": rng}
+    x_TVBD = batch_features(run.model, pixels, recipe, stage=2, total=len(ids), generator=rng)
+    z_TVBO, p_TVBO = (x.detach() for x in run.heads(x_TVBD))
+    targets, p_TVBO = z_TVBO[:, :GLOBAL], p_TVBO.requires_grad_()
+    encode = lambda: view_features(run.model.train(), views, recipe, **frozen)  # noqa: E731
+    state = {}
+
+    def one_step(stage, done):
+        trainer.done = done
+        trainer.one_step(stage, 0, 1000, None)
+
+    def encode_only():
+        state["features"] = encode()
+
+    work = {
+        "step of stage 3": lambda: one_step(3, 1000),
+        "step of stage 2": lambda: trainer.keep_features(0) and one_step(2, 8),
+        "step of stage 2, features kept": lambda: one_step(2, 8),
+        "views": lambda: make_views(pixels, recipe.views, rng),
+        "encoder, forward": encode_only,
+        "encoder, backward": lambda: state.pop("features").sum().backward(),
+        "heads, both ways": lambda: sum(x.sum() for x in run.heads(x_TVBD)).backward(),
+        "lookup": lambda: run.queue.lookup(targets.flatten(1, 2), ids, k=recipe.top_k),
+        "loss, both ways": lambda: nna_loss(p_TVBO, targets, targets).backward(),
+        "optimiser": trainer.optimizers[3].step,
+        "average": lambda: trainer.ema.update(run.model),
+    }  # fmt: skip
+    seconds = {name: [] for name in work}
+    for turn in range(rounds + 1):  # the first is thrown away
+        for name, part in work.items():
+            took = timed(part, device)
+            if turn:
+                seconds[name].append(took)
+    return {name: round(1000 * statistics.median(v), 1) for name, v in seconds.items()}
 
 
 def main() -> None:
@@ -247,11 +334,14 @@ def main() -> None:
         cells[size] = measure(size, shape, device, args.rounds, compiled=not args.no_compile)
         for name, cell in cells[size].items():
             print(f"{size:3} {name:17}", "  ".join(f"{k} {v}" for k, v in cell.items()), flush=True)
+    preset = parts_of_the_cpu_preset(device, args.rounds)
+    for name, milliseconds in preset.items():
+        print(f"cpu preset, {name:32} {milliseconds:8.1f} ms")
     command = "python benchmarks/refine_step.py" + (" --full" if args.full else "")
     command += " --no-compile" if args.no_compile else ""
     out = args.out or RESULTS / f"refine_step-{device}.json"
     write_json(out, {**header(command), "rounds": args.rounds, "shape": vars(shape),
-                     "global_views": GLOBAL, "cells": cells})  # fmt: skip
+                     "global_views": GLOBAL, "cells": cells, "cpu_preset": preset})  # fmt: skip
     print(f"wrote {out}")
 
 
