@@ -240,3 +240,25 @@ def test_what_a_check_returns_is_used_in_the_rest_of_the_notebook(path):
     ):
         after = everything.partition(f"{name} = {call}")[2]
         assert re.search(rf"\b{name}\b", after), f"{name} is not used"
+
+
+def test_a_real_notebook_keeps_the_source_and_another_one_uses_it(tmp_path, monkeypatch):
+    """Two kernels as a learner would start them, without the course runner."""
+    from nbclient import NotebookClient
+
+    monkeypatch.delenv("REFINER_RECORD", raising=False)
+    monkeypatch.setenv("REFINER_ANSWERS", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    check = "course.check(my_sum, sum, lambda: ([1.0, 2.0],), name='sum')"
+
+    def said(definition):
+        imports = "import math\nfrom refiner import course"
+        cells = [nbformat.v4.new_code_cell(x) for x in (imports, definition, check)]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        NotebookClient(notebook, kernel_name="python3").execute()
+        return cells[2].outputs[0].text
+
+    solved = "def my_sum(x):\n    return math.fsum(x)"
+    assert said(solved) == "sum: solved ✓\n"
+    assert (tmp_path / "sum.py").read_text().strip() == solved
+    assert "solved ✓ (with your answer in" in said('def my_sum(x):\n    """Empty."""')
