@@ -77,6 +77,27 @@ def test_probing_claims_hold_on_the_committed_measurement():
     assert ratio <= 1.05 and f"{ratio:.2f} times timm's" in README
 
 
+def test_costs_of_a_step_are_the_files():
+    folder = ROOT / "benchmarks" / "results"
+    ladder = json.loads((folder / "refine_step-cpu.json").read_text())
+    columns = ("loop", "fused optimiser", "compiled", "products only")
+    for size, cells in ladder["cells"].items():
+        row = " | ".join(f"{cells[name]['milliseconds']:.0f}" for name in columns)
+        assert f"| {size} | {row} |" in README
+        assert cells["loop"]["milliseconds"] < 5 * cells["products only"]["milliseconds"]
+    part, text = ladder["cpu_preset"], " ".join(README.split())
+    encoder = part["encoder, forward"] + part["encoder, backward"]
+    assert f"spends {encoder:.0f} ms in the encoder's blocks" in text
+    kept, drawn = part["step of stage 2, features kept"], part["step of stage 2"]
+    assert f"takes {kept:.0f} ms instead of {drawn:.0f}" in text
+    cases = json.loads((folder / "views-cpu.json").read_text())["cases"]
+    for case in cases.values():
+        side = {name: cell["milliseconds"] for name, cell in case["sides"].items()}
+        assert side["refiner"] == min(side.values())
+        for name in ("refiner", "kornia", "torchvision, image by image"):
+            assert f" {side[name]:.0f}" in text, name
+
+
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link
