@@ -161,7 +161,7 @@ def score(name: str, value: float, spread: float, of: str, **more) -> dict:
         name: what was measured.
         value: a share, from 0 to 1.
         spread: its standard deviation over ``of``.
-        of: "test images", "draws" or "seeds".
+        of: what was varied: "test images", "draws", "seeds", or two of them.
         **more: ``main=True`` for the figure that stands for its row, ``choice`` for what was chosen
             on train images, ``detail`` for more numbers.
     """
@@ -458,8 +458,12 @@ def _finetuned(s: Subject, train: ImageSet, test: ImageSet, recipe: FinetuneReci
 
 
 def _over_runs(name: str, runs: Sequence[float], of: str, n_test: int, **more) -> dict:
-    """Mean and deviation over runs; with a single run, the standard error over test images."""
+    """Mean over runs. Spread: of a run, by what is drawn for it and by its test images.
+
+    A few runs that happen to agree would otherwise look infinitely sure.
+    """
     mean = float(np.mean(runs))
-    if len(runs) > 1:
-        return score(name, mean, np.std(runs, ddof=1), of, detail={"runs": list(runs)}, **more)
-    return score(name, mean, math.sqrt(mean * (1 - mean) / n_test), "test images", **more)
+    images = mean * (1 - mean) / n_test
+    spread = math.sqrt(images + (np.var(runs, ddof=1) if len(runs) > 1 else 0.0))
+    of = f"{of} and test images" if len(runs) > 1 else "test images"
+    return score(name, mean, spread, of, detail={"runs": list(runs)}, **more)
