@@ -7,8 +7,10 @@ A thin layer of ipywidgets and jupyter-scatter: every change of a control makes 
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,7 +24,8 @@ from refiner import panels
 from refiner.course import clock
 from refiner.exploration import Colour, Exploration, State, View, prepare
 
-GLIDE = 600  # milliseconds in which points move to the next block
+GLIDE = 500  # milliseconds in which points move to the next block
+MARGIN = 300  # and what a busy browser may need besides
 REACH = 1.06  # of the axes; points lie within -1…1
 HEIGHT = 380  # pixels of a map
 SAME = "as on the left"
@@ -193,7 +196,7 @@ class Explorer:
             options=options, description=label, **short
         )
         self.left, self.right = drop("left", names), drop("right", names)
-        fixed = [(SAME, None)] + [(f"block {b}", b) for b in range(1, depth + 1)]
+        fixed = [(SAME, 0)] + [(f"block {b}", b) for b in range(1, depth + 1)]
         self.right_block = drop("right block", fixed)
         self.layout = drop("map", [("PCA", "pca"), ("UMAP", "umap")])
         self.colour = drop("colour by", explored.colours)
@@ -227,8 +230,9 @@ class Explorer:
         self._listen()
 
     def _listen(self) -> None:
-        for name in ("left", "right", "right_block", "colour"):
+        for name in ("left", "right", "colour"):
             self._on(getattr(self, name), lambda value, name=name: self.set(**{name: value}))
+        self._on(self.right_block, lambda value: self.set(right_block=value or None))
         self._on(self.slider, lambda value: self.set(block=value))
         self._on(self.layout, self._change_layout)
         self._on(self.searching, self._find)
@@ -316,11 +320,12 @@ class Explorer:
         state, old = view.state, before.state
         explored = self.exploration
         with self._silently():
-            for name in ("left", "right", "right_block", "layout", "colour"):
+            for name in ("left", "right", "layout", "colour"):
                 getattr(self, name).value = getattr(state, name)
+            self.right_block.value = state.right_block or 0
             self.slider.value = state.block
             for side, one in enumerate(self.maps):
-                one.show(view, None if everything else before)
+                one.show(view)
                 self.captions[side].value = panels.caption(explored, view, side)
             if everything or state.colour != old.colour:
                 self.legend.value = panels.legend(view.sides[0].colour)
@@ -346,6 +351,13 @@ class _Map:
         import pandas as pd
 
         self.explorer, self.side = explorer, side
+        self._drawn: View | None = None
+        self._next: View | None = None  # to be drawn when the points have come to rest
+        self._rests = 0.0  # the time of the clock when they will have
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.loop = None  # not in a notebook: nobody looks, nothing has to wait
         explored, shown = explorer.exploration, explorer.view.sides[side]
         frame = pd.DataFrame({"x": shown.xy[:, 0], "y": shown.xy[:, 1]})
         size = float(np.clip(6000 / len(frame), 2, 8))
@@ -402,34 +414,63 @@ class _Map:
             # -1 is no point; None would be taken for point 0.
             self.explorer.maps[1 - self.side].widget.hovering = -1 if i is None else i
 
-    def show(self, view: View, before: View | None) -> None:
-        """Moves, colours and highlights the points; without ``before``, from scratch."""
-        new = view.sides[self.side]
-        old = None if before is None else before.sides[self.side]
-        moved = old is None or new.xy is not old.xy
-        if old is None or not _alike(new.colour, old.colour):
-            self._colour(new.colour, skip=moved)
-        if moved:
+    def show(self, view: View) -> None:
+        """Shows a view; where a loop runs, once the points have come to rest.
+
+        The browser drops points that reach it while others still move, so of views that follow
+        each other quickly the first and the last are drawn.
+        """
+        wait = self._rests - time.monotonic()
+        if wait > 0 and self.loop is not None and self._points_differ(view):
+            if self._next is None:
+                self.loop.call_soon_threadsafe(self.loop.call_later, wait, self._draw_next)
+            self._next = view
+        else:
+            self._next = None if self._next is None else view
+            self._draw(view)
+
+    def _draw_next(self) -> None:
+        view, self._next = self._next, None
+        if view is not None:
+            self._rests = 0.0
+            with self.explorer._reporting(), self.explorer._silently():
+                self._draw(view)
+
+    def _points_differ(self, view: View) -> bool:
+        new, old = view.sides[self.side], self._drawn and self._drawn.sides[self.side]
+        return not old or new.xy is not old.xy or not _alike(new.colour, old.colour)
+
+    def _draw(self, view: View) -> None:
+        """Moves, colours and highlights the points."""
+        new, old = view.sides[self.side], self._drawn and self._drawn.sides[self.side]
+        if self._points_differ(view):
+            moved = not old or new.xy is not old.xy
+            if not old or not _alike(new.colour, old.colour):
+                self._colour(new.colour)
             axes = {"x_scale": (-REACH, REACH), "y_scale": (-REACH, REACH)}
-            self.scatter.xy(new.xy[:, 0], new.xy[:, 1], **axes, animate=old is not None)
+            self.scatter.xy(new.xy[:, 0], new.xy[:, 1], **axes, animate=bool(moved and old))
+            self._rests = time.monotonic() + (GLIDE + MARGIN) / 1000
+        self._drawn = view
         chosen = list(view.state.group)
         if view.state.selected is not None and view.state.selected not in chosen:
             chosen.append(view.state.selected)
         self.scatter.selection(chosen)
 
-    def _colour(self, colour: Colour, *, skip: bool) -> None:
+    def _colour(self, colour: Colour) -> None:
+        """Sets the colours; the points that carry them are sent when they are moved."""
         import pandas as pd
         from matplotlib import pyplot as plt
 
-        extra = {"skip_widget_update": True} if skip else {}
         if colour.names is None:
             table = plt.get_cmap(panels.CIRCLE if colour.circle else panels.NUMBERS)
-            self.scatter.color(by=colour.values.astype(float), norm=(0, 1),
-                               map=[table(i / 255) for i in range(256)], **extra)  # fmt: skip
+            shades = [table(i / 255) for i in range(256)]
+            self.scatter.color(by=colour.values.astype(float), norm=(0, 1), map=shades,
+                               skip_widget_update=True)  # fmt: skip
         else:
             names = [f"{i} {name}" for i, name in enumerate(colour.names)]
             values = pd.Categorical.from_codes(colour.values, categories=names)
-            self.scatter.color(by=values, map=panels.palette(len(names)), **extra)
+            shades = panels.palette(len(names))
+            self.scatter.color(by=values, map=shades, skip_widget_update=True)
 
 
 def _alike(a: Colour, b: Colour) -> bool:

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 import nbformat
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -35,13 +36,19 @@ LAST_CELL = """
 import json
 import numpy as np
 from dataclasses import replace
+from refiner import panels
 
 explorer.set(left="before", right="after", block=12, right_block=None, layout="umap",
              colour="class", selected=None, group=())
-xy = explorer.view.sides[0].xy
-apart = ((xy[:, None] - xy[None]) ** 2).sum(-1)
-np.fill_diagonal(apart, np.inf)
-alone = int(apart.min(1).argmax())
+
+
+def apart_of(xy):
+    apart = ((xy[:, None] - xy[None]) ** 2).sum(-1)
+    np.fill_diagonal(apart, np.inf)
+    return np.argsort(-apart.min(1))[:8].tolist()
+
+
+alone = apart_of(explorer.view.sides[0].xy)[0]
 said = {}
 for block in (12, 10):
     view = explorer.exploration.compute(replace(explorer.state, block=block, selected=alone))
@@ -50,8 +57,10 @@ for block in (12, 10):
         "common": int(view.near[0].shared.sum()),
         "right": [int(near.right.sum()) for near in view.near],
         "xy": view.sides[0].xy.round(4).tolist(),
+        "alone": apart_of(view.sides[0].xy),
     }
-print("EXPECTED " + json.dumps({"alone": alone, "said": said}))
+colours = [panels.palette(16)[c] for c in explorer.exploration.labels]
+print("EXPECTED " + json.dumps({"alone": alone, "said": said, "colours": colours}))
 """
 
 pytestmark = [
@@ -193,6 +202,11 @@ def test_the_notebook_runs_and_the_maps_are_shown(open_lab):
         assert accuracy in open_lab.explorer.inner_text()
     assert open_lab.explorer.locator("canvas").count() == 4
     shoot(open_lab, "1-open")
+    picture = np.asarray(Image.open(SHOTS / "1-open.png").convert("RGB")) / 255
+    for i in open_lab.said["12"]["alone"]:  # points are drawn nearly opaque
+        x, y = place(open_lab, *points(open_lab, 12)[i])
+        seen, wanted = picture[round(y), round(x)], np.asarray(open_lab.colours[i])
+        assert np.abs(seen - (0.8 * wanted + 0.2)).max() < 0.12, f"image {i} has a wrong colour"
 
 
 def test_resting_the_mouse_on_a_point_shows_its_image(open_lab):
@@ -207,7 +221,7 @@ def test_resting_the_mouse_on_a_point_shows_its_image(open_lab):
 def test_a_click_shows_the_neighbors_in_both_models(open_lab):
     open_lab.page.mouse.click(*place(open_lab, *points(open_lab, 12)[open_lab.alone]))
     said = open_lab.said["12"]
-    says(open_lab, f"Image {open_lab.alone}", f"{said['common']} of 10 neighbors in common")
+    says(open_lab, f"Image {open_lab.alone},", f"{said['common']} of 10 neighbors in common")
     text = open_lab.explorer.inner_text()
     for right in said["right"]:
         assert f"{right} of 10 of its class" in text
@@ -225,6 +239,10 @@ def test_the_slider_moves_by_keyboard(open_lab):
          f"{said['common']} of 10 neighbors in common")  # fmt: skip
     assert all(share in open_lab.explorer.inner_text() for share in said["accuracy"])
     shoot(open_lab, "4-slider")
+    # The maps have arrived there, too: a click where an image lies in block 10 finds it.
+    i = next(i for i in said["alone"] if i != open_lab.alone)
+    open_lab.page.mouse.click(*place(open_lab, *points(open_lab, 10)[i]))
+    says(open_lab, f"Image {i},")
 
 
 def test_a_lasso_makes_a_group(open_lab):

@@ -1,9 +1,11 @@
 """The explorer's widgets do what State says, without a browser; errors are seen and not lost."""
 
+import asyncio
 import csv
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def test_each_control_changes_its_part_of_the_state(explorer):
     wanted = replace(explorer.state, left="after", right_block=1, colour="hue")
     assert explorer.state == wanted and explorer.view.sides[1].block == 1
     explorer.set(left="before", right_block=None, colour="prediction error", block=2)
-    assert explorer.left.value == "before" and explorer.right_block.value is None
+    assert explorer.left.value == "before" and explorer.right_block.value == 0
     assert explorer.colour.value == "prediction error" and explorer.slider.value == 2
 
 
@@ -126,6 +128,31 @@ def test_a_colour_that_depends_on_the_block_follows_the_slider(explorer):
     explorer.colour.value = "class"
     sent = np.asarray(explorer.maps[0].widget.points)[:, 2]
     assert sent.tolist() == inputs()[0].labels.tolist()
+
+
+def test_quick_steps_end_at_the_last_one_and_leave_out_what_a_browser_would_drop():
+    async def steps():
+        explorer = refiner.explore(*inputs(), k=K, progress=False)
+        sent = []
+        explorer.maps[0].widget.observe(lambda _: sent.append(shown_points(explorer, 0)), "points")
+        await asyncio.sleep(1)  # the first view has come to rest
+        for block in (2, 1, 2, 1):
+            explorer.slider.value = block
+            assert f"before, block {block}" in explorer.captions[0].value, "words do not wait"
+        explorer.set(colour="prediction error")
+        explorer.set(colour="class", selected=3)
+        until = time.monotonic() + 20
+        while explorer.maps[0]._next is not None and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        return explorer, sent
+
+    explorer, sent = asyncio.run(steps())
+    xy = explorer.exploration.tables["before"].xy["pca"] / 1.06
+    assert len(sent) == 2, "the first at once, and the last"
+    assert np.allclose(sent[0], xy[1], atol=1e-6) and np.allclose(sent[1], xy[0], atol=1e-6)
+    codes = np.asarray(explorer.maps[0].widget.points)[:, 2]
+    assert codes.tolist() == inputs()[0].labels.tolist()
+    assert np.asarray(explorer.maps[0].widget.selection).tolist() == [3]
 
 
 def test_tooltips_show_the_picture_of_the_point(explorer, monkeypatch):
