@@ -62,6 +62,8 @@ def prepared(notebook, names: list[str]):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = linked(cell.source, names)
+        if cell.cell_type == "code" and "repository = " in cell.source:
+            cell.metadata["tags"] = ["hide-cell"]  # the installation on a hosted Jupyter
         pictures = [o.get("metadata", {}).get("image/png", {}) for o in cell.get("outputs", [])]
         alt = " ".join(picture["alt"] for picture in pictures if picture.get("alt"))
         if alt:
