@@ -50,17 +50,17 @@ class Row:
 
 
 ROWS = {
-    "knn": Row("k-NN, k = 10", protocols.knn, 15, short="k-NN"),
+    "knn": Row("k-NN", protocols.knn, 15, short="k-NN"),
     "linear": Row("Linear probe", protocols.linear, 30, short="linear"),
-    "few": Row("Few labels, linear classifier", protocols.low_shot, 5, short="1 label\na class"),
-    "clusters": Row("k-means clusters", protocols.clusters, 10, short="clusters\n(ACC)"),
+    "few": Row("Few labels", protocols.low_shot, 5, short="1 label\na class"),
+    "clusters": Row("k-means", protocols.clusters, 10, short="clusters\n(ACC)"),
     "corruptions": Row("Corrupted images", protocols.corruptions, 30, short="corrupted"),
-    "shifts": Row("Factors outside of the train range", protocols.shifts, 8, "toybox",
+    "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox",
                   "shifted\nfactors"),
-    "segmentation": Row("Dense labels, linear segmentation", protocols.segmentation, 8, "dense",
+    "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense",
                         "segmentation\n(mIoU)"),
     "finetune": Row("Full fine-tuning", protocols.full_finetuning, 40, short="fine-tuning"),
-    "finetune_few": Row("Fine-tuning with few labels", protocols.few_finetuning, 25,
+    "finetune_few": Row("Fine-tuning, few labels", protocols.few_finetuning, 25,
                         short="fine-tuning,\nfew labels"),
 }  # fmt: skip
 TRANSFER = Row("Transfer", protocols.transfer, 25)

@@ -228,7 +228,9 @@ def write_page(out: Path, report: dict) -> None:
 {"".join(shown[:1])}
 <h2>Every figure</h2>
 {table(report)}
-<p>Spread: one standard deviation over what the last column names; of test images, the standard
+<p>k-NN: k = 10. Few labels: a linear classifier. Shifted factors: Toybox images whose factors lie
+outside of what the train images show. Segmentation: a linear classifier on patch features.
+Spread: one standard deviation over what the last column names; of test images, the standard
 error. “Better” and “worse” need a difference of more than two spreads, the models' spreads taken as
 independent. With that many figures one or two cross that line by chance.</p>
 {"".join(shown[1:])}

@@ -615,7 +615,11 @@ def spider(
     ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)
     ax.set_xticks(around, names)
-    ax.tick_params(axis="x", pad=14)
+    for angle, label in zip(around, ax.get_xticklabels(), strict=True):
+        side = np.sin(angle)
+        label.set_horizontalalignment(
+            "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+        )
     ax.set(ylim=(0, 1), title=title)
     ax.set_yticks([0.25, 0.5, 0.75, 1.0])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -630,7 +634,7 @@ def differences(
     values: object,
     spreads: object,
     *,
-    xlabel: str = "after − before, percentage points",
+    xlabel: str = "after − before, points",
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -646,7 +650,7 @@ def differences(
         The Axes. Filled circles are more than two spreads away from 0, open ones are not.
     """
     values, spreads = 100 * _array(values), 100 * _array(spreads)
-    (ax,) = _axes(ax, 1, (7.6, 0.27 * len(names) + 1.1))
+    (ax,) = _axes(ax, 1, (8.0, 0.25 * len(names) + 1.1))
     at = np.arange(len(names))
     clear = np.abs(values) > 2 * spreads
     for group, look in ((clear, {"marker": "o"}), (~clear, {"marker": "o", "fillstyle": "none"})):

@@ -417,7 +417,7 @@ def segmentation(s: Subject) -> list[dict]:
     scores.append(score("mIoU, chosen block", found.miou[best], found.spread[best], of,
                         choice=choice))  # fmt: skip
     if not found.object_iou[last].isnan():
-        scores.append(score("object against background, IoU, last block", found.object_iou[last],
+        scores.append(score("object IoU, last block", found.object_iou[last],
                             found.object_spread[last], of))  # fmt: skip
     return scores
 
