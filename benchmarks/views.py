@@ -61,7 +61,7 @@ def kornias(view: View) -> nn.Module:
     if view.blur:
         steps.append(K.RandomGaussianBlur((blur["kernel_size"],) * 2, blur["sigma"], p=view.blur))
     if view.solarize:
-        steps.append(K.RandomSolarize(0.5, 0.0, p=view.solarize))
+        steps.append(K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=view.solarize))
     return nn.Sequential(*steps)
 
 

@@ -44,10 +44,8 @@ def join(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: for a device that is not here, and for processes that were not started.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {str(device)!r} here; leave it out") from error
+    if device is not None and not _is_here(str(device)):
+        raise ValueError(f"there is no device {str(device)!r} here; leave it out")
     cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
     started = [int(os.environ[name]) for name in WORLD_SIZES if name in os.environ]
     if not started and "MASTER_ADDR" in os.environ and os.environ.get(CPU_ONLY) == "True":
@@ -60,6 +58,16 @@ def join(device: str | torch.device | None = None) -> torch.device:
 
         return PartialState(cpu=cpu).device
     return torch.device("cpu" if cpu else device or "cuda")
+
+
+def _is_here(device: str) -> bool:
+    if device.startswith("cuda"):  # asked without touching one, as that would take its memory
+        return torch.cuda.is_available()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
 
 
 def rows(batch: int) -> tuple[int, int]:

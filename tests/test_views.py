@@ -1,6 +1,8 @@
 """Augmentations against torchvision, closed forms and invariants."""
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +112,22 @@ def test_flip_happens_at_its_rate():
     out = make_view(x, View(**{**vars(PLAIN), "flip": 0.3}), torch.Generator().manual_seed(0))
     flipped = torch.isclose(out, (x.float() / 255).flip(3), atol=1e-5).flatten(1).all(dim=1)
     assert flipped.float().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_the_benchmark_hands_all_sides_the_same_work(monkeypatch):
+    """Without any change to colours, each side's views of a flat image are that flat image."""
+    pytest.importorskip("kornia")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    bench = importlib.import_module("views")
+    specs = (
+        View(size=16, jitter=0, gray=0, blur=1.0),
+        View(size=8, jitter=0, gray=0, solarize=1.0),
+    )
+    pixels = torch.full((3, 3, 16, 16), 51, dtype=torch.uint8)
+    for name, make in bench.sides(pixels, specs).items():
+        for view, spec in zip(make(), specs, strict=True):
+            assert view.shape == (3, 3, spec.size, spec.size), name
+            assert torch.allclose(view, torch.full_like(view, 0.2), atol=1e-2), name
+    bright = 255 - pixels
+    for name, make in bench.sides(bright, specs[1:]).items():
+        assert torch.allclose(make()[0], torch.full((3, 3, 8, 8), 0.2), atol=1e-2), name
