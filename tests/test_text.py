@@ -98,3 +98,11 @@ def test_notebooks_are_called_by_their_names(path):
 def test_the_test_of_links_sees_what_is_wrong(text, problem, tmp_path):
     found = link_problems(text, tmp_path)
     assert (problem is None and not found) or problem in found[0]
+
+
+def test_readme_lists_every_notebook_by_its_question():
+    readme = (ROOT / "README.md").read_text()
+    for path in NOTEBOOKS:
+        question = markdown_of(path).partition("\n")[0].removeprefix("# ")
+        row = re.search(rf"^\| \[{path.stem}\]\(notebooks/{path.name}\) \| (.*) \|$", readme, re.M)
+        assert row and question in row[1], f"{path.stem}: {question}"
