@@ -133,7 +133,7 @@ class Group:
     moved: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class View:
     """Everything that the explorer shows in one state.
 
@@ -150,6 +150,17 @@ class View:
     shared: float
     near: tuple[Near, Near] | None = None
     group: Group | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"{side.model}, block {side.block}" for side in self.sides]
+        parts = [" | ".join(parts), f"{self.shared:.0%} of the neighbors in common"]
+        if self.near:
+            own = [f"{near.right.sum()} of its class" if near.right is not None else
+                   f"{near.shared.sum()} in common" for near in self.near]  # fmt: skip
+            parts.append(f"image {self.state.selected}: {' | '.join(own)}")
+        if self.group:
+            parts.append(f"a group of {len(self.group.indices)}")
+        return f"View({'; '.join(parts)})"
 
 
 # ---------------------------------------------------------------- the tables

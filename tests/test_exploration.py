@@ -113,6 +113,15 @@ def test_two_blocks_of_one_model(explored):
     assert view.shared == pytest.approx(wanted) == pytest.approx(view.sides[0].kept)
 
 
+def test_a_view_says_in_a_line_what_it_shows(explored):
+    view = explored.compute(State("before", "after", 2, selected=7, group=(1, 2)))
+    own = [int(near.right.sum()) for near in view.near]
+    assert repr(view) == (
+        f"View(before, block 2 | after, block 2; {view.shared:.0%} of the neighbors in common; "
+        f"image 7: {own[0]} of its class | {own[1]} of its class; a group of 2)"
+    )
+
+
 def test_compute_changes_nothing(explored):
     state = State("before", "after", 2, selected=3, group=(1, 2), colour="prediction error")
     first, _ = explored.compute(state), explored.compute(replace(state, block=1))
