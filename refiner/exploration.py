@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from refiner import maps, toybox
 from refiner.features import Features
 from refiner.images import ImageSet
-from refiner.neighbors import Graph, nearest_neighbors, standardized
+from refiner.neighbors import Graph, _mean_and_scale, nearest_neighbors, standardized
 
 Tensor = torch.Tensor
 MOST_IMAGES = 200_000
 ALL_NEIGHBORS = 20_000  # images up to which everybody's neighbors are searched
+SPARE = 64  # candidates beyond k of a single search: float32 misplaces none by so many
 SAMPLE = 1_000  # images whose neighbors stand for all in larger sets
 TEMPERATURE = 0.07  # of the votes, as in refiner.knn_accuracy
 FEW_VALUES = 24  # a factor of so few whole numbers is shown as categories
@@ -177,6 +178,8 @@ class Table:
         accuracy: [L]; NaN without labels.
         kept: [L].
         own_votes: float32 [L, S], the share of the vote for the image's own class.
+        scaling: of each block mean and inverse deviation [D], and the lengths [N] of the
+            standardised features; only beside a sample.
         xy: by layout float32 [L, N, 2].
     """
 
@@ -186,6 +189,7 @@ class Table:
     accuracy: np.ndarray
     kept: np.ndarray
     own_votes: np.ndarray
+    scaling: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     xy: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -329,11 +333,21 @@ class Exploration:
         if row < len(self.sample) and self.sample[row] == i:
             graph = Graph(table.graph.indices[block, row], table.graph.similarities[block, row])
         else:
-            x_ND = table.features[block]
-            x_ND = standardized(x_ND, x_ND[:1])[0]
-            graph = _others(nearest_neighbors(x_ND[i : i + 1], x_ND, k=self.k + 1), [i])
-            graph = Graph(graph.indices[0], graph.similarities[0])
+            graph = self._search(table, block, i)
         return graph.indices[: self.k].numpy(), graph.similarities[: self.k].numpy()
+
+    def _search(self, table: Table, block: int, i: int) -> Graph:
+        """One image's neighbors [k] among all: a product in float32 tells who can be one."""
+        x_ND = table.features[block]
+        mean_D, scale_D, length_N = table.scaling[block]
+        query_D = (x_ND[i] - mean_D) * scale_D
+        weights_D = scale_D * query_D
+        rough_N = (x_ND @ weights_D - mean_D @ weights_D) / length_N
+        some = rough_N.topk(min(self.k + SPARE, len(self))).indices.sort().values
+        some = some[some != i]  # in the order of the images, for ties
+        near_ND = (x_ND[some] - mean_D) * scale_D
+        graph = nearest_neighbors(query_D[None], near_ND, k=self.k)
+        return Graph(some[graph.indices[0]], graph.similarities[0])
 
     def _group(self, at, chosen: Sequence[int]) -> Group:
         indices = np.asarray(chosen, dtype=np.int64)
@@ -491,14 +505,16 @@ def prepare(
 def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) -> Table:
     n = x_LND.shape[1]
     more = min(n - 1, max(k, maps.N_NEIGHBORS - 1))  # UMAP may want more neighbors than are shown
-    points, graphs, accuracy, own = [], [], [], []
-    for x_ND in x_LND:
-        x_ND = standardized(x_ND, x_ND[:1])[0]
+    points, graphs, accuracy, own, scaling = [], [], [], [], []
+    for raw_ND in x_LND:
+        x_ND = standardized(raw_ND, raw_ND[:1])[0]
         points.append((x_ND @ axes_D2).numpy())
         if len(sample) == n:
             graph = nearest_neighbors(x_ND, x_ND, k=more, exclude_self=True)
         else:
             graph = _others(nearest_neighbors(x_ND[sample], x_ND, k=k + 1), sample)
+            how = [v.float() for v in _mean_and_scale(raw_ND)]
+            scaling.append((*how, x_ND.norm(dim=1).clamp_min(1e-12)))
         graphs.append(graph)
         if labels is not None:
             votes_SC = _votes(graph.indices[:, :k].numpy(), graph.similarities[:, :k].numpy(),
@@ -511,7 +527,8 @@ def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) 
     graph = Graph(*(torch.stack([getattr(g, part) for g in graphs])
                     for part in ("indices", "similarities")))  # fmt: skip
     return Table(x_LND, blocks, graph, np.asarray(accuracy or np.full(len(blocks), np.nan)),
-                 np.asarray(kept), np.asarray(own), {"pca": np.stack(points)})  # fmt: skip
+                 np.asarray(kept), np.asarray(own), scaling,
+                 {"pca": np.stack(points)})  # fmt: skip
 
 
 def _frame_together(layouts: list[dict[str, np.ndarray]]) -> None:

@@ -191,6 +191,7 @@ def test_without_labels_nothing_speaks_of_classes():
 def test_a_sample_stands_for_all_and_anybody_can_be_selected(monkeypatch, explored):
     monkeypatch.setattr(exploration, "ALL_NEIGHBORS", 50)
     monkeypatch.setattr(exploration, "SAMPLE", 20)
+    monkeypatch.setattr(exploration, "SPARE", 8)  # so that candidates are few among 60 images
     sampled = prepare(make_images(), FEATURES, k=K, progress=False)
     assert len(sampled.sample) == 20 and not sampled.complete
     assert "neighbor agreement" not in sampled.colours and "prediction error" not in sampled.colours
