@@ -151,7 +151,10 @@ def evaluate(
                 _measure(report, name, wanted[name], side, bench)
                 write_json(out / "report.json", report)
             bar.update(wanted[name].cost)
-    report["titles"] = {name: [row.title, row.short] for name, row in wanted.items()}
+    titles = {name: [row.title, row.short] for name, row in wanted.items()}
+    report["titles"] = report.get("titles", {}) | titles
+    done = report["rows"]  # in the order of the protocols, whatever was tried again
+    report["rows"] = {name: done[name] for name in (*wanted, *done) if name in done}
     write_json(out / "report.json", report)
     write_page(out, report)
     return report
