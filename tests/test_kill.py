@@ -97,15 +97,23 @@ def in_child(task, *arguments) -> int:
         os._exit(1)
 
 
-def kill_at(out: Path, moment: float, amid_saving: bool) -> str | None:
-    """Kills a run after some seconds, or at the next half-written state; where it then was."""
+def kill_at(out: Path, moment: float, saves: int) -> str | None:
+    """Kills a run after some seconds or, if ``saves``, amid about so many saves; where it then was.
+
+    None when the run was over before. Half a state that an earlier kill left does not count.
+    """
+    old, seen = set(out.glob(".state*")), set()
     child, began = in_child(run, out), time.monotonic()
-    while time.monotonic() - began < moment or (amid_saving and not list(out.glob(".state*"))):
+    while (late := time.monotonic() - began) < 5 * moment:
+        half = set(out.glob(".state*")) - old
+        seen |= half
+        if (half and len(seen) >= saves) if saves else late >= moment:
+            break
         if os.waitpid(child, os.WNOHANG)[0]:
-            return None  # it was faster
+            return None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "saving" if list(out.glob(".state*")) else "training"
+    return "saving" if set(out.glob(".state*")) - old else "training"
 
 
 def run_on_a_full_disk(out: Path, room: int) -> None:
@@ -123,7 +131,7 @@ def ordeal(folder: Path) -> None:
     length = time.monotonic() - began
     rng, deaths, done, out = random.Random(0), [], [], folder / "killed"
     while len(deaths) < 20 or not (out / "state.pt").is_file():
-        where = kill_at(out, rng.uniform(0.01, 0.08) * length, rng.random() < 0.5)
+        where = kill_at(out, rng.uniform(0.02, 0.15) * length, rng.choice((0, 0, 1, 2, 3)))
         if where is None:  # on a machine that suddenly became fast; begin another run
             shutil.rmtree(out)
             done.clear()
@@ -152,7 +160,7 @@ def survived(tmp_path_factory):
 def test_twenty_kills_at_random_moments_lose_nothing(survived):
     folder, found = survived
     assert len(found["deaths"]) >= 20 and set(found["deaths"]) == {"saving", "training"}
-    assert found["deaths"].count("saving") >= 5
+    assert found["deaths"].count("saving") >= 3
     assert found["done"] == sorted(found["done"]) and found["done"][-1] > found["done"][0]
     one, two = (load_model(folder / name).state_dict() for name in ("whole", "killed"))
     assert all(torch.equal(one[k], two[k]) for k in one)
