@@ -351,6 +351,9 @@ def refine(
     run = begin(model, recipe, device)
     trainer = Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device,
                       watch)  # fmt: skip
+    if out and parallel.rank() == 0:
+        for rest in Path(out).glob(".state*"):  # half a state, of a run that was killed
+            rest.unlink()
     if resume:
         trainer.restore()
     total = recipe.head_steps + recipe.steps
@@ -606,9 +609,6 @@ class Trainer:
     def restore(self) -> None:
         run, folder = self.run, self.out or Path(".")
         state = load_state(folder / "state.pt")
-        if parallel.rank() == 0:
-            for rest in folder.glob(".state*"):  # half a state, of a run that was killed
-                rest.unlink()
         saved = recipe_from(state["recipe"])
         others = [f.name for f in fields(Recipe)
                   if getattr(saved, f.name) != getattr(run.recipe, f.name)]  # fmt: skip

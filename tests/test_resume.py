@@ -155,10 +155,11 @@ def test_a_copy_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
     assert training.load_state(tmp_path / "state.previous.pt") == {"step": 2}
 
 
-def test_what_killed_runs_left_is_removed(model, images, tmp_path):
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_killed_runs_left_is_removed(model, images, tmp_path, resume):
     run(model, images, tmp_path, recipe=replace(TINY, steps=1))
     (tmp_path / ".state.pt.abc").write_bytes(b"half")
-    run(model, images, tmp_path, recipe=replace(TINY, steps=1))
+    run(model, images, tmp_path, recipe=replace(TINY, steps=1), resume=resume)
     assert not (tmp_path / ".state.pt.abc").exists()
 
 
