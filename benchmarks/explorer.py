@@ -91,6 +91,16 @@ def first_view() -> dict:
     }
 
 
+def table(result: dict) -> list[str]:
+    """README's table."""
+    head = "images × 12 blocks × 2 models | a step of the slider, processor ms | peak memory, MB"
+    lines = [f"| {head} |", "|---|---|---|"]
+    for row in result["sizes"]:
+        cells = f"{row['images']:,}", f"{row['step_cpu_milliseconds']:.0f}", row["peak_megabytes"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def in_fresh_process(*arguments: str) -> dict:
     """Each part in a process of its own, so that peaks of memory are its own."""
     command = [sys.executable, __file__, *arguments]

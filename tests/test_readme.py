@@ -101,3 +101,15 @@ def test_costs_of_a_step_are_the_files():
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link
+
+
+def test_the_explorers_table_is_the_json_and_a_step_is_instant(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.explorer import table
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "explorer.json").read_text())
+    assert "\n".join(table(result)) in README
+    assert [row["images"] for row in result["sizes"]] == [10_000, 100_000]
+    assert result["sizes"][0]["step_cpu_milliseconds"] < 150
+    assert result["first_view"]["map"] == "umap" and result["first_view"]["cpu_seconds"] < 5
+    assert f"{result['first_view']['cpu_seconds']:.1f} processor seconds" in README
