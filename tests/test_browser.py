@@ -281,5 +281,20 @@ def test_search_and_dropdowns_are_ways_without_a_mouse(open_lab):
     shoot(open_lab, "6-keyboard")
 
 
+def test_a_patch_is_hidden_by_keyboard(open_lab):
+    page = open_lab.page
+    patch = page.locator('button[title="hide patch 27"]').first
+    panel = page.locator(".widget-vbox", has=patch).filter(has=page.locator("img.widget-image"))
+    picture = panel.last.locator("img.widget-image")
+    before = picture.get_attribute("src")
+    patch.focus()
+    page.keyboard.press("Space")
+    page.wait_for_function(
+        "([image, before]) => image.getAttribute('src') !== before",
+        arg=[picture.element_handle(), before],
+    )
+    shoot(open_lab, "7-mask")
+
+
 def test_nothing_was_asked_of_another_machine(open_lab):
     assert open_lab.blocked == []
