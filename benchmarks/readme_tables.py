@@ -83,7 +83,41 @@ def cifar() -> str:
     return table(head, rows)
 
 
-TABLES = {"cards": cards, "ladder": ladder, "cifar": cifar}
+EVALUATED = {  # row → which of its figures README shows, and the words for them
+    "knn": {"last block, class token": "k-NN", "last block, patch mean": "k-NN, patch mean"},
+    "linear": {"chosen probe": "linear probe, chosen on train images"},
+    "few": {"1 label a class, class token": "1 label a class",
+            "5 labels a class, class token": "5 labels a class"},
+    "clusters": {"ACC, class token": "k-means, ACC", "NMI, class token": "k-means, NMI"},
+    "corruptions": {"linear probe": "corrupted images, linear probe"},
+    "shifts": {"mean, linear probe": "factors outside of the train range, linear probe"},
+    "segmentation": {"mIoU, last block": "linear segmentation, mIoU"},
+    "finetune": None,
+    "finetune_few": {"5 labels a class": "fine-tuning, 5 labels a class"},
+    "transfer:toybox-new": {"k-NN, class token": "four held-out toys, k-NN",
+                            "linear probe": "four held-out toys, linear probe"},
+    "transfer:digits": {"k-NN, class token": "digits, k-NN",
+                        "linear probe": "digits, linear probe"},
+}  # fmt: skip
+
+
+def evaluation() -> str:
+    """The embedded pair under every protocol."""
+    report, rows = read(RESULTS / "evaluate_toybox.json"), []
+    for row, names in EVALUATED.items():
+        sides = report["rows"][row]
+        after = {x["name"]: x for x in sides["after"]["scores"]}
+        for a in sides["before"]["scores"]:
+            word = f"fine-tuning, {a['name']}" if names is None else names.get(a["name"])
+            if word:
+                b = after[a["name"]]
+                pair = [f"{percent(x['value'])} ± {percent(x['spread'])}" for x in (a, b)]
+                change = f"{100 * (b['value'] - a['value']):+.1f}"
+                rows.append([word, *pair, change, a["of"]])
+    return table(["%", "before", "refined", "difference", "spread over"], rows)
+
+
+TABLES = {"cards": cards, "ladder": ladder, "cifar": cifar, "evaluation": evaluation}
 
 
 def filled(text: str) -> str:

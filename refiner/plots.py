@@ -624,6 +624,12 @@ def spider(
     ax.set_yticks([0.25, 0.5, 0.75, 1.0])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_rlabel_position(180 / len(names))
+    ax.set_ylabel("0 % in the middle, 100 % at the rim")
+    ax.yaxis.label.set_visible(False)  # the circles say it; the words are for the description
+    told = [
+        ", ".join(f"{n} {v:.0%}" for n, v in zip(names, x, strict=True)) for x in outlines.values()
+    ]
+    ax.figure.set_label(". ".join(f"{n}: {t}" for n, t in zip(outlines, told, strict=True)))
     ax.spines[:].set_visible(False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncols=len(outlines))
     return ax

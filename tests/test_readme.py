@@ -98,6 +98,26 @@ def test_costs_of_a_step_are_the_files():
             assert f" {side[name]:.0f}" in text, name
 
 
+def test_the_evaluation_in_words_is_its_report():
+    """What README says of all protocols, and that every one of them was measured."""
+    from refiner.evaluate import ROWS, comparison
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "evaluate_toybox.json").read_text())
+    assert set(ROWS) < set(report["rows"]) and report["failed"] == report["left_out"] == {}
+    assert all(set(row) == {"before", "after"} for row in report["rows"].values())
+    text = " ".join(README.split())
+    assert report["command"] in text
+    verdicts = [entry["verdict"] for entry in comparison(report)]
+    better, worse = verdicts.count("better"), verdicts.count("worse")
+    assert f"Of {len(verdicts)} figures {better} are better" in text
+    assert worse == 0 and "none is worse" in text
+    seconds = sum(e["cpu_seconds"] for row in report["rows"].values() for e in row.values())
+    assert seconds < 600 and f"{seconds / 60:.1f} minutes of processor time" in text
+    same = {e["row"]: e["verdict"] for e in comparison(report) if e["before"].get("main")}
+    assert {same[r] for r in ("linear", "finetune", "segmentation")} == {"unclear"}
+    assert {same[r] for r in ("knn", "few", "clusters")} == {"better"}
+
+
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link
