@@ -83,6 +83,19 @@ def cifar() -> str:
     return table(head, rows)
 
 
+def maturity() -> str:
+    """MAEs of different length before → after refining, last block."""
+    head = ["MAE steps", "refining steps", "k-NN", "linear", "1-shot", "k-means ACC",
+            "k-NN, patch mean"]  # fmt: skip
+    rows = []
+    for cell in read(RESULTS / "mae_maturity.json")["cells"]:
+        pairs = [("cls", m) for m in ("knn", "linear", "1-shot", "kmeans_acc")] + [("patch", "knn")]
+        values = [[cell[w][p][m][-1] for w in ("before", "after")] for p, m in pairs]
+        rows.append([f"{cell['steps']:,}", f"{cell['refine_steps']}",
+                     *(f"{percent(a)} → {percent(b)}" for a, b in values)])  # fmt: skip
+    return table(head, rows)
+
+
 EVALUATED = {  # row → which of its figures README shows, and the words for them
     "knn": {"last block, class token": "k-NN", "last block, patch mean": "k-NN, patch mean"},
     "linear": {"chosen probe": "linear probe, chosen on train images"},
@@ -117,7 +130,8 @@ def evaluation() -> str:
     return table(["%", "before", "refined", "difference", "spread over"], rows)
 
 
-TABLES = {"cards": cards, "ladder": ladder, "cifar": cifar, "evaluation": evaluation}
+TABLES = {"cards": cards, "ladder": ladder, "maturity": maturity, "cifar": cifar,
+          "evaluation": evaluation}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -108,6 +108,6 @@ def test_every_result_tells_its_command_and_machine():
         for part in parts:  # a file of several measurements has one command each
             cells = [cell for cell in part.get("cells", []) if isinstance(cell, dict)]
             machines = [part.get("machine"), *(cell.get("machine") for cell in cells)]
-            assert part["command"].startswith("python benchmarks/"), path.name
+            assert part["command"].startswith(("python benchmarks/", "refiner ")), path.name
             assert (BENCHMARKS.parent / part["command"].split()[1]).is_file(), path.name
             assert any(m and m["processor"] for m in machines), path.name
