@@ -102,12 +102,17 @@ def test_cifar_presets_fit_together(scripts, preset):
 def test_every_result_tells_its_command_and_machine():
     results = sorted((BENCHMARKS / "results").glob("*.json"))
     assert results
+    cli = (BENCHMARKS.parent / "refiner" / "__main__.py").read_text()
     for path in results:
         content = json.loads(path.read_text())
         parts = [content] if "command" in content else list(content.values())
         for part in parts:  # a file of several measurements has one command each
             cells = [cell for cell in part.get("cells", []) if isinstance(cell, dict)]
             machines = [part.get("machine"), *(cell.get("machine") for cell in cells)]
-            assert part["command"].startswith(("python benchmarks/", "refiner ")), path.name
-            assert (BENCHMARKS.parent / part["command"].split()[1]).is_file(), path.name
+            program, what = part["command"].split()[:2]
+            if program == "refiner":
+                assert f"def {what}_command" in cli, path.name
+            else:
+                assert program == "python" and what.startswith("benchmarks/"), path.name
+                assert (BENCHMARKS.parent / what).is_file(), path.name
             assert any(m and m["processor"] for m in machines), path.name
