@@ -444,11 +444,11 @@ class _Map:
         """Moves, colours and highlights the points."""
         new, old = view.sides[self.side], self._drawn and self._drawn.sides[self.side]
         if self._points_differ(view):
-            moved = not old or new.xy is not old.xy
             if not old or not _alike(new.colour, old.colour):
                 self._colour(new.colour)
             axes = {"x_scale": (-REACH, REACH), "y_scale": (-REACH, REACH)}
-            self.scatter.xy(new.xy[:, 0], new.xy[:, 1], **axes, animate=bool(moved and old))
+            # Not animated: after quick steps gliding points ended on a block passed on the way.
+            self.scatter.xy(new.xy[:, 0], new.xy[:, 1], **axes, animate=False)
             self._rests = time.monotonic() + (GLIDE + MARGIN) / 1000
         self._drawn = view
         chosen = list(view.state.group)
