@@ -111,18 +111,8 @@ def test_it_uses_no_shell_commands_whose_failure_nobody_sees(notebook):
 
 # ---------------------------------------------------------------- the shape of a lesson
 
-# Notebooks that are being rewritten. Take a number out once its notebook has the shape.
-TO_COME = set()
-LESSONS = [name for name in NAMES if name[:2] not in TO_COME]
 BANDS = json.loads((ROOT / "tests" / "bands.json").read_text())
 SPELLED = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty"
-
-
-@pytest.fixture(params=LESSONS)
-def lesson(request):
-    notebook = nbformat.read(path_of(request.param), as_version=4)
-    notebook.metadata["name"] = request.param
-    return notebook
 
 
 def prose_of(notebook):
@@ -135,8 +125,8 @@ def outputs_of(notebook):
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
-def test_its_head_says_claim_aims_needs_and_measured_time(lesson):
-    head = lesson.cells[0].source
+def test_its_head_says_claim_aims_needs_and_measured_time(notebook):
+    head = notebook.cells[0].source
     for part in ("**The claim.**", "**You will be able to** ", "| Prerequisites |", "| Needs |"):
         assert part in head, part
     time = re.search(
@@ -146,15 +136,15 @@ def test_its_head_says_claim_aims_needs_and_measured_time(lesson):
         re.MULTILINE,
     )
     assert time, "the row of the time is: running: about N minutes on two CPU cores, not …"
-    assert float(time[1]) == lesson.metadata["refiner"]["minutes_cpu"]
-    exercises = find_exercises(lesson, lesson.metadata["name"])
+    assert float(time[1]) == notebook.metadata["refiner"]["minutes_cpu"]
+    exercises = find_exercises(notebook, notebook.metadata["name"])
     assert int(time[2]) == sum(exercise.minutes for exercise in exercises)
     assert 2 <= len(exercises) <= 3
 
 
-def test_its_stored_run_took_no_longer_than_stated_by_half(lesson):
+def test_its_stored_run_took_no_longer_than_stated_by_half(notebook):
     """By the clock, or by processor time where the machine did other work as well."""
-    facts = lesson.metadata["refiner"]
+    facts = notebook.metadata["refiner"]
     took = facts["measured"]
     assert facts["measured"]["cores"] >= 2
     assert min(took["seconds"], took["processor_seconds"]) <= 1.5 * 60 * facts["minutes_cpu"]
@@ -168,8 +158,8 @@ def test_the_whole_course_takes_at_most_fifteen_minutes_as_stated():
     assert sum(stated) <= 15
 
 
-def test_its_headings_are_in_order(lesson):
-    cells = [cell.source for cell in lesson.cells if cell.cell_type == "markdown"]
+def test_its_headings_are_in_order(notebook):
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     plain = re.sub(r"^```.*?^```", "", "\n\n".join(cells), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^(#+) (.+)$", plain, re.MULTILINE)
     levels = [len(marks) for marks, _ in headings]
@@ -184,21 +174,21 @@ def test_its_headings_are_in_order(lesson):
     assert exercises == [str(i + 1) for i in range(len(exercises))]
 
 
-def test_it_asks_for_a_prediction_and_shows_a_control(lesson):
-    assert "**Before you run this:**" in prose_of(lesson)
-    everything = "\n".join(cell.source for cell in lesson.cells)
+def test_it_asks_for_a_prediction_and_shows_a_control(notebook):
+    assert "**Before you run this:**" in prose_of(notebook)
+    everything = "\n".join(cell.source for cell in notebook.cells)
     assert re.search(r"\bcontrol\b", everything)
-    assert lesson.metadata["name"] in BANDS and "record(" in everything
+    assert notebook.metadata["name"] in BANDS and "record(" in everything
 
 
-def test_it_ends_with_at_most_six_things_to_read(lesson):
-    reading = prose_of(lesson).rpartition("## Read next")[2]
+def test_it_ends_with_at_most_six_things_to_read(notebook):
+    reading = prose_of(notebook).rpartition("## Read next")[2]
     assert 1 <= len(re.findall(r"^- ", reading, re.MULTILINE)) <= 6
 
 
-def test_the_cell_for_hosted_notebooks_is_the_same_everywhere_and_does_nothing_at_home(lesson):
-    hosted = code_cells(lesson)[1]
-    first = nbformat.read(path_of(LESSONS[0]), as_version=4)
+def test_the_cell_for_hosted_notebooks_is_the_same_everywhere_and_does_nothing_at_home(notebook):
+    hosted = code_cells(notebook)[1]
+    first = nbformat.read(path_of(NAMES[0]), as_version=4)
     assert hosted.source == code_cells(first)[1].source and hosted.outputs == []
     before = list(sys.path)
     exec(hosted.source, {})
@@ -206,7 +196,7 @@ def test_the_cell_for_hosted_notebooks_is_the_same_everywhere_and_does_nothing_a
 
 
 def test_the_cell_for_hosted_notebooks_installs_the_clone_it_lies_in(monkeypatch, tmp_path):
-    hosted = code_cells(nbformat.read(path_of(LESSONS[0]), as_version=4))[1].source
+    hosted = code_cells(nbformat.read(path_of(NAMES[0]), as_version=4))[1].source
     calls = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("subprocess.run", lambda command, check: calls.append((command, check)))
@@ -225,14 +215,14 @@ def test_the_cell_for_hosted_notebooks_installs_the_clone_it_lies_in(monkeypatch
 # ---------------------------------------------------------------- figures
 
 
-def test_every_figure_has_alt_text_and_labelled_axes(lesson):
-    for cell in code_cells(lesson):
+def test_every_figure_has_alt_text_and_labelled_axes(notebook):
+    for cell in code_cells(notebook):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 told = output.metadata.get("image/png", {}).get("alt", "")
                 assert len(told) >= 30, f"no alt text below {cell.source[:60]!r}"
                 assert UNLABELLED not in told, told
-    for picture in re.findall(r"!\[(.*?)\]\(", prose_of(lesson)):
+    for picture in re.findall(r"!\[(.*?)\]\(", prose_of(notebook)):
         assert len(picture) >= 20, "a picture in the text needs alt text too"
 
 
@@ -279,29 +269,29 @@ def is_known(text, share, found, ends):
                float(text) == round(x, decimals) for x in known)  # fmt: skip
 
 
-def test_text_states_no_number_that_no_cell_prints(lesson):
-    found, ends = known_numbers(lesson)
+def test_text_states_no_number_that_no_cell_prints(notebook):
+    found, ends = known_numbers(notebook)
     unknown = [
         around
-        for text, share, around in stated_numbers(prose_of(lesson))
+        for text, share, around in stated_numbers(prose_of(notebook))
         if not is_known(text, share, found, ends)
     ]
     assert unknown == []
 
 
-def test_measured_amounts_are_written_in_digits(lesson):
+def test_measured_amounts_are_written_in_digits(notebook):
     """So that the test above sees them."""
     spelled = rf"\b(?:{SPELLED})(?:-\w+)?\s+(?:points|per ?cent|%)"
-    assert re.findall(spelled, prose_of(lesson)) == []
+    assert re.findall(spelled, prose_of(notebook)) == []
 
 
 RANGE = re.compile(r"(\d+(?:\.\d+)?) (?:to|–|…) (\d+(?:\.\d+)?)(?:\s?%| points)")
 
 
-def test_ranges_in_the_text_are_bands_of_recorded_metrics(lesson):
-    bands = BANDS[lesson.metadata["name"]].values()
+def test_ranges_in_the_text_are_bands_of_recorded_metrics(notebook):
+    bands = BANDS[notebook.metadata["name"]].values()
     known = {(round(100 * b["min"], 6), round(100 * b["max"], 6)) for b in bands if len(b) == 2}
-    for low, high in RANGE.findall(prose_of(lesson)):
+    for low, high in RANGE.findall(prose_of(notebook)):
         assert (float(low), float(high)) in known, f"{low} to {high}"
 
 
