@@ -40,7 +40,7 @@ from refiner.files import write_json  # noqa: E402
 from refiner.layout import umap_embedding  # noqa: E402
 from refiner.measures import kmeans  # noqa: E402
 from refiner.neighbors import (  # noqa: E402
-    _classify,
+    classify,
     knn_report,
     nearest_neighbors,
     standardized,
@@ -121,7 +121,7 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS) -> dict[str, Callable]:
 
     def voted(similarities, indices):
         scores = torch.as_tensor(similarities).double()
-        return _classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1]
+        return classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1]
 
     def refiner():
         return knn_report(train_x, train_y, test_x, test_y, k=ks, keep_votes=False,

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from refiner import maps, toybox
 from refiner.features import Features
 from refiner.images import ImageSet
-from refiner.neighbors import Graph, _mean_and_scale, nearest_neighbors, standardized
+from refiner.neighbors import Graph, _mean_and_scale, classify, nearest_neighbors, standardized
 
 Tensor = torch.Tensor
 MOST_IMAGES = 200_000
@@ -548,13 +548,11 @@ def _others(graph: Graph, themselves) -> Graph:
 
 
 def _votes(indices_Sk: np.ndarray, similarities_Sk: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Shares of the vote by class, float64 [S, C], weighted by exp(similarity / temperature)."""
-    nearest = similarities_Sk[:, :1].astype(np.float64)
-    weights_Sk = np.exp((similarities_Sk - nearest) / TEMPERATURE)
-    votes_SC = np.zeros((len(indices_Sk), int(labels.max()) + 1))
-    for column in range(indices_Sk.shape[1]):
-        votes_SC[np.arange(len(votes_SC)), labels[indices_Sk[:, column]]] += weights_Sk[:, column]
-    return votes_SC / votes_SC.sum(1, keepdims=True)
+    """Shares of the vote by class, float32 [S, C], weighted as in refiner.knn_accuracy."""
+    found = map(torch.as_tensor, (indices_Sk, similarities_Sk.astype(np.float64), labels))
+    k, n_classes = indices_Sk.shape[1], int(labels.max()) + 1
+    votes_1SC, _ = classify(*found, [k], TEMPERATURE, n_classes)
+    return votes_1SC[0].numpy()
 
 
 # ---------------------------------------------------------------- input, checked

@@ -464,7 +464,7 @@ def knn_report(
     for indices, scores, labels in _block_neighbors(
         train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
     ):
-        votes, predicted = _classify(
+        votes, predicted = classify(
             indices, scores, labels, ascending, temperature, n_classes if keep_votes else None
         )
         found.append((predicted, votes, indices.cpu(), scores.float().cpu()))
@@ -514,7 +514,7 @@ def knn_accuracy(
     for indices, scores, labels in _block_neighbors(
         train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
     ):
-        _, predicted = _classify(indices, scores, labels, ascending, temperature, None)
+        _, predicted = classify(indices, scores, labels, ascending, temperature, None)
         correct.append((predicted == test_y.cpu()).double().mean(-1).float())
     accuracy = torch.stack(correct, dim=1)[[ascending.index(k) for k in ks]]  # [S, L]
     accuracy = accuracy[:, 0] if train_x.ndim == 2 else accuracy
@@ -543,7 +543,7 @@ def knn_predict(
         ValueError: as :func:`knn_report`.
     """
     found = [
-        _classify(indices, scores, labels, [k], temperature, int(labels.max()) + 1)
+        classify(indices, scores, labels, [k], temperature, int(labels.max()) + 1)
         for indices, scores, labels in _block_neighbors(
             train_x, train_y, test_x, k, standardize, chunk, device, progress
         )
@@ -607,7 +607,7 @@ def _mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-7 * mean.abs(), 1 / std, 0)
 
 
-def _classify(indices, scores, labels, ascending, temperature: float, n_classes: int | None):
+def classify(indices, scores, labels, ascending, temperature: float, n_classes: int | None):
     """Votes float32 [S, Q, C] (None without n_classes) and predictions int64 [S, Q], on the CPU."""
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
