@@ -24,7 +24,7 @@ from refiner import panels
 from refiner.course import clock
 from refiner.exploration import Colour, Exploration, State, View, prepare
 
-GLIDE = 500  # milliseconds in which points move to the next block
+GLIDE = 500  # milliseconds that jupyter-scatter may take for points it was sent
 MARGIN = 300  # and what a busy browser may need besides
 REACH = 1.06  # of the axes; points lie within -1…1
 HEIGHT = 380  # pixels of a map
@@ -417,7 +417,7 @@ class _Map:
     def show(self, view: View) -> None:
         """Shows a view; where a loop runs, once the points have come to rest.
 
-        The browser drops points that reach it while others still move, so of views that follow
+        The browser drops points that reach it while it still draws others, so of views that follow
         each other quickly the first and the last are drawn.
         """
         wait = self._rests - time.monotonic()
@@ -447,7 +447,7 @@ class _Map:
             if not old or not _alike(new.colour, old.colour):
                 self._colour(new.colour)
             axes = {"x_scale": (-REACH, REACH), "y_scale": (-REACH, REACH)}
-            # Not animated: after quick steps gliding points ended on a block passed on the way.
+            # Not animated: after quick steps, gliding points ended on a block passed on the way.
             self.scatter.xy(new.xy[:, 0], new.xy[:, 1], **axes, animate=False)
             self._rests = time.monotonic() + (GLIDE + MARGIN) / 1000
         self._drawn = view
