@@ -57,7 +57,8 @@ def test_probing_table_is_the_json(monkeypatch):
     from benchmarks.probing import table
 
     lines = table(PROBING)
-    assert len(lines) == 2 + len(PROBING["knn"]["rows"]) + len(PROBING["kmeans"]["rows"])
+    parts = ("knn", "knn_full", "kmeans")
+    assert len(lines) == 2 + sum(len(PROBING[part]["rows"]) for part in parts)
     assert "\n".join(lines) in README
 
 
@@ -70,6 +71,11 @@ def test_probing_claims_hold_on_the_committed_measurement():
         assert 3 * ours["cpu_seconds"] <= row["sides"]["lightly"]["cpu_seconds"]
         least = 3 if row["dim"] < 256 else 2
         assert least * ours["cpu_seconds"] <= row["sides"]["scikit-learn"]["cpu_seconds"]
+    for row in PROBING["knn_full"]["rows"]:
+        assert row["sides"]["refiner"]["predictions_unlike_float64"] == 0
+    narrow = PROBING["knn_full"]["rows"][0]["sides"]
+    slower = narrow["refiner"]["cpu_seconds"] / narrow["faiss"]["cpu_seconds"] - 1
+    assert slower > 0 and f"faiss is {100 * slower:.0f} % faster with 10,000 queries" in README
     for row in PROBING["kmeans"]["rows"]:
         inertia = {name: side["inertia"] for name, side in row["sides"].items()}
         assert inertia["refiner"] <= 1.001 * min(inertia.values())
