@@ -203,34 +203,19 @@ class _Search:
         """The same, with the compiled loops, a tile of queries and keys at a time."""
         from refiner import scan
 
-        (n_queries, dim), k = q.unit.shape, self.k
-        slack = np.float32(2.02 * self.doubt(dim))  # a little more, as limits are float32 too
-        room = 2 * k + 8 * scan.STRIDE
+        n_queries, n_keys = len(q.unit), len(x.unit)
         step = min(self.chunk or 512, n_queries)
-        tile = torch.empty(step * SCAN_KEYS)
-        shift = torch.zeros(dim, dtype=torch.float64) if self.mean is None else self.mean
-        factor = torch.ones_like(shift) if self.scale is None else self.scale
-        exact = [t.numpy() for t in (q.x, x.x, q.norm, x.norm, shift, factor)]
-        sure = torch.ones(n_queries, dtype=torch.bool)
+        likely = scan.ranks(self.k, n_keys, SCAN_KEYS)
+        tile = _Tile(self, q, x, torch.empty(step * SCAN_KEYS))
+        sure = torch.zeros(n_queries, dtype=torch.bool)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for start in range(0, n_queries, step):
-                rows = slice(start, min(start + step, n_queries))
-                n = rows.stop - start
-                found = (
-                    np.full(n, -1.5, np.float32), np.zeros(n, np.int64),
-                    np.empty((n, room), np.float32), np.empty((n, room), np.int32),
-                )  # fmt: skip
-                for base in range(0, len(x.unit), SCAN_KEYS):
-                    keys = x.unit[base : base + SCAN_KEYS]
-                    rough = torch.mm(q.unit[rows], keys.T,
-                                     out=tile[: n * len(keys)].view(n, -1))  # fmt: skip
-                    if self.exclude_self:
-                        _leave_out(rough, start - base)
-                    _shared(pool, n, scan.collect, rough.numpy(), base, k, slack, *found)
-                out = indices[rows].numpy(), scores[rows].numpy()
-                _shared(pool, n, scan.finish, *exact, start, k, slack, TIE, *found[1:], *out)
-                sure[rows] = torch.from_numpy(found[1] >= 0)
-                _advance(bar, n)
+            for rows in torch.arange(n_queries).split(step):
+                sure[rows] = tile(rows, likely, indices, scores, pool)
+                _advance(bar, len(rows))
+            # The few whose best keys came late are searched again, keeping k from the start.
+            missed = (~sure).nonzero()[:, 0]
+            for rows in missed.split(step) if len(missed) else ():
+                sure[rows] = tile(rows, [self.k] * len(likely), indices, scores, pool)
         return sure
 
     def by_float64(self, q: _Side, x: _Side, indices, scores, unsure: Tensor) -> None:
@@ -278,6 +263,45 @@ class _Side:
     unit: Tensor
 
 
+class _Tile:
+    """Searches some queries among all keys with the compiled loops, SCAN_KEYS keys at a time."""
+
+    def __init__(self, search: _Search, q: _Side, x: _Side, scores: Tensor):
+        dim = q.unit.shape[1]
+        self.k, self.exclude_self, self.q, self.x = search.k, search.exclude_self, q, x
+        self.slack = np.float32(2.02 * search.doubt(dim))  # a little more: limits are float32 too
+        self.shift = torch.zeros(dim, dtype=torch.float64) if search.mean is None else search.mean
+        self.factor = torch.ones_like(self.shift) if search.scale is None else search.scale
+        # In random order the first parts of the keys tell what the others will be like.
+        self.order = torch.randperm(len(x.unit), generator=torch.Generator().manual_seed(0))
+        self.place, self.unit_KD, self.scores = self.order.argsort(), x.unit[self.order], scores
+
+    def __call__(self, rows: Tensor, ranks: list[int], indices, scores, pool) -> Tensor:
+        """Fills in these rows of indices and scores, and tells which of them are sure."""
+        from refiner import scan
+
+        n, room = len(rows), 2 * self.k + 16 * scan.STRIDE
+        found = (
+            np.full(n, -1.5, np.float32), np.zeros(n, np.int64),
+            np.empty((n, room), np.float32), np.empty((n, room), np.int32),
+        )  # fmt: skip
+        q_QD = self.q.unit[rows]
+        bases = range(0, len(self.unit_KD), SCAN_KEYS)
+        for base, rank in zip(bases, ranks, strict=True):
+            keys = self.unit_KD[base : base + SCAN_KEYS]
+            rough_QB = torch.mm(q_QD, keys.T, out=self.scores[: n * len(keys)].view(n, -1))
+            if self.exclude_self:
+                _leave_out(rough_QB, self.place[rows] - base)
+            _shared(pool, n, scan.collect, rough_QB.numpy(), base, rank, self.slack, *found)
+        best, exact = torch.empty(n, self.k, dtype=torch.int64), torch.empty(n, self.k).double()
+        features = (self.q.x[rows], self.x.x, self.q.norm[rows], self.x.norm)
+        features = [t.numpy() for t in (*features, self.shift, self.factor, self.order.int())]
+        _shared(pool, n, scan.finish, *features, self.k, self.slack, TIE, *found,
+                best.numpy(), exact.numpy())  # fmt: skip
+        indices[rows], scores[rows] = best, exact
+        return torch.from_numpy(found[1] >= 0)
+
+
 def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their keys: those of the k groups with the largest maxima."""
     n_keys = scores_QK.shape[1]
@@ -305,9 +329,8 @@ def _best(scores_QC: Tensor, some_QC: Tensor, k: int, n_keys: int) -> tuple[Tens
     return some_QC.gather(1, where), scores_QC.gather(1, where)
 
 
-def _leave_out(scores_QB: Tensor, diagonal: int) -> None:
-    """Query i is key i + diagonal of this tile; no key of its own."""
-    itself = torch.arange(len(scores_QB)) + diagonal
+def _leave_out(scores_QB: Tensor, itself: Tensor) -> None:
+    """Query i is key itself[i] of this tile, if it is in it; no key of its own."""
     i = ((itself >= 0) & (itself < scores_QB.shape[1])).nonzero()[:, 0]
     scores_QB[i, itself[i]] = NEVER
 

@@ -11,21 +11,34 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-STRIDE = 16
+STRIDE = 8
 compiled = njit(cache=True, nogil=True, boundscheck=False)
 ranking = njit(cache=True, nogil=True, boundscheck=False, fastmath={"nnan", "nsz"})
 summing = njit(cache=True, nogil=True, boundscheck=False, fastmath={"reassoc", "contract"})
 
 
-@compiled
-def collect(scores_QB, base, k, slack, limits_Q, counts_Q, values_QC, indices_QC, first, last):
-    """Adds every key that may be among a query's k best to its candidates.
+def ranks(k: int, n_keys: int, width: int) -> list[int]:
+    """How many of the best keys seen after each part of ``width`` keys are worth keeping.
 
-    A key stays a candidate while its score is within ``slack`` of the k-th best so far. Where more
-    such keys turn up than there is room for, the count becomes -1.
+    In random order, k best keys of ``n_keys`` leave s = k m / n_keys of them among the first m, on
+    average; three deviations more (of a Poisson distribution, which spreads wider) are missed by
+    about one query in a thousand. :func:`finish` notices which.
+    """
+    seen = np.minimum(np.arange(width, n_keys + width, width), n_keys)
+    share = k * seen / n_keys
+    return np.minimum(np.ceil(share + 3 * np.sqrt(share) + 2), k).astype(int).tolist()
+
+
+@compiled
+def collect(scores_QB, base, rank, slack, limits_Q, counts_Q, values_QC, indices_QC, first, last):
+    """Adds every key that is likely to be among a query's k best to its candidates.
+
+    A key stays a candidate while its score is within ``slack`` of the best ``rank`` so far. Where
+    more such keys turn up than there is room for, the count becomes -1.
 
     Args:
         scores_QB: float32 scores of all queries with keys ``base`` to ``base + B``.
+        rank: k, or fewer while few keys have been seen (see :func:`ranks`).
         limits_Q: float32, what a score has to reach; rises from part to part.
         counts_Q: int64, candidates found so far.
         values_QC, indices_QC: float32 scores and int32 positions of the candidates.
@@ -33,43 +46,54 @@ def collect(scores_QB, base, k, slack, limits_Q, counts_Q, values_QC, indices_QC
     """
     width, room = scores_QB.shape[1], values_QC.shape[1]
     strides = width // STRIDE
-    maxima = np.empty(strides + 1, dtype=np.float32)
+    maxima = np.empty(strides, dtype=np.float32)
+    some = np.empty(strides, dtype=np.int64)
     for q in range(first, last):
         count, limit = counts_Q[q], limits_Q[q]
         if count < 0:
             continue
         row, values, indices = scores_QB[q], values_QC[q], indices_QC[q]
         _maxima(row, maxima)
-        if base == 0 and k <= strides:
-            # k strides hold a score of at least this, so the k-th best does as well.
-            limit = max(limit, _at_least(maxima, strides, k) - slack)
-        maxima[strides] = np.inf  # what is left after the last whole stride is always looked at
-        for s in range(strides + 1):
-            if maxima[s] < limit:
-                continue
-            for j in range(s * STRIDE, min(s * STRIDE + STRIDE, width)):
-                # Written in any case, as a branch here would be guessed wrong too often.
-                values[count], indices[count] = row[j], base + j
-                count += row[j] >= limit
+        if base == 0 and rank <= strides:
+            # That many strides hold a score of at least this.
+            limit = max(limit, _at_least(maxima, strides, rank) - slack)
+        # Everything is written, and the count decides what of it stays: branches here would be
+        # guessed wrong too often.
+        n_some = 0
+        for s in range(strides):
+            some[n_some] = s
+            n_some += maxima[s] >= limit
+        for i in range(n_some + 1):
+            if i < n_some:
+                j = some[i]
+                for _ in range(STRIDE):
+                    values[count], indices[count] = row[j], base + j
+                    count += row[j] >= limit
+                    j += strides
+            else:  # what is left after the last whole stride is always looked at
+                for j in range(strides * STRIDE, width):
+                    values[count], indices[count] = row[j], base + j
+                    count += row[j] >= limit
             if count + STRIDE > room:
-                limit = _at_least(values, count, k) - slack
+                limit = max(limit, _at_least(values, count, rank) - slack)
                 count = _keep(values, indices, count, limit)
                 if count + STRIDE > room:
                     count = -1
                     break
-        if 2 * count > 3 * k:
-            limit = _at_least(values, count, k) - slack
+        if 2 * count > 3 * rank:
+            limit = max(limit, _at_least(values, count, rank) - slack)
             count = _keep(values, indices, count, limit)
         counts_Q[q], limits_Q[q] = count, limit
 
 
 @ranking
 def _maxima(row, out):
-    """The largest of each whole stride."""
-    for s in range(len(row) // STRIDE):
-        top = row[s * STRIDE]
-        for j in range(s * STRIDE, s * STRIDE + STRIDE):
-            top = max(top, row[j])
+    """The largest of every stride: STRIDE scores that lie len(out) apart."""
+    n = len(out)
+    for s in range(n):  # vectorised over s
+        top = row[s]
+        for j in range(1, STRIDE):
+            top = max(top, row[j * n + s])
         out[s] = top
 
 
@@ -81,14 +105,20 @@ def _at_least(values, count, k):
         low, high = min(low, values[i]), max(high, values[i])
     for _ in range(20):
         middle = low + (high - low) * np.float32(0.5)
-        reach = np.int32(0)
-        for i in range(count):
-            reach += np.int32(values[i] >= middle)
-        if reach >= k:
+        if _reaching(values, count, middle) >= k:
             low = middle
         else:
             high = middle
     return low
+
+
+@ranking
+def _reaching(values, count, bound):
+    """How many of the values are no smaller than the bound."""
+    reach = np.int32(0)
+    for i in range(count):
+        reach += np.int32(values[i] >= bound)
+    return reach
 
 
 @compiled
@@ -102,63 +132,93 @@ def _keep(values, indices, count, limit):
 
 
 @compiled
-def finish(q_QD, x_KD, q_norm, x_norm, shift, factor, offset, k, slack, tie,
-           counts_Q, values_QC, indices_QC, best_Qk, scores_Qk, first, last):  # fmt: skip
+def finish(q_QD, x_KD, q_norm, x_norm, shift, factor, order_K, k, slack, tie,
+           limits_Q, counts_Q, values_QC, indices_QC, best_Qk, scores_Qk, first, last):  # fmt: skip
     """Rescores the candidates in float64 and sorts them: multiples of ``tie``, then the index.
 
+    Where fewer than k candidates are clear of the limit, a key that was left out may belong to
+    the result, and the count becomes -1.
+
     Args:
-        q_QD, x_KD: all features; a score is the product of two, shifted and scaled, over their
-            norms.
-        offset: which of all queries the chunk's first one is.
+        q_QD, x_KD: features of the queries and of all keys; a score is the product of two,
+            shifted and scaled, over their norms.
+        order_K: int32, which key stood at each position that was scanned.
         best_Qk, scores_Qk: int64 and float64, filled for queries whose count is not -1.
     """
-    n_keys, room, dim = len(x_KD), values_QC.shape[1], q_QD.shape[1]
-    wide = np.empty(dim, dtype=np.float64)
-    exact = np.empty(room + 3, dtype=np.float64)
-    packed = np.empty(room, dtype=np.int64)
+    n_keys = len(x_KD)
+    starts_Q = np.zeros(last - first + 1, dtype=np.int64)  # of each query's pairs
     for q in range(first, last):
-        count = counts_Q[q]
-        if count < 0:
+        count, values, indices = counts_Q[q], values_QC[q], indices_QC[q]
+        if count >= 0 and _reaching(values, count, limits_Q[q] + slack) < k:
+            count = counts_Q[q] = -1
+        if count >= 0:
+            count = _keep(values, indices, count, _at_least(values, count, k) - slack)
+        starts_Q[q - first + 1] = starts_Q[q - first] + max(count, 0)
+    keys_P = np.empty(starts_Q[-1], dtype=np.int32)
+    for q in range(first, last):
+        start = starts_Q[q - first]
+        for p in range(start, starts_Q[q - first + 1]):
+            keys_P[p] = order_K[indices_QC[q, p - start]]
+    exact_P = _products(q_QD[first:last], x_KD, shift, factor, starts_Q, keys_P)
+    packed_P = np.empty(len(keys_P), dtype=np.int64)
+    for q in range(first, last):
+        if counts_Q[q] < 0:
             continue
-        values, indices = values_QC[q], indices_QC[q]
-        count = _keep(values, indices, count, _at_least(values, count, k) - slack)
-        row, norm = q_QD[offset + q], q_norm[offset + q]
-        for i in range(dim):
-            wide[i] = (np.float64(row[i]) - shift[i]) * factor[i]
-        for c in range(0, count, 4):
-            _products(wide, x_KD, indices, c, count - 1, shift, factor, exact)
-        for c in range(count):
-            j = indices[c]
-            exact[c] /= norm * x_norm[j]
-            packed[c] = np.int64(np.rint(exact[c] / tie)) * n_keys + (n_keys - 1 - j)
-        _sort(packed, exact, indices, count)
-        best_Qk[q] = indices[:k]
-        scores_Qk[q] = exact[:k]
-
-
-@summing
-def _products(wide, x_KD, indices, c, last, shift, factor, out):
-    """Products of a query with four candidates; the memory fetches four rows at a time.
-
-    Each of the four is summed in the same order, so duplicates tie to the bit.
-    """
-    a, b = x_KD[indices[c]], x_KD[indices[min(c + 1, last)]]
-    d, e = x_KD[indices[min(c + 2, last)]], x_KD[indices[min(c + 3, last)]]
-    t = u = v = w = 0.0
-    for i in range(len(wide)):
-        m, f, y = shift[i], factor[i], wide[i]
-        t += y * ((np.float64(a[i]) - m) * f)
-        u += y * ((np.float64(b[i]) - m) * f)
-        v += y * ((np.float64(d[i]) - m) * f)
-        w += y * ((np.float64(e[i]) - m) * f)
-    out[c], out[c + 1], out[c + 2], out[c + 3] = t, u, v, w
+        start, end = starts_Q[q - first], starts_Q[q - first + 1]
+        for p in range(start, end):
+            exact_P[p] /= q_norm[q] * x_norm[keys_P[p]]
+            packed_P[p] = np.int64(np.rint(exact_P[p] / tie)) * n_keys + (n_keys - 1 - keys_P[p])
+        _sort(packed_P[start:end], exact_P[start:end], keys_P[start:end])
+        best_Qk[q] = keys_P[start : start + k]
+        scores_Qk[q] = exact_P[start : start + k]
 
 
 @compiled
-def _sort(packed, exact, indices, count):
+def _products(q_QD, x_KD, shift, factor, starts_Q, keys_P):
+    """Products of the pairs of query and key, float64 [P], a key at a time.
+
+    A query at a time would fetch rows from all over the memory. Every product is summed in the
+    same order, so duplicates tie to the bit.
+    """
+    dim, n_pairs = q_QD.shape[1], len(keys_P)
+    wide_QD = (q_QD.astype(np.float64) - shift) * factor
+    ends_K = np.zeros(len(x_KD) + 1, dtype=np.int32)  # pairs sorted by key, by counting
+    for p in range(n_pairs):
+        ends_K[keys_P[p] + 1] += 1
+    ends_K = np.cumsum(ends_K).astype(np.int32)
+    pairs, queries = np.empty(n_pairs, dtype=np.int32), np.empty(n_pairs, dtype=np.int32)
+    for q in range(len(q_QD)):
+        for p in range(starts_Q[q], starts_Q[q + 1]):
+            place = ends_K[keys_P[p]]
+            pairs[place], queries[place] = p, q
+            ends_K[keys_P[p]] += 1
+    key, exact_P = np.empty(dim, dtype=np.float64), np.empty(n_pairs, dtype=np.float64)
+    place = 0
+    for j in range(len(x_KD)):
+        if place == ends_K[j]:
+            continue
+        row = x_KD[j]
+        for i in range(dim):
+            key[i] = (np.float64(row[i]) - shift[i]) * factor[i]
+        while place < ends_K[j]:
+            exact_P[pairs[place]] = _dot(wide_QD[queries[place]], key)
+            place += 1
+    return exact_P
+
+
+@summing
+def _dot(a, b):
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@compiled
+def _sort(packed, exact, indices):
     """All three by falling ``packed``, which has no ties (Shell's sort, Ciura's gaps)."""
     for gap in (701, 301, 132, 57, 23, 10, 4, 1):
-        for i in range(gap, count):
+        for i in range(gap, len(packed)):
             a, b, c = packed[i], exact[i], indices[i]
             j = i
             while j >= gap and packed[j - gap] < a:

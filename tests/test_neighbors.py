@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import hypergeom
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from refiner import neighbors as module
+from refiner import scan
 from refiner.neighbors import (
     TIE,
     Graph,
@@ -153,6 +155,47 @@ def test_large_searches_equal_float64_products(k, monkeypatch):
     other = nearest_neighbors(queries, keys, k=k)
     assert torch.equal(other.indices, graph.indices)
     assert torch.allclose(other.similarities, graph.similarities, atol=1e-7)
+
+
+def missed(monkeypatch, queries, keys, k: int) -> int:
+    """How many queries the compiled loops searched a second time, keeping k from the start."""
+    seen = []
+    one_tile = module._Tile.__call__
+
+    def spy(self, rows, ranks, *others):
+        seen.append(len(rows) if min(ranks) == k else 0)
+        return one_tile(self, rows, ranks, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Tile, "__call__", spy)
+        graph = nearest_neighbors(queries, keys, k=k)
+    assert torch.equal(graph.indices, reference(queries, keys, k)[0])
+    return sum(seen)
+
+
+def test_keys_in_order_of_their_nearness_are_no_surprise(monkeypatch):
+    """The loops guess from the first keys; a query whose best come late is searched again."""
+    queries, keys = normal(60, 8), normal(3000, 8, seed=1)
+    queries[:, 0] += 3
+    keys = keys[keys[:, 0].argsort()]  # the best neighbors of all of them come last
+    monkeypatch.setattr(module, "SCAN", 0)
+    monkeypatch.setattr(module, "SCAN_KEYS", 256)
+    assert missed(monkeypatch, queries, keys, 50) < 5
+    assert doubtful(monkeypatch, queries, keys, k=50) == []
+    # A guess that is nearly always wrong costs time, and no neighbor.
+    monkeypatch.setattr(scan, "ranks", lambda k, n_keys, width: [1] * -(-n_keys // width))
+    assert missed(monkeypatch, queries, keys, 50) > 40
+    assert doubtful(monkeypatch, queries, keys, k=50) == []
+
+
+def test_ranks_grow_to_k():
+    ranks = scan.ranks(200, 50_000, 2048)
+    assert len(ranks) == 25 and ranks == sorted(ranks) and ranks[-1] == 200
+    assert scan.ranks(1, 50_000, 2048) == [1] * 25
+    # By the exact distribution a query is missed at one part in fewer than one of 400 cases.
+    for part, rank in enumerate(ranks):
+        seen = min(2048 * (part + 1), 50_000)
+        assert rank == 200 or hypergeom.sf(rank, 50_000, 200, seen) < 1 / 400
 
 
 def test_many_keys_nearly_as_close_overflow_the_candidates(monkeypatch):
