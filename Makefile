@@ -1,5 +1,5 @@
-# make course | test | lab | site | bench    each sets up .venv by itself and sets it up again only when
-#                                     pyproject.toml or constraints.txt changed
+# make course | test | lab | site | browse | bench    each sets up .venv by itself and sets it up
+#                     again only when pyproject.toml or constraints.txt changed
 # make clean                          removes .venv and the caches; runs/ stays
 #
 # ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check \
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONHOME
 
-.PHONY: help course test lab site bench clean
+.PHONY: help course test lab site browse bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -43,6 +43,10 @@ site: $(READY)
 	@echo "Building the site of the notebooks as they ran: build/site/index.html"
 	@$(PIP) --quiet --editable '.[site]'
 	@$(BIN)/python docs/build.py $(ARGS)
+
+browse: $(READY)
+	@echo "Pressing Run All in JupyterLab and Chromium, notebook by notebook"
+	@RUN_ALL=1 $(BIN)/python -m pytest tests/test_run_all.py $(ARGS)
 
 bench: $(READY)
 	@echo "Running the measuring scripts of benchmarks/ (minutes to half an hour each)"

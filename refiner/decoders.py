@@ -30,7 +30,7 @@ from refiner.encoders import (
     prefix_tokens,
     run_block,
 )
-from refiner.features import _block_numbers, _borrowed, preprocess, preprocessing_card
+from refiner.features import block_numbers, borrowed, preprocess, preprocessing_card
 from refiner.mae import parameter_groups, patchify, random_masking
 from refiner.training import autocast, batch_indices, cosine_schedule, step_generator, take
 
@@ -156,7 +156,7 @@ def decode_blocks(
     if device is None and not torch.cuda.is_available():
         device = next(model.parameters()).device
     device = torch.device(device or "cuda")
-    numbers = _block_numbers(blocks, len(model.blocks))
+    numbers = block_numbers(blocks, len(model.blocks))
     source = _Frozen(model, numbers, mask_ratio, normalize_targets, device)
     sizes = {"dim": decoder_dim, "depth": decoder_depth, "heads": decoder_heads}
     decoders = nn.ModuleList(source.decoder(seed, sizes) for _ in numbers).to(device)
@@ -164,7 +164,7 @@ def decode_blocks(
         parameter_groups(decoders, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True
     )
     history, losses, began = [], [], time.monotonic()
-    with _borrowed(model, device), torch.enable_grad():
+    with borrowed(model, device), torch.enable_grad():
         bar = tqdm(range(steps), desc="decoders", unit="step", disable=not progress)
         for step in bar:
             rate = cosine_schedule(step, total=steps, warmup=int(WARMUP * steps), peak=lr)
@@ -255,7 +255,7 @@ def _measure(model, source: _Frozen, decoders, train, test, seed: int) -> tuple[
     mean_P = source.target(some).mean(dim=(0, 1))
     generator = step_generator(seed, -1 % 2**32)  # masks that no training step has
     total_L, guess, n = torch.zeros(len(decoders), device=device), 0.0, 0
-    with _borrowed(model, device):
+    with borrowed(model, device):
         for start in range(0, len(test), step):
             pixels = take(test, torch.arange(start, min(start + step, len(test))), device)
             problems = source.problem(pixels, generator)

@@ -22,7 +22,7 @@ from refiner.encoders import Encoder
 from refiner.files import write_json
 from refiner.images import ImageSet
 from refiner.models import load_model
-from refiner.probe_report import BAR, _images, _plain
+from refiner.probe_report import BAR, json_ready, train_and_test
 from refiner.protocols import EvaluationSettings, Subject
 from refiner.segmentation import DenseSet, load_dense, object_maps
 from refiner.training import machine
@@ -136,7 +136,7 @@ def evaluate(
     wanted = rows_for(rows, transfers)
     models = {"before": str(before)} | ({"after": str(after)} if after else {})
     asked = {"models": models, "data": str(data), "dense": None if dense is None else str(dense),
-             "settings": _plain(asdict(settings))}  # fmt: skip
+             "settings": json_ready(asdict(settings))}  # fmt: skip
     loaded = {side: load_model(name) for side, name in models.items()}
     report = _started(out, asked, resume)
     bench = _Bench(loaded, settings, data, dense, device, progress)
@@ -222,9 +222,9 @@ class _Bench:
         if key not in self.loaded:
             n, n_test = self.settings.n, self.settings.n_test
             try:
-                self.loaded[key] = _images(data, n, n_test, key[1])
+                self.loaded[key] = train_and_test(data, n, n_test, key[1])
             except ValueError:  # the set may have fewer; anything else is raised again
-                train, test = _images(data, None, None, key[1])
+                train, test = train_and_test(data, None, None, key[1])
                 self.loaded[key] = train[:n], test[:n_test]
         return self.loaded[key]
 

@@ -14,7 +14,7 @@ from refiner import plots
 from refiner.evaluate import comparison
 from refiner.files import write_text
 from refiner.probe_report import NAMES, save_figures
-from refiner.report import _STYLE
+from refiner.report import STYLE
 
 WORDS = {"better": "better", "worse": "worse", "unclear": "within twice the spread"}
 MARKS = {"better": "▲ better", "worse": "▼ worse", "unclear": "unclear"}
@@ -68,7 +68,7 @@ def _corruptions(report: dict) -> plt.Figure:
                                       width_ratios=(1, 1.25))  # fmt: skip
     for i, (side, entry) in enumerate(report["rows"]["corruptions"].items()):
         detail = entry["scores"][0]["detail"]
-        table, look = np.array(detail["accuracy"]), plots._look(i)
+        table, look = np.array(detail["accuracy"]), plots.curve_style(i)
         severity = [0, *detail["severities"]]
         left.plot(severity, [detail["clean"], *table.mean(0)], label=_label(report, side), **look)
         right.plot(table.mean(1), range(len(table)), **look | {"linestyle": ""},
@@ -218,7 +218,7 @@ def write_page(out: Path, report: dict) -> None:
         out / "index.html",
         f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Evaluation of {title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>Evaluation of {title}</h1>
 <p>{escape(report["data"])}: {images["train"]} train and {images["test"]} test images,
 {images["classes"]} classes. {escape(facts)}; {seconds / 60:.1f} minutes. All numbers:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from refiner import maps, toybox
 from refiner.features import Features
 from refiner.images import ImageSet
-from refiner.neighbors import Graph, _mean_and_scale, classify, nearest_neighbors, standardized
+from refiner.neighbors import Graph, classify, mean_and_scale, nearest_neighbors, standardized
 
 Tensor = torch.Tensor
 MOST_IMAGES = 200_000
@@ -513,7 +513,7 @@ def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) 
             graph = nearest_neighbors(x_ND, x_ND, k=more, exclude_self=True)
         else:
             graph = _others(nearest_neighbors(x_ND[sample], x_ND, k=k + 1), sample)
-            how = [v.float() for v in _mean_and_scale(raw_ND)]
+            how = [v.float() for v in mean_and_scale(raw_ND)]
             scaling.append((*how, x_ND.norm(dim=1).clamp_min(1e-12)))
         graphs.append(graph)
         if labels is not None:

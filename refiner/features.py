@@ -198,11 +198,11 @@ def extract(
     if device is None and not torch.cuda.is_available():
         device = next(model.parameters()).device
     device = torch.device(device or "cuda")
-    numbers = _block_numbers(blocks, len(model.blocks))
+    numbers = block_numbers(blocks, len(model.blocks))
     pools = _pool_functions(poolings)
     card = preprocessing_card(model)
     if batch_size is None:
-        batch_size = _default_batch(model, device)
+        batch_size = default_batch(model, device)
     elif batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if dtype is None and device.type == "cuda":
@@ -211,7 +211,7 @@ def extract(
     store = _Store(memory, folder, numbers)
     total = len(images) if isinstance(images, ImageSet | Tensor) else None
     with (
-        _borrowed(model, device),
+        borrowed(model, device),
         tqdm(total=total, desc="features", unit="image", disable=not progress) as bar,
     ):
         own = next(model.parameters()).dtype
@@ -330,7 +330,12 @@ class _Store:
         )
 
 
-def _block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+def block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The blocks asked for, from 1; None is every block of the model.
+
+    Raises:
+        ValueError: for blocks that the model does not have.
+    """
     if blocks is None:
         return tuple(range(1, depth + 1))
     numbers = tuple(int(b) + depth + 1 if b < 0 else int(b) for b in blocks)
@@ -339,7 +344,8 @@ def _block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     return numbers
 
 
-def _default_batch(model: Encoder, device: torch.device) -> int:
+def default_batch(model: Encoder, device: torch.device) -> int:
+    """As many images as keep the tokens of a pass within the device's budget."""
     tokens = patch_count(model) + prefix_tokens(model)
     budget = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH["cpu"])
     return min(1024, max(1, budget // tokens))
@@ -376,7 +382,7 @@ def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
+def borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
     """Eval mode on a device without gradients; afterwards every module is as it was."""
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device

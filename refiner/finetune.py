@@ -34,7 +34,7 @@ from refiner.encoders import Encoder, final_pooling, has_class_token, width
 from refiner.features import preprocess, preprocessing_card
 from refiner.images import ImageSet
 from refiner.models import copy_model
-from refiner.probes import PENALTIES, _by_class, linear_probe
+from refiner.probes import PENALTIES, linear_probe, shuffled_by_class
 from refiner.refine import head_features
 from refiner.training import (
     Batches,
@@ -451,7 +451,7 @@ def few_labels(images: ImageSet, size: float, *, draw: int = 0, seed: int = 0) -
         ValueError: without labels, or for a size that the smallest class does not have.
     """
     _, y_N = _classes(images)
-    groups = _by_class(y_N, np.random.default_rng([seed, draw]))
+    groups = shuffled_by_class(y_N, np.random.default_rng([seed, draw]))
     share = size < 1
     counts = [max(1, round(size * len(g))) if share else int(size) for g in groups]
     if size <= 0 or (not share and (size != int(size) or size > min(map(len, groups)))):

@@ -466,7 +466,7 @@ def _load_folder(
 ) -> ImageSet:
     if not folder.is_dir():
         raise FileNotFoundError(_no_folder(folder))
-    folder = _split_folder(folder, split)
+    folder = split_folder(folder, split)
     return _read_set(*_list_folder(folder), folder, n, size, seed, progress)
 
 
@@ -509,7 +509,12 @@ def _no_folder(folder: Path) -> str:
     return f"no image set or folder called {str(folder)!r}; {hint}"
 
 
-def _split_folder(folder: Path, split: str) -> Path:
+def split_folder(folder: Path, split: str) -> Path:
+    """Where a folder of images keeps a split: its sub-folder of that name, or itself for train.
+
+    Raises:
+        ValueError: for a split that it does not have.
+    """
     inside = {x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith(".")}
     present = {
         part: found[0] for part, names in SPLIT_FOLDERS.items()
@@ -532,9 +537,9 @@ def _split_folder(folder: Path, split: str) -> Path:
 def _list_folder(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
     """Files sorted by class and path, labels int64 [N] or None, and the classes' names."""
     inside = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
-    by_class = {sub.name: files for sub in inside if (files := list(_image_files(sub)))}
+    by_class = {sub.name: files for sub in inside if (files := list(image_files(sub)))}
     if by_class:
-        loose = sum(path.parent == folder for path in _image_files(folder))
+        loose = sum(path.parent == folder for path in image_files(folder))
         if loose:
             warnings.warn(
                 f"{loose} images directly in {folder} belong to no class and are left out",
@@ -543,7 +548,7 @@ def _list_folder(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ..
         paths = [path for files in by_class.values() for path in files]
         labels = [label for label, files in enumerate(by_class.values()) for _ in files]
         return paths, torch.tensor(labels, dtype=torch.int64), tuple(by_class)
-    paths = list(_image_files(folder))
+    paths = list(image_files(folder))
     if not paths:
         raise ValueError(
             f"{folder} holds no images: looked for files that end in {', '.join(EXTENSIONS)}"
@@ -551,7 +556,8 @@ def _list_folder(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ..
     return paths, None, ()
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
+    """Every image file below a folder, sorted, without hidden ones."""
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -561,7 +567,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 def shorter_sides(folder: Path, sample: int = 64) -> list[int]:
     """Shorter sides of a sample of a folder's images, pixels; none where there is no folder."""
-    return [min(size) for size in _some_sizes(list(_image_files(folder)), sample)]
+    return [min(size) for size in _some_sizes(list(image_files(folder)), sample)]
 
 
 def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, int]]:
@@ -603,7 +609,7 @@ def read_files(
         some = paths[start : start + block]
         for i, path in enumerate(some, start):
             try:
-                pixels[i] = _read_file(path, size).transpose(2, 0, 1)
+                pixels[i] = read_image(path, size).transpose(2, 0, 1)
             # Pillow's decoders meet damaged files with errors of a dozen types.
             except Exception as error:
                 broken[path] = str(error) or type(error).__name__
@@ -619,7 +625,7 @@ def read_files(
     return torch.from_numpy(pixels), broken
 
 
-def _read_file(path: Path, size: int) -> np.ndarray:
+def read_image(path: Path, size: int) -> np.ndarray:
     """One file as uint8 [size, size, 3]."""
     with Image.open(path) as image:
         # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.

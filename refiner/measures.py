@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from refiner.neighbors import (
     Graph,
-    _check_labels,
-    _full_precision,
+    check_labels,
+    full_precision,
     nearest_neighbors,
     standardized,
 )
@@ -224,7 +224,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
         unit, n = _unit(x_ND).float(), len(x_ND)
         total = torch.zeros((), dtype=torch.float64, device=unit.device)
         for start in range(0, n, step := _rows(4 * n)):
-            with _full_precision(unit.device):
+            with full_precision(unit.device):
                 cosine = unit[start : start + step] @ unit.T
             # ‖u - v‖² = 2 - 2 cos; the diagonal is left out.
             potential = cosine.sub_(1).mul_(2 * t).exp_()
@@ -296,7 +296,7 @@ def linear_cka(x: Tensor, y: Tensor | None = None, *, debiased: bool = False) ->
     mine = [_centred(a) for a in (x if x.ndim == 3 else x[None])]
     theirs = mine if y is x else [_centred(a) for a in (y if y.ndim == 3 else y[None])]
     every = mine if y is x else mine + theirs
-    with _full_precision(x.device):
+    with full_precision(x.device):
         d = max(a.shape[1] for a in every)
         by_images = debiased or n * len(every) < d * len(every) ** 2 / 2
         hsic = _hsic_by_images(every, debiased) if by_images else _hsic_by_features(every)
@@ -476,7 +476,7 @@ def kmeans(
         raise ValueError(f"restarts and max_iter must be at least 1, not {restarts}, {max_iter}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else x.device))
     blocks = x if x.ndim == 3 else x[None]
-    with _full_precision(device):
+    with full_precision(device):
         found = [
             _Lloyd(a.to(device), k, restarts, seed, chunk).run(max_iter)
             for a in tqdm(blocks, desc="k-means", unit="block", disable=not progress)
@@ -647,7 +647,7 @@ def clustering(
         ValueError: as :func:`kmeans`, or for labels or assignments that do not match.
     """
     _check(x)
-    _check_labels(labels, x, "clustered")
+    check_labels(labels, x, "clustered")
     if assignments is not None and assignments.shape != x.shape[:-1]:
         raise ValueError(
             f"assignments of {list(assignments.shape)} do not match features {list(x.shape)}"

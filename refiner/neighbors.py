@@ -107,7 +107,7 @@ def nearest_neighbors(
     """
     _check_features(queries, keys)
     _check_k(k, queries, keys, exclude_self)
-    home, device = queries.device, _device(device, queries)
+    home, device = queries.device, device_for(device, queries)
     search = _Search(k, exclude_self, normalize, products, chunk)
     blocks = [(queries, keys)] if queries.ndim == 2 else list(zip(queries, keys, strict=True))
     with tqdm(total=len(blocks) * queries.shape[-2], desc="neighbors", unit="query",
@@ -134,7 +134,7 @@ class _Search:
 
     def __call__(self, q_QD: Tensor, x_KD: Tensor, bar: tqdm | None = None):
         n_queries, device = len(q_QD), q_QD.device
-        with _full_precision(device):
+        with full_precision(device):
             sides = self.side(q_QD, "queries"), self.side(x_KD, "keys", shared=not self.normalize)
             indices = torch.empty(n_queries, self.k, dtype=torch.int64, device=device)
             scores = torch.empty(n_queries, self.k, dtype=torch.float64, device=device)
@@ -354,14 +354,15 @@ def _chunk_rows(device: torch.device, bytes_a_row: int) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
 
 
-def _device(device: str | torch.device | None, like: Tensor) -> torch.device:
+def device_for(device: str | torch.device | None, like: Tensor) -> torch.device:
+    """The device asked for; by default a GPU if there is one, else where ``like`` is."""
     if device is None:
         return torch.device("cuda") if torch.cuda.is_available() else like.device
     return torch.device(device)
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients, and float32 products that are float32: no autocast, no TF32."""
     before = torch.get_float32_matmul_precision()
     matmul = torch.backends.cuda.matmul
@@ -479,8 +480,8 @@ def knn_report(
     """
     test_y = _test_labels(train_y, test_x, test_y)
     ks, ascending = _several(k)
-    _check_labels(test_y, train_x if test_x is None else test_x, "test")
-    _check_labels(train_y, train_x, "train")
+    check_labels(test_y, train_x if test_x is None else test_x, "test")
+    check_labels(train_y, train_x, "train")
     n_classes = int(max(train_y.max(), test_y.max())) + 1
     truth = test_y.cpu()
     found = []
@@ -532,7 +533,7 @@ def knn_accuracy(
     """
     test_y = _test_labels(train_y, test_x, test_y)
     ks, ascending = _several(k)
-    _check_labels(test_y, train_x if test_x is None else test_x, "test")
+    check_labels(test_y, train_x if test_x is None else test_x, "test")
     correct = []
     for indices, scores, labels in _block_neighbors(
         train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
@@ -597,14 +598,14 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, chunk, device, pr
     alone = test_x is None
     test_x = train_x if alone else test_x
     _check_features(test_x, train_x)
-    _check_labels(train_y, train_x, "train")
+    check_labels(train_y, train_x, "train")
     _check_k(k, test_x, train_x, alone)
-    device = _device(device, test_x)
+    device = device_for(device, test_x)
     blocks = [(train_x, test_x)] if train_x.ndim == 2 else zip(train_x, test_x, strict=True)
     total = 1 if train_x.ndim == 2 else len(train_x)
     for train, test in tqdm(blocks, total=total, desc="k-NN", unit="block", disable=not progress):
         train, test = train.to(device), test.to(device)
-        how = _mean_and_scale(train) if standardize else (None, None)
+        how = mean_and_scale(train) if standardize else (None, None)
         search = _Search(k, alone, chunk=chunk, mean=how[0], scale=how[1])
         yield *search(test, train), train_y.to(device)
 
@@ -617,11 +618,11 @@ def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
         float32. Features that are constant on the train set, up to float32 rounding, become zero
         on both: there is no scale to measure them by.
     """
-    mean, scale = _mean_and_scale(train)
+    mean, scale = mean_and_scale(train)
     return tuple(((x.double() - mean) * scale).float() for x in (train, test))
 
 
-def _mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation of every feature, float64 [D]."""
     parts = x_ND.split(4096)
     mean = sum(x.sum(0, dtype=torch.float64) for x in parts) / len(x_ND)
@@ -654,7 +655,8 @@ def classify(indices, scores, labels, ascending, temperature: float, n_classes: 
     return torch.cat(votes, dim=1) if n_classes else None, torch.cat(predictions, dim=1)
 
 
-def _check_labels(labels: Tensor, features: Tensor, name: str) -> None:
+def check_labels(labels: Tensor, features: Tensor, name: str) -> None:
+    """Raises ValueError unless labels are whole numbers from 0, one a feature."""
     if labels is None:
         raise ValueError(f"the {name} images have no labels")
     n = features.shape[-2]

@@ -266,7 +266,7 @@ def _curve(ax: Axes, explored: Exploration, view: View) -> None:
     for i, name in enumerate(shown):
         table = explored.tables[name]
         values = table.accuracy if labelled else table.kept
-        ax.plot(table.blocks, 100 * values, label=name, markersize=5, **plots._look(i))
+        ax.plot(table.blocks, 100 * values, label=name, markersize=5, **plots.curve_style(i))
     for block in {side.block for side in view.sides}:
         ax.axvline(block, color="0.6", linewidth=1, linestyle=":")
     ax.set(

@@ -100,7 +100,7 @@ def _grid(ax: Axes, columns: float, rows: float) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _look(i: int) -> dict:
+def curve_style(i: int) -> dict:
     """Colour, marker and line of the i-th curve."""
     return {
         "color": COLOURS[i % len(COLOURS)],
@@ -337,7 +337,7 @@ def block_curve(
             name = f"{name} (best: block {at[top]}, {shown})"
             ax.plot(at[top], mean[top], "o", markersize=15, fillstyle="none",
                     color=COLOURS[i % len(COLOURS)])  # fmt: skip
-        ax.plot(at, mean, label=name, markersize=6, **_look(i))
+        ax.plot(at, mean, label=name, markersize=6, **curve_style(i))
         if spread is not None:
             ax.fill_between(at, mean - spread, mean + spread, alpha=0.2, linewidth=0,
                             color=COLOURS[i % len(COLOURS)])  # fmt: skip
@@ -394,7 +394,7 @@ def error_and_knn(
         (twin, sides[1], knn_label, np.argmax, COLOURS[0]),
     ):
         for i, (name, values) in enumerate(side.items()):
-            look = _look(i) | {"color": colour, "marker": MARKERS[2 * i + (panel is twin)]}
+            look = curve_style(i) | {"color": colour, "marker": MARKERS[2 * i + (panel is twin)]}
             drawn += panel.plot(at, values, label=f"{label} {name}".strip(), markersize=6, **look)
             top = int(best(values))
             panel.plot(at[top], values[top], "o", markersize=15, fillstyle="none", color=colour)
@@ -493,7 +493,7 @@ def history(
         panel = next(panels)
         for i, key in enumerate(extra):
             points = [(s, e[key]) for s, e in zip(steps, history, strict=True) if key in e]
-            panel.plot(*zip(*points, strict=True), label=key, **_look(i))
+            panel.plot(*zip(*points, strict=True), label=key, **curve_style(i))
         panel.set(ylabel="value", title="Evaluation on the way")
         panel.legend()
     for panel in axes:
@@ -523,13 +523,13 @@ def _per_head(ax: Axes, steps, history, key: str, heads: Sequence[str] | None) -
     points = [(s, e[key]) for s, e in zip(steps, history, strict=True) if e.get(key) is not None]
     at, values = zip(*points, strict=True)
     if not isinstance(values[0], list | tuple):
-        ax.plot(at, values, **_look(0), markevery=max(1, len(at) // 10), markersize=5)
+        ax.plot(at, values, **curve_style(0), markevery=max(1, len(at) // 10), markersize=5)
         return
     names = heads or [f"head {i + 1}" for i in range(len(values[0]))]
     for i, (name, curve) in enumerate(zip(names, zip(*values, strict=True), strict=True)):
         # Markers at every tenth point, each curve's a little later, so that they do not hide.
         every = max(1, len(at) // 8)
-        ax.plot(at, curve, label=name, markersize=5, markevery=(i % every, every), **_look(i))
+        ax.plot(at, curve, label=name, markersize=5, markevery=(i % every, every), **curve_style(i))
     ax.legend(ncols=1 + (len(names) > 5), fontsize=9)
 
 
@@ -560,7 +560,7 @@ def bars_with_spread(
     for i, x in enumerate(runs.values()):
         ax.bar(i, x.mean(), 0.65, color=COLOURS[i % len(COLOURS)], alpha=0.55)
         across = np.linspace(-0.18, 0.18, len(x)) if len(x) > 1 else np.zeros(1)
-        ax.plot(i + across, x, **_look(i) | {"linestyle": ""}, markeredgecolor="black",
+        ax.plot(i + across, x, **curve_style(i) | {"linestyle": ""}, markeredgecolor="black",
                 markeredgewidth=0.6, markersize=5)  # fmt: skip
         text = f"{x.mean():.1%}" if percent else f"{x.mean():.3g}"
         ax.annotate(text, (i, max(x.max(), x.mean(), 0)), xytext=(0, 7), ha="center",
@@ -610,7 +610,7 @@ def spider(
     around = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     for i, (name, x) in enumerate(outlines.items()):
         closed = np.append(around, around[0]), np.append(x, x[0])
-        ax.plot(*closed, label=name, markersize=6, **_look(i))
+        ax.plot(*closed, label=name, markersize=6, **curve_style(i))
         ax.fill(*closed, color=COLOURS[i % len(COLOURS)], alpha=0.08)
     ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)

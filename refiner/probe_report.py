@@ -23,9 +23,9 @@ from refiner import measures, neighbors, plots, probes
 from refiner.alt_text import describe
 from refiner.features import extract
 from refiner.files import replacing, write_json, write_text
-from refiner.images import BUILT_IN, ImageSet, _split_folder, load_images
+from refiner.images import BUILT_IN, ImageSet, load_images, split_folder
 from refiner.models import load_model
-from refiner.report import _STYLE, _figure
+from refiner.report import STYLE, figure_html
 from refiner.training import machine
 
 Tensor = torch.Tensor
@@ -125,7 +125,7 @@ def probe(
     if not names or len(set(names)) < len(names):
         raise ValueError(f"give each model once, not {names}")
     out = Path(out)
-    asked = {"data": str(data), "n": n, "n_test": n_test, "settings": _plain(asdict(settings))}
+    asked = {"data": str(data), "n": n, "n_test": n_test, "settings": json_ready(asdict(settings))}
     report = _started(out, asked, resume)
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
     with tqdm(total=len(names) * _total(settings), desc="probing", unit="", disable=not progress,
@@ -134,7 +134,7 @@ def probe(
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
             if size not in by_size:
-                by_size[size] = _images(data, n, n_test, size)
+                by_size[size] = train_and_test(data, n, n_test, size)
             train, test = by_size[size]
             report["images"] = {
                 "train": len(train), "test": len(test), "classes": len(train.classes),
@@ -169,13 +169,13 @@ def _started(out: Path, asked: dict, resume: bool) -> dict:
     return asked | {"machine": machine(), "models": {}}
 
 
-def _images(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
+def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
     """Train and test images; a folder without a test part lends a fifth."""
     train = load_images(data, split="train", n=n, size=size)
     for split in ("test", "val"):
         if str(data) not in BUILT_IN:
             try:
-                _split_folder(Path(data), split)
+                split_folder(Path(data), split)
             except ValueError:
                 continue
         return train, load_images(data, split=split, n=n_test, size=size)
@@ -215,7 +215,7 @@ def _tried(part: str, sides: _Sides) -> dict:
     if part != "measures" and (sides.train.labels is None or sides.test.labels is None):
         return {"left_out": "the images have no labels"}
     try:
-        return _plain(_DO[part](sides))
+        return json_ready(_DO[part](sides))
     except ValueError as error:
         return {"left_out": str(error)}
 
@@ -276,14 +276,14 @@ _DO: dict[str, Callable[[_Sides], dict]] = {
 }  # fmt: skip
 
 
-def _plain(value):
+def json_ready(value):
     """Tensors and tuples as JSON's lists, NaN as null, numbers to five digits."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: json_ready(v) for key, v in value.items()}
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return json_ready(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
@@ -416,7 +416,7 @@ def save_figures(out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figu
             with replacing(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=100)
             picture = base64.b64encode(path.read_bytes()).decode()
-            shown.append(_figure(picture, caption, describe(figure)))
+            shown.append(figure_html(picture, caption, describe(figure)))
             plt.close(figure)
     return shown
 
@@ -432,7 +432,7 @@ def write_page(out: Path, report: dict) -> None:
         out / "index.html",
         f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Probes of {escape(models)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>Probes of {escape(models)}</h1>
 <p>{escape(report["data"])}: {images["train"]} train and {images["test"]} test images,
 {images["classes"]} classes. {escape(facts)}. All numbers:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from refiner.neighbors import _device, _full_precision, _mean_and_scale
+from refiner.neighbors import device_for, full_precision, mean_and_scale
 
 Tensor = torch.Tensor
 PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -272,7 +272,7 @@ def _check_features(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
     return (train_x, test_x) if train_x.ndim == 3 else (train_x[None], test_x[None])
 
 
-def _by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]:
+def shuffled_by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]:
     """The shuffled positions of each class that occurs."""
     labels = y_N.numpy()
     return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
@@ -282,7 +282,7 @@ def _held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions to fit on and to choose with; a class of one image stays in the first part."""
     if not 0 < share < 1:
         raise ValueError(f"validation must be a share above 0 and below 1, not {share}")
-    groups = _by_class(y_N, np.random.default_rng(seed))
+    groups = shuffled_by_class(y_N, np.random.default_rng(seed))
     cut = [min(round(share * len(g)), len(g) - 1) for g in groups]
     fit = np.concatenate([g[n:] for g, n in zip(groups, cut, strict=True)])
     held = np.concatenate([g[:n] for g, n in zip(groups, cut, strict=True)])
@@ -290,23 +290,23 @@ def _held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Scaling:
+class Scaling:
     """x ↦ (x − mean) · scale of some blocks, float64 [G, 1, D] each."""
 
     mean: Tensor
     scale: Tensor
 
     @classmethod
-    def of(cls, x_GND: Tensor, standardize: bool, device: torch.device) -> _Scaling:
+    def of(cls, x_GND: Tensor, standardize: bool, device: torch.device) -> Scaling:
         if not standardize:
             mean = torch.zeros(len(x_GND), 1, x_GND.shape[2], dtype=torch.float64, device=device)
             return cls(mean, torch.ones_like(mean))
-        parts = zip(*(_mean_and_scale(x.to(device)) for x in x_GND), strict=True)
+        parts = zip(*(mean_and_scale(x.to(device)) for x in x_GND), strict=True)
         return cls(*(torch.stack(part)[:, None] for part in parts))
 
-    def of_blocks(self, index: Tensor) -> _Scaling:
+    def of_blocks(self, index: Tensor) -> Scaling:
         index = index.to(self.mean.device)
-        return _Scaling(self.mean[index], self.scale[index])
+        return Scaling(self.mean[index], self.scale[index])
 
     def __call__(self, x_GND: Tensor) -> Tensor:
         """float32 [G, N, E], the last column all ones."""
@@ -412,13 +412,13 @@ def linear_probe(
             classes, or a grid without an image left to choose with.
     """
     x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
-    grid = _grid(penalties)
-    device = _device(device, train_x)
+    grid = penalty_grid(penalties)
+    device = device_for(device, train_x)
     classes, y = y.unique(return_inverse=True)
     fit, held = _held_out(y, validation, seed)
     if len(grid) > 1 and not len(held):
         raise ValueError("no image left to choose a penalty with: give one penalty, or more images")
-    problem = _Choice(
+    problem = PenaltyChoice(
         y.to(device),
         fit.to(device),
         held.to(device),
@@ -427,12 +427,12 @@ def linear_probe(
     )
     columns = []
     with (
-        _full_precision(device),
+        full_precision(device),
         tqdm(total=len(x_LND), desc="linear probes", unit="block", disable=not progress) as bar,
     ):
         for chunk in _chunks(len(x_LND), x_LND[0].numel() * 4, device):
             x_GND = x_LND[chunk].to(device)
-            scaling = _Scaling.of(x_GND, standardize, device)
+            scaling = Scaling.of(x_GND, standardize, device)
             penalty, right, solved = problem.solve(scaling(x_GND))
             weights, bias = scaling.undo(solved.weights[0])
             label = classes[_best(z_LMD[chunk].to(device), weights, bias).cpu()]
@@ -449,7 +449,12 @@ def linear_probe(
                        gap <= tolerance)  # fmt: skip
 
 
-def _grid(penalties: Sequence[float]) -> tuple[float, ...]:
+def penalty_grid(penalties: Sequence[float]) -> tuple[float, ...]:
+    """The penalties without repeats, falling.
+
+    Raises:
+        ValueError: for none, or for one that is not a positive number.
+    """
     grid = tuple(sorted({float(p) for p in penalties}, reverse=True))
     if not grid or not 0 < grid[-1] <= grid[0] < math.inf:
         raise ValueError(f"penalties must be above 0, not {list(penalties)}")
@@ -465,7 +470,7 @@ def _best(x_LND: Tensor, weights_LDC: Tensor, bias_LC: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
+class PenaltyChoice:
     """Fits a grid on one part, chooses on the other, fits again on both."""
 
     y_N: Tensor
@@ -553,20 +558,20 @@ def low_shot(
         ValueError: when a class has fewer images than asked for, or as in :func:`linear_probe`.
     """
     x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
-    (penalty,), device = _grid([penalty]), _device(device, train_x)
+    (penalty,), device = penalty_grid([penalty]), device_for(device, train_x)
     classes, y = y.unique(return_inverse=True)
     counts = y.bincount().tolist()
     _check_sizes(shots, fractions, draws, counts)
     wanted = [[s] * len(counts) for s in shots]
     wanted += [[max(1, round(f * n)) for n in counts] for f in fractions]
-    orders = [_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
+    orders = [shuffled_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
     accuracy = torch.empty(len(wanted), draws, len(x_LND))
     with (
-        _full_precision(device),
+        full_precision(device),
         tqdm(total=len(wanted) * draws * len(x_LND), desc="low-shot probes", unit="fit",
              disable=not progress) as bar,
     ):  # fmt: skip
-        scaling = _Scaling.of(x_LND, standardize, device)
+        scaling = Scaling.of(x_LND, standardize, device)
         for size, numbers in enumerate(wanted):
             few = _FewLabels(x_LND, y, scaling, _drawn(orders, numbers), penalty, len(classes))
             weights_LKCE = few.solve(bar)
@@ -585,7 +590,7 @@ class _FewLabels:
 
     x_LND: Tensor
     y_N: Tensor
-    scaling: _Scaling
+    scaling: Scaling
     chosen_KN: Tensor
     penalty: float
     classes: int
@@ -670,7 +675,7 @@ def factor_probe(
     """
     x_LND, z_LMD = _check_features(train_x, test_x)
     _check_factors(train_factors, test_factors, x_LND.shape[1], z_LMD.shape[1])
-    device, grid = _device(device, train_x), _grid(penalties)
+    device, grid = device_for(device, train_x), penalty_grid(penalties)
     common = {"validation": validation, "standardize": standardize, "seed": seed, "device": device}
     found: dict[str, Tensor] = {}
     for name in train_factors:
@@ -685,11 +690,11 @@ def factor_probe(
         ]
         fit, held = _held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
         rows = []
-        with _full_precision(device):
+        with full_precision(device):
             for x_ND, z_MD in tqdm(zip(x_LND, z_LMD, strict=True), total=len(x_LND),
                                    desc="factors", unit="block", disable=not progress):  # fmt: skip
                 x_ND, z_MD = x_ND.to(device), z_MD.to(device)
-                scaling = _Scaling.of(x_ND[None], standardize, device)
+                scaling = Scaling.of(x_ND[None], standardize, device)
                 x_NE, z_ME = scaling(x_ND[None])[0].double(), scaling(z_MD[None])[0].double()
                 rows.append(_ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device),
                                           held.to(device)))  # fmt: skip

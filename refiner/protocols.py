@@ -24,7 +24,7 @@ from refiner.encoders import Encoder
 from refiner.features import Features, extract
 from refiner.finetune import FinetuneRecipe, few_labels, finetune
 from refiner.images import ImageSet
-from refiner.probe_report import NAMES, _plain
+from refiner.probe_report import NAMES, json_ready
 from refiner.probes import LinearProbe, linear_probe
 from refiner.segmentation import DenseSet, linear_segmentation
 
@@ -165,7 +165,13 @@ def score(name: str, value: float, spread: float, of: str, **more) -> dict:
         **more: ``main=True`` for the figure that stands for its row, ``choice`` for what was chosen
             on train images, ``detail`` for more numbers.
     """
-    return {"name": name, "value": float(value), "spread": float(spread), "of": of, **_plain(more)}
+    return {
+        "name": name,
+        "value": float(value),
+        "spread": float(spread),
+        "of": of,
+        **json_ready(more),
+    }
 
 
 def share(name: str, right: Tensor, **more) -> dict:
@@ -353,7 +359,7 @@ def corruptions(s: Subject) -> list[dict]:
     """The chosen probe and k-NN, learned from clean images, on corrupted test images."""
     test = s.test[: s.settings.corrupted]
     right = {"linear probe": [], "k-NN": []}
-    device = neighbors._device(s.device, test.labels)
+    device = neighbors.device_for(s.device, test.labels)
     for name in CORRUPTIONS:
         for severity in s.settings.severities:
             batches = corrupted(test, name, severity, seed=s.settings.seed, device=device)

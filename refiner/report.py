@@ -23,7 +23,7 @@ _OFFLINE_PAGE = """{%- extends 'lab/index.html.j2' -%}
 {%- endblock -%}
 """
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #1c2733; background: #fff }
 table { border-collapse: collapse; width: 100% }
@@ -68,7 +68,7 @@ def write_index(out: Path, summary: dict) -> None:
         out / "index.html",
         f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>MIM-Refiner Lab: the course</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>MIM-Refiner Lab: the course</h1><p>{escape(machine)}</p>
 <table><thead><tr><th>Notebook</th><th>Question</th><th>Status</th><th class="number">Seconds</th>
 <th>Key figures</th></tr></thead><tbody>
@@ -130,11 +130,12 @@ def _figures(path: Path) -> list[str]:
             png = output.get("data", {}).get("image/png")
             if png:
                 told = output.get("metadata", {}).get("image/png", {}).get("alt", heading)
-                figures.append(_figure("".join(png), heading, told))
+                figures.append(figure_html("".join(png), heading, told))
     return figures
 
 
-def _figure(png: str, heading: str, told: str) -> str:
+def figure_html(png: str, heading: str, told: str) -> str:
+    """A figure of a report: the picture itself, its caption and what it shows in words."""
     caption = escape(heading)
     source = f"data:image/png;base64,{png.strip()}"
     picture = f'<img alt="{escape(told)}" src="{source}">'

@@ -24,10 +24,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from refiner.encoders import Encoder
-from refiner.features import _borrowed, _default_batch, preprocess, preprocessing_card
-from refiner.images import ImageSet, _image_files, read_files
-from refiner.neighbors import _device, _full_precision
-from refiner.probes import PENALTIES, _Choice, _grid, _Scaling
+from refiner.features import borrowed, default_batch, preprocess, preprocessing_card
+from refiner.images import ImageSet, image_files, read_files
+from refiner.neighbors import device_for, full_precision
+from refiner.probes import PENALTIES, PenaltyChoice, Scaling, penalty_grid
 
 Tensor = torch.Tensor
 IGNORE = 255  # pixels without a class
@@ -129,8 +129,8 @@ def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None
 def _split_files(folder: Path, split: str) -> list[Path]:
     for name in FOLDERS[split]:
         if (folder / name).is_dir():
-            return sorted(_image_files(folder / name))
-    files = sorted(_image_files(folder))
+            return sorted(image_files(folder / name))
+    files = sorted(image_files(folder))
     if not files:
         raise FileNotFoundError(f"{folder} holds no images")
     return [f for i, f in enumerate(files) if (i % 5 == 4) == (split == "test")]
@@ -258,19 +258,19 @@ def linear_segmentation(
         ValueError: for fewer than two train images, fewer than two classes, or a block that the
             model does not have.
     """
-    device = _device(device, next(model.parameters()))
+    device = device_for(device, next(model.parameters()))
     depth = len(model.blocks)
     numbers = tuple(b if b > 0 else depth + 1 + b for b in blocks)
     if not numbers or not all(1 <= b <= depth for b in numbers):
         raise ValueError(f"blocks must be among 1 to {depth} (or -{depth} to -1), not {blocks}")
     with (
-        _borrowed(model, device),
+        borrowed(model, device),
         tqdm(total=len(train) + len(test), desc="segmentation", unit="image",
              disable=not progress) as bar,
     ):  # fmt: skip
         order = sorted(set(numbers))  # as timm gives them
         x_LMD, y_M, image_M = _sampled_features(model, train, order, pixels, seed, device, bar)
-        with _full_precision(device):
+        with full_precision(device):
             fits = [_fit(x_MD, y_M, image_M, penalties, validation, seed) for x_MD in x_LMD]
         counts = _test_counts(model, test, order, fits, device, bar)
     rows = [order.index(b) for b in numbers]
@@ -278,7 +278,7 @@ def linear_segmentation(
 
 
 def _batches(model: Encoder, images: Tensor, device: torch.device):
-    step = min(128, _default_batch(model, device))
+    step = min(128, default_batch(model, device))
     for start in range(0, len(images), step):
         yield slice(start, start + step), images[start : start + step].to(device)
 
@@ -321,10 +321,10 @@ def _fit(x_MD: Tensor, y_M: Tensor, image_M: Tensor, penalties, validation: floa
     shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
     held = images[shuffled[: max(1, round(validation * len(images)))].to(images.device)]
     chooses = torch.isin(image_M, held)
-    grid = torch.tensor(_grid(penalties)).to(x_MD.device)
+    grid = torch.tensor(penalty_grid(penalties)).to(x_MD.device)
     options = {"classes": len(classes), "tolerance": 1e-4, "max_steps": 50}
-    choice = _Choice(y, (~chooses).nonzero()[:, 0], chooses.nonzero()[:, 0], grid, options)
-    scaling = _Scaling.of(x_MD[None], True, x_MD.device)
+    choice = PenaltyChoice(y, (~chooses).nonzero()[:, 0], chooses.nonzero()[:, 0], grid, options)
+    scaling = Scaling.of(x_MD[None], True, x_MD.device)
     penalty, right, solved = choice.solve(scaling(x_MD[None]))
     weights, bias = scaling.undo(solved.weights[0])
     return _Head(weights[0].float(), bias[0].float(), classes, float(penalty), float(right.max()))

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from refiner.images import EXTENSIONS, _read_file
+from refiner.images import EXTENSIONS, read_image
 
 Tensor = torch.Tensor
 SHARD = 2**32  # ids from one shard's first image to the next one's
@@ -216,7 +216,7 @@ def _image_column(features, name: str) -> str:
 def decode(encoded: bytes, size: int) -> Tensor | None:
     """uint8 [3, S, S], or None when it cannot be read."""
     try:
-        pixels = _read_file(io.BytesIO(encoded), size)
+        pixels = read_image(io.BytesIO(encoded), size)
     except Exception:  # Pillow's decoders meet damaged files with errors of a dozen types
         return None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

@@ -5,33 +5,14 @@ skipped. Screenshots go to ``runs/browser``.
 """
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlparse
 
-import nbformat
 import numpy as np
 import pytest
+from browser import BROWSER, ROOT, SHOTS, browsing, copy_with, new_page, run_all, serving
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-SHOTS = ROOT / "runs" / "browser"
-MINUTES = 60_000  # in the milliseconds of Playwright
 REACH = 1.06  # of a map's axes, as in refiner.explorer
-SETTINGS = {
-    # Otherwise cells outside of the window, and the explorer in them, leave the page.
-    "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-}
 LAST_CELL = """
 import json
 import numpy as np
@@ -69,99 +50,24 @@ pytestmark = [
 ]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """JupyterLab with notebook 08 and one more cell, which says what is to be expected."""
     home = tmp_path_factory.mktemp("lab")
-    work = home / "work"
-    work.mkdir()
-    notebook = nbformat.read(ROOT / "notebooks" / "08_explore.ipynb", as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, work / "explore.ipynb")
-    for name, content in SETTINGS.items():
-        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    folders = {"IPYTHONDIR": "ipython", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data",
-               "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings",
-               "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
-    env = os.environ | {key: str(home / name) for key, name in folders.items()}
-    env |= {"PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"),
-        *("--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="),
-        f"--ServerApp.root_dir={work}",
-    ]
-    with open(home / "log.txt", "w") as log:
-        server = subprocess.Popen(command, env=env, cwd=work, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_for(url + "/api/status", server, home / "log.txt")
-            yield url + "/lab/tree/explore.ipynb"
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def wait_for(url, server, log):
-    until = time.monotonic() + 120
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"JupyterLab does not answer:\n{log.read_text()[-2000:]}")
+    copy_with(home, ROOT / "notebooks" / "08_explore.ipynb", LAST_CELL)
+    with serving(home) as url:
+        yield f"{url}/lab/tree/08_explore.ipynb"
 
 
 @pytest.fixture(scope="module")
 def open_lab(lab):
     """The page after running all cells, what was expected, and addresses that were blocked."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install it")
-    SHOTS.mkdir(parents=True, exist_ok=True)
     blocked = []
-
-    def only_local(route):
-        if urlparse(route.request.url).hostname == "127.0.0.1":
-            route.continue_()
-        else:
-            blocked.append(route.request.url)
-            route.abort()
-
-    # No graphics card is needed: WebGL is drawn in software. Root has no sandbox.
-    flags = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader",
-             "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]  # fmt: skip
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=flags)
+    with browsing() as browser:
+        page = new_page(browser, blocked)
         try:
-            context = browser.new_context(viewport={"width": 1500, "height": 1400})
-            context.set_default_timeout(2 * MINUTES)
-            context.route("**/*", only_local)
-            page = context.new_page()
-            page.goto(lab)
-            page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-            page.locator(".jp-Notebook .jp-Cell").first.click()
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_text("Run All Cells", exact=True).click()
-            done = page.locator(".jp-OutputArea-output pre", has_text="EXPECTED ")
-            failed = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
-            done.or_(failed).first.wait_for(timeout=5 * MINUTES)
-            assert failed.count() == 0, failed.first.inner_text()
-            expected = json.loads(done.inner_text().removeprefix("EXPECTED "))
+            said = run_all(page, lab, "EXPECTED ", minutes=5)
+            expected = json.loads(said.removeprefix("EXPECTED "))
             explorer = page.locator(".refiner-explorer")
             explorer.locator("canvas").first.wait_for()
             explorer.scroll_into_view_if_needed()
@@ -169,8 +75,6 @@ def open_lab(lab):
         except Exception:
             page.screenshot(path=SHOTS / "failed.png")
             raise
-        finally:
-            browser.close()
 
 
 def shoot(open_lab, name):

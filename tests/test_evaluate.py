@@ -382,7 +382,7 @@ def test_a_model_without_class_token(sides):
 
 def test_without_labels_one_sentence(models, tmp_path, monkeypatch):
     bare = ImageSet(torch.zeros(8, 3, 16, 16, dtype=torch.uint8))
-    monkeypatch.setattr(module, "_images", lambda *a: (bare, bare))
+    monkeypatch.setattr(module, "train_and_test", lambda *a: (bare, bare))
     with pytest.raises(ValueError, match="has no labels: evaluate needs"):
         evaluate(models[0], out=tmp_path, settings=TINY)
 

@@ -9,7 +9,7 @@ from PIL import Image
 import refiner
 from refiner.__main__ import main
 from refiner.models import build_vit, save_model
-from refiner.probe_report import PARTS, Settings, _images, probe
+from refiner.probe_report import PARTS, Settings, probe, train_and_test
 
 QUICK = Settings(k=(1, 5), shots=(1, 2), draws=2)
 
@@ -100,7 +100,7 @@ def folder_of_images(root, classes: int, each: int):
 
 def test_a_plain_folder_lends_a_fifth(tmp_path):
     root = folder_of_images(tmp_path / "data", 3, 10)
-    train, test = _images(root, None, None, 16)
+    train, test = train_and_test(root, None, None, 16)
     assert (len(train), len(test)) == (24, 6)
     assert sorted(test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from refiner.probes import _by_class, _drawn, factor_probe, linear_probe, low_shot
+from refiner.probes import _drawn, factor_probe, linear_probe, low_shot, shuffled_by_class
 
 CLASSES = 5
 
@@ -118,7 +118,7 @@ def test_draws_are_nested_and_the_same_for_every_block():
     (x, y), (z, t) = blobs(200, blocks=1), blobs(100, blocks=1, seed=1)
     found = low_shot(x.repeat(2, 1, 1), y, z.repeat(2, 1, 1), t, shots=(1, 2), draws=3)
     assert (found.draws[:, :, 0] - found.draws[:, :, 1]).abs().max() < 0.021
-    orders = [_by_class(y, np.random.default_rng([0, draw])) for draw in range(3)]
+    orders = [shuffled_by_class(y, np.random.default_rng([0, draw])) for draw in range(3)]
     few, more = (_drawn(orders, [n] * CLASSES) for n in (1, 2))
     for a, b in zip(few, more, strict=True):
         assert set(a.tolist()) < set(b.tolist())
