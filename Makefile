@@ -1,5 +1,5 @@
-# make course | test | lab | site | browse | bench    each sets up .venv by itself and sets it up
-#                     again only when pyproject.toml or constraints.txt changed
+# make course | test | lab | site | browse | bench | gpu    each sets up .venv by itself and sets it
+#                     up again only when pyproject.toml or constraints.txt changed
 # make clean                          removes .venv and the caches; runs/ stays
 #
 # ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check \
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONHOME
 
-.PHONY: help course test lab site browse bench clean
+.PHONY: help course test lab site browse bench gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -52,6 +52,22 @@ bench: $(READY)
 	@echo "Running the measuring scripts of benchmarks/ (minutes to half an hour each)"
 	@$(PIP) --editable '.[bench]'
 	@for script in $(MEASURING); do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+# Everything that waits for a GPU, the shortest first. CIFAR is torchvision's folder cifar10.
+CIFAR ?= cifar10
+gpu: $(READY)
+	@$(PIP) --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/probing.py --device cuda --blocks 12
+	$(BIN)/python benchmarks/refine_step.py --full
+	$(BIN)/python benchmarks/utilisation.py --models B L --largest L
+	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/cifar10.py --preset gpu --split test --data $(CIFAR)
+	$(BIN)/refiner evaluate --before mae_toybox --after mae_toybox_refined --data toybox \
+	  --transfer toybox-new digits --preset gpu --out runs/evaluate_toybox
+	$(BIN)/refiner evaluate --before mae_cifar10 --after mae_cifar10_refined --data $(CIFAR) \
+	  --preset gpu --out runs/evaluate_cifar10
+	$(BIN)/refiner course --preset gpu --out runs/course_gpu
+	$(BIN)/python benchmarks/small_vit_study.py --preset gpu
 
 $(READY): pyproject.toml constraints.txt
 	@python=; for p in $(PYTHON) python3.11 python3; do \

@@ -1,7 +1,7 @@
 """The probing suite beside the libraries that a user would call otherwise.
 
     python benchmarks/probing.py [--parts knn kmeans umap extract growth] [--threads 1] [--rounds 5]
-                                 [--blocks 12] [--queries 10000 5000] [--quick]
+                                 [--blocks 12] [--queries 10000 5000] [--device cuda] [--quick]
 
 Everything runs in one process on the same synthetic features (classes around centres, a falling
 spectrum), in rounds that alternate between the libraries and change who goes first. Reported are
@@ -9,6 +9,9 @@ medians of wall time and of processor time; where a machine is busy with other w
 the fair one. Peak memory is that of a process of its own. Writes ``probing.json`` and
 ``probing.png`` into benchmarks/results (with ``--quick``: ``runs/probing-quick.*``), keeping the
 parts that are not run again.
+
+On a GPU (``--device cuda``) k-NN and k-means run beside what else runs there, extraction is that of
+a ViT-B, and the result is ``probing_gpu.json``.
 
 k-NN: accuracy for k = 1, 10, 20, 100, 200 from features as extracted, so each side standardises and
 normalises. faiss and scikit-learn search once for the largest k and get our votes; lightly's
@@ -52,7 +55,10 @@ CLASSES = 100
 # blocks, queries, keys, width
 SIZES = [(12, 10_000, 50_000, 192), (12, 5_000, 20_000, 768)]
 QUICK = [(2, 300, 5_000, 48)]
-PARTS = ["knn", "kmeans", "umap", "extract", "growth"]
+PARTS = {
+    "cpu": ["knn", "kmeans", "umap", "extract", "growth"],
+    "cuda": ["knn", "kmeans", "extract"],
+}
 
 
 def features(n: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +118,17 @@ def kilobytes(what: str) -> int:
 # ---------------------------------------------------------------- k-NN
 
 
-def knn_sides(train_x, train_y, test_x, test_y, ks=KS) -> dict[str, Callable]:
-    """By library: a call that gives predictions [S, Q] of one block."""
+def gpu_megabytes(call: Callable) -> int:
+    """What a call adds to the memory of the GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) // 2**20
+
+
+def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str, Callable]:
+    """By library: a call that gives predictions [S, Q] of one block, on the CPU."""
+    train_x, train_y, test_x = (t.to(device) for t in (train_x, train_y, test_x))
     ks = [k for k in ks if k <= len(train_x)]
 
     def unit():
@@ -125,7 +140,7 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS) -> dict[str, Callable]:
 
     def refiner():
         return knn_report(train_x, train_y, test_x, test_y, k=ks, keep_votes=False,
-                          device="cpu").predictions  # fmt: skip
+                          device=device).predictions  # fmt: skip
 
     def faiss():
         import faiss
@@ -153,9 +168,10 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS) -> dict[str, Callable]:
             torch.cat([knn_predict(some, bank, train_y, CLASSES, knn_k=k, knn_t=0.07)[:, 0]
                        for some in queries.split(256)])
             for k in ks
-        ])  # fmt: skip
+        ]).cpu()  # fmt: skip
 
     sides = {"refiner": refiner, "faiss": faiss, "scikit-learn": scikit_learn}
+    sides = sides if device == "cpu" else {"refiner": refiner}
     return sides | ({"lightly": lightly} if version("lightly") else {})
 
 
@@ -163,27 +179,27 @@ def float64_votes(train_x, train_y, test_x, ks) -> torch.Tensor:
     """Votes [S, Q, C] by float64 products, some queries at a time."""
     mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
     keys = F.normalize((train_x.double() - mean) / std, dim=1)
-    votes = torch.zeros(len(ks), len(test_x), CLASSES, dtype=torch.float64)
+    votes = torch.zeros(len(ks), len(test_x), CLASSES, dtype=torch.float64, device=test_x.device)
     for start in range(0, len(test_x), 256):
         some = F.normalize((test_x[start : start + 256].double() - mean) / std, dim=1)
         similarities, indices = (some @ keys.T).topk(ks[-1], dim=1)
         weights = (similarities / 0.07).exp()
         for s, k in enumerate(ks):
             votes[s, start : start + 256].scatter_add_(1, train_y[indices[:, :k]], weights[:, :k])
-    return votes
+    return votes.cpu()
 
 
-def knn(sizes, rounds: int) -> list[dict]:
+def knn(sizes, rounds: int, device: str) -> list[dict]:
     rows = []
     for blocks, queries, keys, dim in sizes:
         data = [
             (*features(keys, dim, 2 * l), *features(queries, dim, 2 * l + 1)) for l in range(blocks)
         ]
-        each = [knn_sides(*block) for block in data]
+        each = [knn_sides(*block, device=device) for block in data]
         names = list(each[0])
         calls = {n: lambda n=n, each=each: [sides[n]() for sides in each] for n in names}
         taken = interleaved(calls, rounds)
-        train_x, train_y, test_x, _ = data[0]
+        train_x, train_y, test_x = (t.to(device) for t in data[0][:3])
         votes = float64_votes(train_x, train_y, test_x, [k for k in KS if k <= keys])
         best = votes.topk(2, dim=-1).values
         tied = best[..., 0] - best[..., 1] < 1e-12 * best[..., 0]
@@ -191,7 +207,9 @@ def knn(sizes, rounds: int) -> list[dict]:
             wrong = (each[0][name]() != votes.argmax(-1)) & ~tied
             taken[name] |= {
                 "predictions_unlike_float64": int(wrong.sum()),
-                "peak_MB": peak_megabytes(name, queries, keys, dim),
+                "peak_MB": peak_megabytes(name, queries, keys, dim)
+                if device == "cpu"
+                else gpu_megabytes(each[0][name]),
             }
         rows.append({"blocks": blocks, "queries": queries, "keys": keys, "dim": dim, "k": KS,
                      "predictions_compared": votes.shape[0] * queries, "sides": taken})  # fmt: skip
@@ -202,14 +220,14 @@ def knn(sizes, rounds: int) -> list[dict]:
 # ---------------------------------------------------------------- k-means, maps
 
 
-def kmeans_part(quick: bool, rounds: int) -> list[dict]:
+def kmeans_part(quick: bool, rounds: int, device: str) -> list[dict]:
     rows = []
     for n, dim, k in [(1000, 48, 10)] if quick else [(5000, 192, 10), (5000, 192, 100)]:
         x, _ = features(n, dim, 0)
         inertia = {}
 
         def refiner():
-            inertia["refiner"] = float(kmeans(x, k, restarts=5, device="cpu").inertia)  # noqa: B023
+            inertia["refiner"] = float(kmeans(x, k, restarts=5, device=device).inertia)  # noqa: B023
 
         def scikit_learn():
             from sklearn.cluster import KMeans
@@ -264,7 +282,9 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
     return [{"images": n, "dim": dim, "new_process_wall_seconds": cold, "sides": taken}]
 
 
-def extract_part(quick: bool, rounds: int) -> list[dict]:
+def extract_part(quick: bool, rounds: int, device: str) -> list[dict]:
+    if device == "cuda":
+        return [compare_extraction("base", images=4096, batch=512, rounds=max(rounds, 16))]
     size = {"images": 32, "batch": 32} if quick else {"images": 512, "batch": 128}
     return [compare_extraction("small", **size, rounds=max(rounds, 16) if not quick else 1)]
 
@@ -357,14 +377,20 @@ def _seconds(sides: dict, names: list[str]) -> list[str]:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS["cpu"], help="default: all")
+    parser.add_argument("--device", choices=list(PARTS), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, help="instead of 12")
     parser.add_argument("--queries", type=int, nargs=2, help="instead of 10000 and 5000")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into runs/")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    possible = PARTS[arguments.device]
+    arguments.parts = arguments.parts or possible
+    if set(arguments.parts) - set(possible):
+        parser.error(f"on {arguments.device} there are only the parts {', '.join(possible)}")
+    return arguments
 
 
 def main() -> None:
@@ -376,19 +402,23 @@ def main() -> None:
         print_peak(side, *map(int, numbers))
         return
     quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: leave out --device cuda")
     sizes = QUICK if quick else SIZES
     if arguments.queries:
         sizes = [(b, q, *s) for (b, _, *s), q in zip(sizes, arguments.queries, strict=False)]
     if arguments.blocks:
         sizes = [(arguments.blocks, *s) for _, *s in sizes]
     run = {
-        "knn": lambda: knn(sizes, rounds),
-        "kmeans": lambda: kmeans_part(quick, rounds),
+        "knn": lambda: knn(sizes, rounds, device),
+        "kmeans": lambda: kmeans_part(quick, rounds, device),
         "umap": lambda: umap_part(quick, rounds),
-        "extract": lambda: extract_part(quick, rounds),
+        "extract": lambda: extract_part(quick, rounds, device),
         "growth": lambda: growth(quick, rounds),
     }
-    path = ROOT / ("runs/probing-quick.json" if quick else "benchmarks/results/probing.json")
+    name = "probing" if device == "cpu" else "probing_gpu"
+    path = ROOT / (f"runs/{name}-quick.json" if quick else f"benchmarks/results/{name}.json")
     for part in arguments.parts:
         load = os.getloadavg()[0]
         rows = run[part]()

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("small_vit_study", "toybox_ladder", "cifar10")
+    names = ("small_vit_study", "toybox_ladder", "cifar10", "utilisation")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
@@ -97,6 +97,34 @@ def test_cifar_presets_fit_together(scripts, preset):
     recipe = refine_module.complete_recipe(chosen.refine, mae.encoder, images)
     assert recipe.blocks[-1] == chosen.mae.depth - 1 and recipe.pooling == "cls"
     assert chosen.mae.patch <= 4 and chosen.mae.size == 32
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (15, 0), (16, 16), (200, 192), (1024, 1024)])
+def test_the_largest_batch_is_the_last_that_works(scripts, limit, found):
+    tried = []
+
+    def works(batch):
+        tried.append(batch)
+        return batch <= limit
+
+    assert scripts["utilisation"].largest(works) == found
+    assert len(tried) == len(set(tried)) < 14  # each costs a start on the GPU
+
+
+def test_arithmetic_of_a_step_grows_with_what_is_trained(scripts):
+    """Counted by torch, so frozen blocks and local views have to show."""
+    script = scripts["utilisation"]
+    all_trained, half_frozen = (
+        script.arithmetic(script.trainer_of("toybox", 32, "cpu", frozen_blocks=frozen))
+        for frozen in (0, 6)
+    )
+    # Products of a block at T tokens: 12 D² T, and attention's 2 T² D; multiply and add. Of the
+    # large views half of the patches are left, small ones have 16.
+    dim, tokens, twice = 96, (33, 33, 17, 17), 2 * 32
+    block = sum(12 * dim**2 * t + 2 * t**2 * dim for t in tokens)
+    # The backward pass takes two for one; the embedding of patches has no input to go on to.
+    entry = sum(3 * 4 * 4 * dim * (t - 1) for t in tokens)
+    assert all_trained - half_frozen == pytest.approx(twice * (6 * 2 * block + entry), rel=0.005)
 
 
 def test_every_result_tells_its_command_and_machine():

@@ -1,0 +1,161 @@
+"""What share of the machine's matrix products a whole refining step reaches; the largest batch.
+
+    python benchmarks/utilisation.py                           # the embedded autoencoder
+    python benchmarks/utilisation.py --models B L --largest L  # [GPU] not yet run
+
+A step is all of stage 3: views, encoder, heads, lookup, loss, backward pass, optimiser, average.
+Its arithmetic is counted by torch's FlopCounterMode (products, convolutions and attention, both
+ways; what checkpointing computes twice is counted once) and divided by the time it takes. The
+ceiling is a large matrix product in the same precision (bfloat16 on a GPU), timed in the same
+rounds. ``--largest`` looks for the largest batch that the GPU's memory holds, with and without
+checkpointing. Writes ``benchmarks/results/utilisation-<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from measured import header
+from refine_step import timed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import refiner
+from refiner.files import write_json
+from refiner.models import build_vit
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import Trainer, begin
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "toybox": None,  # the embedded autoencoder with the cpu preset
+    "B": {"size": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12},
+    "L": {"size": 224, "patch": 16, "dim": 1024, "depth": 24, "heads": 16},
+}
+BATCH = {"toybox": 128, "B": 128, "L": 64}
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
+
+
+def trainer_of(name: str, batch: int, device: str, **changes) -> Trainer:
+    """A refinement that is ready to take steps, on images of noise."""
+    shape = SHAPES[name]
+    if shape:
+        model = build_vit(**shape, seed=0)
+        recipe = Recipe.gpu(size=shape["size"], patch=shape["patch"], batch=batch, **changes)
+    else:
+        model = refiner.load_model("mae_toybox")
+        recipe = Recipe.cpu(batch=batch, **changes)
+    size = shape["size"] if shape else 32
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2 * batch, 3, size, size), generator=generator).byte()
+    run = begin(model, complete_recipe(recipe, model, images), torch.device(device))
+    return Trainer(run, images, device=device)
+
+
+def step(trainer: Trainer) -> None:
+    """One of stage 3."""
+    trainer.done = trainer.run.recipe.head_steps
+    trainer.one_step(3, 0, 1000, None)
+
+
+def arithmetic(trainer: Trainer) -> int:
+    """Floating-point operations of a step."""
+    # Of attention kernels on a CPU the counter knows nothing; written out, it is two products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(trainer)
+    trainer.batches.close()
+    return counter.get_total_flops()
+
+
+def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> dict:
+    """Arithmetic and time of a step, beside a large product in the same rounds."""
+    trainer = trainer_of(name, batch, device, **changes)
+    side = SIDE[device]
+    x = torch.randn(side, side, device=device,
+                    dtype=torch.bfloat16 if device == "cuda" else torch.float32)  # fmt: skip
+    for _ in range(2):
+        step(trainer)  # warm up, compile, make the optimiser's averages
+        x @ x
+    # Counted without checkpointing: what is computed twice is no work of the model's.
+    plain = trainer_of(name, batch, device, **changes | {"checkpoint": False, "compile": False})
+    flops, seconds, ceiling = arithmetic(plain), [], []
+    del plain
+    for _ in range(rounds):
+        ceiling.append(2 * side**3 / timed(lambda: x @ x, device))
+        seconds.append(timed(lambda: step(trainer), device))
+    trainer.batches.close()
+    took, limit = statistics.median(seconds), statistics.median(ceiling)
+    return {
+        "batch": batch, **changes, "gigaflop_a_step": round(flops / 1e9, 1),
+        "seconds_a_step": round(took, 4), "images_a_second": round(batch / took, 1),
+        "gigaflop_a_second": round(flops / took / 1e9, 1),
+        "ceiling_gigaflop_a_second": round(limit / 1e9, 1),
+        "utilisation": round(flops / took / limit, 3),
+    }  # fmt: skip
+
+
+def fits(name: str, batch: int, **changes) -> bool:
+    """Whether two steps of this batch run in the GPU's memory."""
+    trainer = None
+    try:
+        trainer = trainer_of(name, batch, "cuda", **changes)
+        step(trainer), step(trainer)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        if trainer is not None:
+            trainer.batches.close()
+        del trainer
+        torch.cuda.empty_cache()
+
+
+def largest(works, start: int = 32, grain: int = 16) -> int:
+    """The largest multiple of ``grain`` for which ``works`` holds, by doubling and halving; 0 if
+    not even ``grain`` does."""
+    low, high = 0, start
+    while works(high):
+        low, high = high, 2 * high
+    while high - low > grain:
+        middle = (low + high) // 2 // grain * grain
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--models", nargs="+", choices=tuple(SHAPES), default=["toybox"])
+    add("--largest", nargs="+", choices=("B", "L"), default=[], help="needs a GPU")
+    add("--compile", action="store_true", help="each block by torch.compile")
+    add("--rounds", type=int, default=7)
+    add("--out", type=Path)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.largest and device == "cpu":
+        parser.error("--largest needs a GPU: a CPU swaps instead of refusing")
+    cells, batches = {}, {}
+    for name in args.models:
+        options = {"compile": True} if args.compile else {}
+        cells[name] = utilisation(name, BATCH[name], device, args.rounds, **options)
+        print(f"{name:7}", "  ".join(f"{k} {v}" for k, v in cells[name].items()), flush=True)
+    for name in args.largest:
+        batches[name] = {
+            way: largest(lambda n: fits(name, n, checkpoint=way == "checkpointing"))  # noqa: B023
+            for way in ("plain", "checkpointing")
+        }
+        print(f"{name:7} largest batch {batches[name]}", flush=True)
+    command = "python benchmarks/utilisation.py --models " + " ".join(args.models)
+    command += f" --largest {' '.join(args.largest)}" if args.largest else ""
+    command += " --compile" if args.compile else ""
+    out = args.out or RESULTS / f"utilisation-{device}.json"
+    write_json(out, {**header(command), "rounds": args.rounds, "cells": cells,
+                     "largest_batch": batches})  # fmt: skip
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
