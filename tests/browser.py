@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import nbformat
 import pytest
+from solutions import answered, solutions_of
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -27,9 +28,15 @@ SETTINGS = {
 }
 
 
-def copy_with(home, path, last_cell):
-    """Writes the notebook without outputs, and with one more cell, to where Jupyter serves it."""
+def copy_with(home, path, last_cell, *, solved=False):
+    """Writes the notebook without outputs, and with one more cell, to where Jupyter serves it.
+
+    Solved: every exercise's solution stands in its cell, as if a learner had found it.
+    """
     notebook = nbformat.read(path, as_version=4)
+    if solved:
+        for cell, solution in list(solutions_of(notebook)):
+            cell.source = answered(cell.source, solution)
     notebook.cells.append(nbformat.v4.new_code_cell(last_cell))
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -5,11 +5,11 @@ Answers of a learner are kept outside of the notebooks and come back when a stub
 
 import ast
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
+from solutions import check_of, solutions_of
 
 from refiner import course, exercises
 
@@ -30,12 +30,8 @@ images = torch.zeros(32, 3, 32, 32)
 def collect():
     """(cell with the stub and its check, solution) of every exercise of the course."""
     for path in sorted(FOLDER.glob("*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        for cell, following in pairwise(cells):
-            if cell.cell_type == "code" and re.search(r"course\.(check|choose)\(", cell.source):
-                solution = re.search(r"```python\n(.*?)```", following.source, re.DOTALL)
-                assert solution, f"{path.stem}: no solution right below {cell.source[:40]!r}"
-                yield pytest.param(cell.source, solution.group(1), id=f"{path.stem}-{cell.id}")
+        for cell, solution in solutions_of(nbformat.read(path, as_version=4)):
+            yield pytest.param(cell.source, solution, id=f"{path.stem}-{cell.id}")
 
 
 EVERY = list(collect())
@@ -45,9 +41,7 @@ CHOICES = [case for case in EVERY if "course.choose(" in case.values[0]]
 
 def run_check(source: str, answer: str | None) -> None:
     """Runs a cell up to its check, with an answer put after the stub that it replaces."""
-    nodes = ast.parse(source).body
-    calls = ("course.check(", "course.choose(")
-    checked = next(i for i, x in enumerate(nodes) if any(c in ast.unparse(x) for c in calls))
+    nodes, checked = check_of(source)
     extra = ast.parse(answer).body if answer else []
     tree = ast.Module([*nodes[:checked], *extra, nodes[checked]], type_ignores=[])
     names = {}
