@@ -274,7 +274,11 @@ class _Tile:
         self.factor = torch.ones_like(self.shift) if search.scale is None else search.scale
         # In random order the first parts of the keys tell what the others will be like.
         self.order = torch.randperm(len(x.unit), generator=torch.Generator().manual_seed(0))
-        self.place, self.unit_KD, self.scores = self.order.argsort(), x.unit[self.order], scores
+        self.place, self.unit_KD, self.scores = (
+            self.order.argsort(),
+            x.unit.index_select(0, self.order),
+            scores,
+        )
 
     def __call__(self, rows: Tensor, ranks: list[int], indices, scores, pool) -> Tensor:
         """Fills in these rows of indices and scores, and tells which of them are sure."""
@@ -624,7 +628,7 @@ def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation of every feature, float64 [D]."""
-    parts = x_ND.split(4096)
+    parts = x_ND.split(512)  # in the cache
     mean = sum(x.sum(0, dtype=torch.float64) for x in parts) / len(x_ND)
     variance = sum((x.double() - mean).square_().sum(0) for x in parts) / len(x_ND)
     std = variance.sqrt()
