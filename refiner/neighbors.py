@@ -8,7 +8,9 @@ float64 search at the speed of float32, and neither the chunk size nor the order
 change it.
 
 Large searches on a CPU collect the candidates with the compiled loops of :mod:`refiner.scan`, while
-the scores are still in the cache; all others take a top-k through the maxima of groups of keys.
+the scores are still in the cache. They meet the keys in random order, expect of the rest what the
+first ones showed, and notice where that was wrong; such queries are searched once more. All other
+searches take a top-k through the maxima of groups of keys.
 
 Shape legend: L blocks of a model, Q queries, K keys, D width, k neighbors, C candidates or classes,
 S several k.
@@ -274,11 +276,8 @@ class _Tile:
         self.factor = torch.ones_like(self.shift) if search.scale is None else search.scale
         # In random order the first parts of the keys tell what the others will be like.
         self.order = torch.randperm(len(x.unit), generator=torch.Generator().manual_seed(0))
-        self.place, self.unit_KD, self.scores = (
-            self.order.argsort(),
-            x.unit.index_select(0, self.order),
-            scores,
-        )
+        self.place = self.order.argsort()
+        self.unit_KD, self.scores = x.unit.index_select(0, self.order), scores
 
     def __call__(self, rows: Tensor, ranks: list[int], indices, scores, pool) -> Tensor:
         """Fills in these rows of indices and scores, and tells which of them are sure."""
