@@ -31,7 +31,7 @@ def lab(request, tmp_path_factory):
     for path in NOTEBOOKS:
         copy_with(home, path, f"print('THE END of {path.stem}')", solved=solved)
     with serving(home) as address:
-        yield SimpleNamespace(url=f"{address}/lab/tree", solved=solved)
+        yield SimpleNamespace(url=f"{address}/lab/workspaces", solved=solved)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,12 @@ def test_run_all(path, lab, browser):
     minutes = 3 + 3 * notebook.metadata["refiner"]["minutes_cpu"]
     exercises = len(list(solutions_of(notebook)))
     try:
-        run_all(page, f"{lab.url}/{path.name}", "THE END of", minutes=minutes)
+        run_all(
+            page,
+            f"{lab.url}/{path.stem}/tree/{path.name}",
+            f"THE END of {path.stem}",
+            minutes=minutes,
+        )
         page.wait_for_timeout(2000)  # for widgets that come after the last cell
         text = page.locator(".jp-Notebook").inner_text()
         assert not [words for words in BROKEN if words in text]
