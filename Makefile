@@ -62,10 +62,8 @@ gpu: $(READY)
 	$(BIN)/python benchmarks/utilisation.py --models B L --largest L
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/cifar10.py --preset gpu --split test --data $(CIFAR)
-	$(BIN)/refiner evaluate --before mae_toybox --after mae_toybox_refined --data toybox \
-	  --transfer toybox-new digits --preset gpu --out runs/evaluate_toybox
-	$(BIN)/refiner evaluate --before mae_cifar10 --after mae_cifar10_refined --data $(CIFAR) \
-	  --preset gpu --out runs/evaluate_cifar10
+	$(BIN)/python benchmarks/evaluate_pair.py toybox --preset gpu
+	$(BIN)/python benchmarks/evaluate_pair.py cifar10 --preset gpu --data $(CIFAR)
 	$(BIN)/refiner course --preset gpu --out runs/course_gpu
 	$(BIN)/python benchmarks/small_vit_study.py --preset gpu
 

@@ -12,7 +12,7 @@ behind. Pooling is the control: a block that looks bad may only be pooled badly.
 
 Cells are kept in ``runs/small_vit_study`` and used again, an interrupted one goes on; two processes
 with different ``--only`` share the work. Writes ``benchmarks/results/small_vit_study.json`` and a
-figure beside it.
+figure beside it; cells in that file that were made with the same budget elsewhere stay.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ RUNS = Path("runs/small_vit_study")
 
 # name -> what differs from the course's recipe
 CELLS = {
+    "d12-dec0": {"decoder_depth": 0},  # no decoder: mask tokens enter the encoder, as in SimMIM
     "d12-dec1": {},
     "d12-dec1-narrow": {"decoder_dim": 48, "decoder_heads": 2},
     "d12-dec2": {"decoder_depth": 2},
@@ -47,14 +48,18 @@ CELLS = {
     "d24-dec1": {"depth": 24},
     "d24-dec8": {"depth": 24, "decoder_depth": 8},
 }
-# Steps of the first cell; the others get as many as the same arithmetic pays for.
+# Steps of d12-dec1; the others get as many as the same arithmetic pays for.
 PRESETS = {"cpu": {"steps": 1200, "images": 8192}, "gpu": {"steps": 60_000, "images": 65_536}}
 
 
 def multiply_adds(recipe: MAERecipe) -> float:
-    """Multiply-adds of one image's forward pass: encoder on the visible, decoder on all patches."""
+    """Multiply-adds of one image's forward pass: encoder on the visible, decoder on all patches.
+
+    Without a decoder the encoder meets all patches.
+    """
     patches = (recipe.size // recipe.patch) ** 2
-    visible = 1 + round(patches * (1 - recipe.mask_ratio))
+    hidden = recipe.mask_ratio if recipe.decoder_depth else 0
+    visible = 1 + round(patches * (1 - hidden))
 
     def blocks(depth: int, dim: int, tokens: int) -> float:
         return depth * (12 * dim**2 * tokens + 2 * tokens**2 * dim)
@@ -117,6 +122,14 @@ def measured_cell(name: str, preset: str, seed: int) -> dict:
     return cell
 
 
+def kept_cells(out: Path, trained: list[tuple[str, int]], budget: float) -> list[dict]:
+    """Cells of an earlier results file with the same budget that are not trained here."""
+    earlier = json.loads(out.read_text()) if out.is_file() else {"cells": []}
+    if earlier.get("multiply_adds_forward") != budget:
+        return []
+    return [c for c in earlier["cells"] if (c["name"], c["seed"]) not in trained]
+
+
 def draw(cells: list[dict], path: Path) -> None:
     """One panel a measure and pooling; one line a cell; a dot on each line's best block."""
     measures = ("knn_cls", "knn_patch", "linear_cls", "linear_patch")
@@ -146,6 +159,10 @@ def collect(preset: str, out: Path) -> None:
                if (RUNS / preset / f"{name}-seed{seed}" / "history.json").is_file()]  # fmt: skip
     cells = [measured_cell(name, preset, seed) for name, seed in trained]
     budget = multiply_adds(MAERecipe()) * MAERecipe().batch * PRESETS[preset]["steps"]
+    cells = sorted(
+        cells + kept_cells(out, trained, budget),
+        key=lambda c: (list(CELLS).index(c["name"]), c["seed"]),
+    )
     write_json(out, {
         "command": f"python benchmarks/small_vit_study.py --preset {preset}",
         "data": {"set": "toybox", "train": PRESETS[preset]["images"], "bank": 2048, "test": 1024},

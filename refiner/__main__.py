@@ -151,6 +151,9 @@ def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
         description="Trains a masked autoencoder with the recipe of the embedded checkpoint. "
         "Ctrl-C loses at most a few hundred steps; go on with --resume.",
     )
+    parser.add_argument("--start", metavar="NAME",
+                        help="a checkpoint to train on: its encoder, and its decoder where that is of "
+                        "the recipe's shape")  # fmt: skip
     _add_training(parser, "runs/mae")
     parser.set_defaults(command=pretrain_command)
 
@@ -158,12 +161,13 @@ def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
 def pretrain_command(args: argparse.Namespace) -> int:
     """Trains and writes model, decoder, card and history."""
     from refiner.images import load_images
-    from refiner.mae import MAERecipe, pretrain
+    from refiner.mae import MAERecipe, pretrain, recipe_for, start_from
 
-    recipe = changed(MAERecipe(), args.settings)
+    recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings)
+    start = start_from(args.start, recipe) if args.start else None
     check_out(args.out)
     images = load_images(args.data, n=args.n, size=recipe.size)
-    run = resumable(pretrain, images, recipe=recipe, **training_options(args))
+    run = resumable(pretrain, images, recipe=recipe, start=start, **training_options(args))
     last = run.history[-1]
     print(f"{args.out}: loss {last['loss']:.4f} after {last['seconds'] / 60:.1f} minutes")
     return 0

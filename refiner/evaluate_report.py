@@ -31,7 +31,7 @@ EXPECTED = {
 
 def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
     """The report's figures: file name, caption, figure."""
-    spokes = _spokes(report)
+    spokes = spokes_of(report)
     if len(spokes) >= 3:
         sides = list(report["models"])
         values = {_label(report, side): [s[side] for s in spokes.values()] for side in sides}
@@ -47,7 +47,7 @@ def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
         yield "corruptions", "The chosen linear probe on corrupted images", _corruptions(report)
 
 
-def _spokes(report: dict) -> dict[str, dict[str, float]]:
+def spokes_of(report: dict) -> dict[str, dict[str, float]]:
     """Each row's main figure of every model, by the spoke's label."""
     found = {}
     for name, sides in report["rows"].items():

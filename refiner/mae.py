@@ -83,6 +83,27 @@ def encode_visible(encoder: VisionTransformer, images: Tensor, visible: Tensor |
     x_BND = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
     if visible is not None:
         x_BND = x_BND.gather(1, visible[:, :, None].expand(-1, -1, x_BND.shape[2]))
+    return _through_blocks(encoder, x_BND)
+
+
+def encode_gaps(encoder: VisionTransformer, images: Tensor, mask: Tensor, gap: Tensor) -> Tensor:
+    """The encoder's tokens before its last norm with gaps to fill, [B, 1+N, D], class token first.
+
+    As in SimMIM (Xie et al. 2022, arXiv 2111.09886) and BEiT: hidden patches enter the encoder too,
+    as one learned token at their positions, so that the encoder itself has to paint.
+
+    Args:
+        encoder: a VisionTransformer with a class token and a position for it.
+        images: normalised [B, C, H, W].
+        mask: bool [B, N], True where a patch is hidden.
+        gap: [1, 1, D] the token that stands for hidden patches.
+    """
+    x_BND = encoder.patch_embed(images)
+    x_BND = torch.where(mask[:, :, None], gap.to(x_BND.dtype), x_BND) + encoder.pos_embed[:, 1:]
+    return _through_blocks(encoder, x_BND)
+
+
+def _through_blocks(encoder: VisionTransformer, x_BND: Tensor) -> Tensor:
     cls_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x_BND), -1, -1)
     return encoder.blocks(encoder.norm_pre(torch.cat([cls_B1D, x_BND], dim=1)))
 
@@ -93,7 +114,9 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: timm VisionTransformer with a class token.
         decoder_dim: width of the decoder.
-        decoder_depth: blocks of the decoder. One narrow block leaves decoding work to the encoder.
+        decoder_depth: blocks of the decoder. One narrow block leaves decoding work to the encoder;
+            0 leaves it all: mask tokens enter the encoder (:func:`encode_gaps`), a linear layer
+            reads the pixels, and the other sizes of the decoder mean nothing.
         decoder_heads: attention heads of the decoder.
         normalize_targets: predict each patch with its mean removed and divided by its standard
             deviation, as MAE recommends for photos. False predicts the pixels: on images with
@@ -105,17 +128,22 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.patch = encoder.patch_embed.patch_size[0]
+        self.patches = encoder.patch_embed.num_patches
         self.normalize_targets = normalize_targets
         grid, width = encoder.patch_embed.grid_size, encoder.embed_dim
-        self.decoder_embed = nn.Linear(width, decoder_dim)
+        has_decoder = decoder_depth > 0
+        if not has_decoder:
+            decoder_dim = width
+        self.decoder_embed = nn.Linear(width, decoder_dim) if has_decoder else nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        positions = build_sincos2d_pos_embed(grid, decoder_dim, interleave_sin_cos=False)
-        positions = torch.cat([torch.zeros(1, decoder_dim), positions])[None]  # class token: 0
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        if has_decoder:
+            positions = build_sincos2d_pos_embed(grid, decoder_dim, interleave_sin_cos=False)
+            positions = torch.cat([torch.zeros(1, decoder_dim), positions])[None]  # class token: 0
+            self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.Sequential(
             *(Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth))
         )
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6) if has_decoder else nn.Identity()
         self.decoder_pred = nn.Linear(decoder_dim, self.patch**2 * 3)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in [self.decoder_embed, self.decoder_blocks, self.decoder_pred]:
@@ -125,11 +153,18 @@ class MaskedAutoencoder(nn.Module):
         """Predicts every patch [B, N, P] from the encoder's normed tokens [B, 1+K, D]."""
         x_BKE = self.decoder_embed(tokens_BKD)
         b, e = len(x_BKE), x_BKE.shape[2]
-        n = self.decoder_pos_embed.shape[1] - 1
-        gaps_BNE = self.mask_token.expand(b, n, e).to(x_BKE.dtype)
+        gaps_BNE = self.mask_token.expand(b, self.patches, e).to(x_BKE.dtype)
         filled_BNE = gaps_BNE.scatter(1, visible_BK[:, :, None].expand(-1, -1, e), x_BKE[:, 1:])
         x_BNE = torch.cat([x_BKE[:, :1], filled_BNE], dim=1) + self.decoder_pos_embed
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x_BNE)))[:, 1:]
+
+    def predict(self, images: Tensor, visible: Tensor, mask: Tensor) -> Tensor:
+        """Every patch [B, N, P] as painted by the decoder, or without one by the encoder itself."""
+        if len(self.decoder_blocks):
+            tokens = self.encoder.norm(encode_visible(self.encoder, images, visible))
+            return self.decode(tokens, visible)
+        tokens = self.encoder.norm(encode_gaps(self.encoder, images, mask, self.mask_token))
+        return self.decoder_pred(tokens[:, 1:])
 
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches to predict [B, N, P], and the means and deviations [B, N, 1] that undo them."""
@@ -142,8 +177,7 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (scalar, mean squared error over hidden patches) and prediction [B, N, P]."""
-        tokens = self.encoder.norm(encode_visible(self.encoder, images, visible))
-        prediction = self.decode(tokens, visible)
+        prediction = self.predict(images, visible, mask)
         target, _, _ = self.targets(images)
         error_BN = (prediction - target).square().mean(dim=2)
         return (error_BN * mask).sum() / mask.sum(), prediction
@@ -307,9 +341,8 @@ def pretrain(
         index = batch_indices(len(pixels), recipe.batch, seed=recipe.seed, step=step)
         x = preprocess(take(pixels, index, device), card)
         visible, mask = random_masking(
-            len(x), mae.decoder_pos_embed.shape[1] - 1, recipe.mask_ratio,
-            step_generator(recipe.seed, step),
-        )  # fmt: skip
+            len(x), mae.patches, recipe.mask_ratio, step_generator(recipe.seed, step)
+        )
         with autocast(device):
             loss, _ = forward(x, visible.to(device), mask.to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -438,6 +471,61 @@ def load_mae(
     return mae.eval()
 
 
+ENCODER_SIZES = ("size", "patch", "dim", "depth", "heads")
+
+
+def recipe_for(name: str | Path) -> MAERecipe:
+    """The default recipe with the encoder of a checkpoint, to train that one on.
+
+    Raises:
+        FileNotFoundError: for a name that is no checkpoint.
+    """
+    architecture = _checkpoint(name)[0]["architecture"]
+    return MAERecipe(**{size: architecture[size] for size in ENCODER_SIZES})
+
+
+def start_from(name: str | Path, recipe: MAERecipe) -> MaskedAutoencoder:
+    """The recipe's autoencoder with a checkpoint's weights: :func:`pretrain`'s ``start``.
+
+    The decoder is taken along where the checkpoint has one of the recipe's shape; otherwise it is
+    new.
+
+    Args:
+        name: an embedded checkpoint, a folder of :func:`pretrain` or :func:`refiner.save_model`, or
+            a file in the format of facebookresearch/mae.
+        recipe: with the encoder of :func:`recipe_for`.
+
+    Raises:
+        FileNotFoundError: for a name that is no checkpoint.
+        ValueError: when the recipe's encoder is another one.
+    """
+    card, encoder, decoder = _checkpoint(name)
+    mae = recipe.build()
+    theirs = {k: v.shape for k, v in encoder.items()}
+    if theirs != {k: v.shape for k, v in mae.encoder.state_dict().items()}:
+        raise ValueError(
+            f"{name} is not the recipe's encoder, a plain ViT with class token and "
+            f"{', '.join(f'{size}={getattr(recipe, size)}' for size in ENCODER_SIZES)}; "
+            f"it has {card['architecture']}"
+        )
+    mae.encoder.load_state_dict(encoder)
+    ours = {k: v.shape for k, v in decoder_state(mae).items()}
+    if {k: v.shape for k, v in decoder.items()} == ours:
+        mae.load_state_dict(decoder, strict=False)
+    mae.encoder.refiner_card |= {
+        "preprocessing": dict(card["preprocessing"]),
+        "started_from": card["name"],
+    }
+    return mae
+
+
+def _checkpoint(name: str | Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    found = read_checkpoint(name)
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint {str(name)!r} to start from; try 'mae_toybox'")
+    return found
+
+
 def _built(card: dict, decoder: dict[str, Tensor], heads: int,
            normalize_targets: bool) -> MaskedAutoencoder:  # fmt: skip
     """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
@@ -471,8 +559,9 @@ def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0
     """
     card = mae.encoder.refiner_card
     x = preprocess(images, card)
-    n = mae.decoder_pos_embed.shape[1] - 1
-    visible, mask = random_masking(len(x), n, mask_ratio, torch.Generator().manual_seed(seed))
+    visible, mask = random_masking(
+        len(x), mae.patches, mask_ratio, torch.Generator().manual_seed(seed)
+    )
     loss, prediction = mae(x, visible.to(x.device), mask.to(x.device))
     _, mean, std = mae.targets(x)
     hidden = mask[:, :, None].to(x.device)

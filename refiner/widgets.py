@@ -128,7 +128,7 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     Raises:
         ValueError: when all or no patches are hidden, or their number is not the model's.
     """
-    n = mae.decoder_pos_embed.shape[1] - 1
+    n = mae.patches
     hidden = torch.as_tensor(hidden, dtype=torch.bool).cpu()
     if hidden.shape != (n,):
         raise ValueError(f"hidden must be bool [{n}], not {list(hidden.shape)}")
@@ -166,7 +166,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
         each patch; the first three draw a new mask.
     """
     pixels = getattr(images, "images", images)
-    n = mae.decoder_pos_embed.shape[1] - 1
+    n = mae.patches
 
     def mask(ratio, seed):
         hidden = random_masking(1, n, ratio, torch.Generator().manual_seed(seed))[1][0]

@@ -72,6 +72,38 @@ def test_order_of_the_visible_patches_is_irrelevant(pixels):
     assert torch.allclose(prediction, prediction2, atol=1e-5)
 
 
+def test_without_a_decoder_mask_tokens_enter_the_encoder(pixels):
+    """Against a plain version; hidden pixels change nothing, and all of the encoder learns."""
+    mae = replace(TINY, decoder_depth=0).build().eval()
+    x = pixels[:4].float() / 255
+    visible, mask = M.random_masking(4, 64, 0.75, torch.Generator().manual_seed(0))
+    loss, prediction = mae(x, visible, mask)
+    loss.backward()
+    unused = [name for name, p in mae.named_parameters() if p.grad is None]
+    assert unused == [] and mae.mask_token.shape == (1, 1, 16)
+    encoder, wanted = mae.encoder, torch.empty_like(prediction)
+    with torch.no_grad():
+        for b in range(4):
+            tokens = [encoder.cls_token[0, 0] + encoder.pos_embed[0, 0]]
+            patches = encoder.patch_embed(x[b : b + 1])[0]
+            for n in range(64):
+                seen = mae.mask_token[0, 0] if mask[b, n] else patches[n]
+                tokens.append(seen + encoder.pos_embed[0, 1 + n])
+            y = encoder.norm(encoder.blocks(torch.stack(tokens)[None]))
+            wanted[b] = mae.decoder_pred(y)[0, 1:]
+        assert torch.allclose(prediction, wanted, atol=1e-5)
+        hidden = M.unpatchify(mask[:, :, None].float().expand(-1, -1, 48), 4).bool()
+        noisy = torch.where(hidden, torch.rand_like(x), x)
+        assert torch.equal(mae.predict(noisy, visible, mask), prediction)
+
+
+def test_without_a_decoder_it_is_saved_and_painted_with(pixels, tmp_path):
+    recipe = replace(TINY, decoder_depth=0)
+    run = M.pretrain(pixels, recipe=recipe, out=tmp_path, progress=False)
+    again = M.reconstruct(M.load_mae(tmp_path), pixels[:4])
+    assert torch.equal(again["painted"], M.reconstruct(run.mae, pixels[:4])["painted"])
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_loss_is_the_mean_over_hidden_patches_only(pixels, normalize):
     mae = replace(TINY, normalize_targets=normalize).build().eval()
@@ -143,6 +175,24 @@ def test_reconstruction_keeps_what_was_visible(pixels):
     assert torch.allclose(result["original"], true, atol=1e-6)
     assert torch.allclose(result["painted"][~hidden], true[~hidden], atol=1e-6)
     assert torch.allclose(result["masked"][hidden], torch.tensor(0.5))
+
+
+def test_training_starts_from_a_checkpoint(pixels, tmp_path):
+    """With its decoder where that fits; another decoder is new, another encoder is refused."""
+    first = M.pretrain(pixels, recipe=TINY, out=tmp_path / "first", progress=False)
+    recipe = replace(M.recipe_for(tmp_path / "first"), decoder_dim=12, decoder_heads=2, steps=0)
+    assert (recipe.dim, recipe.depth, recipe.heads) == (TINY.dim, TINY.depth, TINY.heads)
+    whole = M.start_from(tmp_path / "first", recipe)
+    for key, value in first.mae.state_dict().items():
+        assert torch.equal(whole.state_dict()[key], value), key
+    other = M.start_from(tmp_path / "first", replace(recipe, decoder_depth=0))
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(other.encoder.state_dict()[key], value), key
+    assert other.encoder.refiner_card["started_from"] == "first"
+    with pytest.raises(ValueError, match="not the recipe's encoder.*dim=16.*depth=3"):
+        M.start_from(tmp_path / "first", replace(recipe, depth=3))
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'nothing' to start from"):
+        M.recipe_for("nothing")
 
 
 def test_clear_errors(pixels, tmp_path):

@@ -48,6 +48,16 @@ def test_from_photos_to_a_refined_model(photos, trained, tmp_path, capsys):
     assert history[-1]["neighbor_accuracy"] is not None, "class folders are watched"
 
 
+def test_pretraining_goes_on_from_a_checkpoint(photos, trained, tmp_path, capsys):
+    command = ["pretrain", "--start", str(trained), "--data", str(photos), "--out"]
+    changes = settings(["steps=2", "batch=4", "decoder_depth=0"])
+    assert main([*command, str(tmp_path / "more"), *changes]) == 0
+    card = json.loads((tmp_path / "more" / "card.json").read_text())
+    assert card["started_from"] == "mae" and card["recipe"]["dim"] == 16
+    assert main([*command, str(tmp_path / "other"), *changes, "--set", "depth=3"]) == 2
+    assert "not the recipe's encoder" in capsys.readouterr().err
+
+
 def test_the_gpu_preset_takes_the_same_steps_on_a_cpu(photos, trained, tmp_path):
     command = ["refine", "--model", str(trained), "--data", str(photos), "--preset", "gpu",
                "--out", str(tmp_path / "r")]  # fmt: skip
