@@ -152,7 +152,7 @@ def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
         "Ctrl-C loses at most a few hundred steps; go on with --resume.",
     )
     parser.add_argument("--start", metavar="NAME",
-                        help="a checkpoint to train on: its encoder, and its decoder where that is of "
+                        help="a checkpoint to train on: its encoder, and its decoder where it has "
                         "the recipe's shape")  # fmt: skip
     _add_training(parser, "runs/mae")
     parser.set_defaults(command=pretrain_command)
