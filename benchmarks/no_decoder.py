@@ -28,7 +28,7 @@ from toybox_ladder import bank_and_test
 
 import refiner
 from refiner.files import write_json
-from refiner.mae import MAERecipe, pretrain
+from refiner.mae import MAERecipe, decoder_state, pretrain, start_from
 from refiner.refine import Recipe, refine
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,8 +48,9 @@ def trained_on(arm: str, steps: int, seed: int, images):
     out = RUNS / f"{arm}-{steps}-seed{seed}"
     if not (out / "history.json").is_file():
         recipe = arm_recipe(arm, steps, seed)
-        mae = recipe.build()
-        mae.encoder.load_state_dict(refiner.load_model(START).state_dict())
+        mae = start_from(START, recipe)
+        if arm == "new":
+            mae.load_state_dict(decoder_state(recipe.build()), strict=False)
         resume = (out / "state.pt").is_file()
         pretrain(images, recipe=recipe, start=mae, out=out, resume=resume, save_every=100)
     return refiner.load_model(out)

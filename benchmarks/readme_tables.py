@@ -96,6 +96,27 @@ def maturity() -> str:
     return table(head, rows)
 
 
+def no_decoder() -> str:
+    """The embedded encoder trained on with and without a decoder, before and after refining."""
+    result = read(RESULTS / "no_decoder.json")
+    rows = [["not trained on", *_best_and_last(result["start"])]]
+    for cell in result["cells"]:
+        words = {"new": "with a new decoder (control)", "none": "without a decoder"}[cell["arm"]]
+        rows.append([words, *_best_and_last(cell["before"])])
+        rows.append([f"{words}, then refined", *_best_and_last(cell["after"])])
+    poolings = ("class token", "patch mean")
+    return table(["", *(f"{p}, {w}" for p in poolings for w in ("best block", "last"))], rows)
+
+
+def _best_and_last(report: dict) -> list[str]:
+    found = []
+    for pooling in ("cls", "patch"):
+        y = report[pooling]["knn"]
+        best = max(range(len(y)), key=y.__getitem__)
+        found += [f"{percent(y[best])} (block {best + 1})", percent(y[-1])]
+    return found
+
+
 EVALUATED = {  # row → which of its figures README shows, and the words for them
     "knn": {"last block, class token": "k-NN", "last block, patch mean": "k-NN, patch mean"},
     "linear": {"chosen probe": "linear probe, chosen on train images"},
@@ -131,7 +152,7 @@ def evaluation() -> str:
 
 
 TABLES = {"cards": cards, "ladder": ladder, "maturity": maturity, "cifar": cifar,
-          "evaluation": evaluation}  # fmt: skip
+          "evaluation": evaluation, "no decoder": no_decoder}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -415,6 +415,11 @@ def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERe
 
 # ---------------------------------------------------------------- saving, loading, looking
 
+METHODS = {  # by whether there is a decoder
+    True: "masked autoencoder (He et al. 2022, arXiv 2111.06377)",
+    False: "masked image modeling without a decoder (Xie et al. 2022, arXiv 2111.09886)",
+}
+
 
 def decoder_state(mae: MaskedAutoencoder) -> dict[str, Tensor]:
     """The decoder's tensors under the names of facebookresearch/mae."""
@@ -426,7 +431,7 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
     encoder = run.model
     encoder.refiner_card |= {
         "name": Path(out).name,
-        "method": "masked autoencoder (He et al. 2022, arXiv 2111.06377)",
+        "method": METHODS[recipe.decoder_depth > 0],
         "recipe": asdict(recipe),
         "machine": machine(),
         "seconds": run.history[-1]["seconds"],

@@ -102,6 +102,7 @@ def test_without_a_decoder_it_is_saved_and_painted_with(pixels, tmp_path):
     run = M.pretrain(pixels, recipe=recipe, out=tmp_path, progress=False)
     again = M.reconstruct(M.load_mae(tmp_path), pixels[:4])
     assert torch.equal(again["painted"], M.reconstruct(run.mae, pixels[:4])["painted"])
+    assert "without a decoder" in json.loads((tmp_path / "card.json").read_text())["method"]
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refiner.mae import MAERecipe, random_masking
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("small_vit_study", "toybox_ladder", "cifar10", "utilisation")
+    names = ("small_vit_study", "toybox_ladder", "cifar10", "utilisation", "no_decoder")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
@@ -61,6 +62,15 @@ def test_rungs_of_the_ladder_differ_in_colour_and_swap_only(scripts):
         assert ("views" in changed) == rung.startswith("mild")
         crops = [(v["size"], v["scale"], v["keep"]) for v in other["views"]]
         assert crops == [(v["size"], v["scale"], v["keep"]) for v in base["views"]]
+
+
+def test_the_arms_differ_in_their_decoder_only_and_start_alike(scripts):
+    script = scripts["no_decoder"]
+    new, none = (script.arm_recipe(arm, 5, 0) for arm in ("new", "none"))
+    assert replace(none, decoder_depth=new.decoder_depth) == new and none.decoder_depth == 0
+    embedded = MAERecipe(**json.loads((ROOT / "data" / "mae_toybox.json").read_text())["recipe"])
+    kept = {"steps": embedded.steps, "lr": embedded.lr, "compile": embedded.compile}
+    assert replace(new, **kept) == embedded
 
 
 def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
