@@ -1,14 +1,15 @@
 """Does an encoder that must paint lose its last blocks? The decoder is taken away, or renewed.
 
-    python benchmarks/no_decoder.py [--steps 3000] [--seeds 0] [--only none] [--collect]
+    python benchmarks/no_decoder.py [--steps 3000] [--refine 160 640] [--seeds 0] [--only none]
+                                    [--collect]
 
 Two arms start from the embedded autoencoder's encoder and train on with the same images, masks,
 rate and number of steps. *new*: a fresh decoder of one block paints, the control. *none*: no
 decoder; mask tokens enter the encoder and a linear layer reads the pixels (as in SimMIM), so that
 the encoder's own blocks have to decode. If decoding is what spoils the last blocks of large
 autoencoders, the second encoder's best block must move to the middle and the first one's must not.
-Then the cpu preset refines both. Each reports every block's k-NN, linear probe, 1/2/5-shot
-accuracy, k-means and factor probe.
+Then the cpu preset refines both, and one with more steps the second. Each reports every block's
+k-NN, linear probe, 1/2/5-shot accuracy, k-means and factor probe.
 
 Encoders are kept in ``runs/no_decoder`` and used again; an interrupted run goes on. Writes
 ``benchmarks/results/no_decoder.json`` and a figure beside it.
@@ -56,26 +57,28 @@ def trained_on(arm: str, steps: int, seed: int, images):
     return refiner.load_model(out)
 
 
-def refined(arm: str, steps: int, seed: int, images):
-    """An arm's encoder refined by the cpu preset, and the history."""
-    out = RUNS / f"{arm}-{steps}-seed{seed}-refined"
+def refined(arm: str, steps: int, longer: int, seed: int, images):
+    """An arm's encoder refined by the cpu preset, or for longer, and the history."""
+    out = RUNS / f"{arm}-{steps}-seed{seed}-refined{longer}"
     if not (out / "history.json").is_file():
         model = trained_on(arm, steps, seed, images)
         resume = (out / "state.pt").is_file()
-        refine(model, images, recipe=Recipe.cpu(seed=seed), out=out, resume=resume)
+        recipe = Recipe.cpu(seed=seed, steps=longer)
+        refine(model, images, recipe=recipe, out=out, resume=resume)
     return refiner.load_model(out), json.loads((out / "history.json").read_text())
 
 
-def measured_arm(arm: str, steps: int, seed: int, images) -> dict:
+def measured_arm(arm: str, steps: int, longer: int, seed: int, images) -> dict:
     """Everything about one arm before and after refining; measured once."""
-    done = RUNS / f"{arm}-{steps}-seed{seed}.json"
+    done = RUNS / f"{arm}-{steps}-seed{seed}-refined{longer}.json"
     if done.is_file():
         return json.loads(done.read_text())
     before = trained_on(arm, steps, seed, images)
-    after, history = refined(arm, steps, seed, images)
+    after, history = refined(arm, steps, longer, seed, images)
     card = before.refiner_card
     cell = {
-        "arm": arm, "steps": steps, "seed": seed, "loss": card["loss"], "recipe": card["recipe"],
+        "arm": arm, "steps": steps, "refine_steps": longer, "seed": seed, "loss": card["loss"],
+        "recipe": card["recipe"],
         "seconds": {"mae": card["seconds"], "refine": history[-1]["seconds"]},
         "before": block_report(before, *bank_and_test()),
         "after": block_report(after, *bank_and_test()),
@@ -93,9 +96,11 @@ def draw(start: dict, cells: list[dict], path: Path) -> None:
         blocks = range(1, 1 + len(start[pooling]["knn"]))
         lines = [("start", start, "C7:")]
         for k, (arm, name) in enumerate(names.items()):
-            for cell in (c for c in cells if c["arm"] == arm and c["seed"] == 0):
-                lines.append((name, cell["before"], f"C{k}o--"))
-                lines.append((f"{name}, refined", cell["after"], f"C{k}s-"))
+            chosen = [c for c in cells if c["arm"] == arm and c["seed"] == 0]
+            lines += [(name, cell["before"], f"C{k}o--") for cell in chosen[:1]]
+            for cell, look in zip(chosen, ("s-", "^-"), strict=False):
+                label = f"{name}, refined, {cell['refine_steps']} steps"
+                lines.append((label, cell["after"], f"C{k}{look}"))
         for label, report, style in lines:
             y = [100 * v for v in report[pooling]["knn"]]
             axis.plot(blocks, y, style[2:], color=style[:2], label=label, markersize=4)
@@ -110,6 +115,8 @@ def draw(start: dict, cells: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--refine", type=int, nargs="+", default=[160, 640], metavar="STEPS",
+                        help="the control takes the first")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--collect", action="store_true", help="only arms that were measured")
@@ -119,8 +126,9 @@ def main() -> None:
         cells = [json.loads(p.read_text()) for p in sorted(RUNS.glob("*.json"))]
     else:
         images = refiner.load_images("toybox", split="train")
-        cells = [measured_arm(arm, args.steps, seed, images)
-                 for seed in args.seeds for arm in args.only]  # fmt: skip
+        cells = [measured_arm(arm, args.steps, longer, seed, images) for seed in args.seeds
+                 for arm in args.only for longer in args.refine[: 1 + (arm == "none")]]  # fmt: skip
+    cells.sort(key=lambda c: (c["seed"], list(ARMS).index(c["arm"]), c["refine_steps"]))
     start = block_report(refiner.load_model(START), *bank_and_test())
     found = {**header("python benchmarks/no_decoder.py"), "start": start, "cells": cells}
     write_json(args.out, found)
@@ -130,8 +138,9 @@ def main() -> None:
             for pooling in ("cls", "patch"):
                 y = cell[when][pooling]["knn"]
                 best = max(range(len(y)), key=y.__getitem__)
-                print(f"{cell['arm']:>5} seed {cell['seed']}, {when} refining, {pooling:>5}: "
-                      f"last {y[-1]:.1%}, best {y[best]:.1%} (block {best + 1})")  # fmt: skip
+                name = f"{cell['arm']:>5} seed {cell['seed']}, {when} {cell['refine_steps']} steps"
+                print(f"{name} of refining, {pooling:>5}: last {y[-1]:.1%}, "
+                      f"best {y[best]:.1%} (block {best + 1})")  # fmt: skip
     print(f"wrote {args.out}")
 
 

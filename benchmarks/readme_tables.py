@@ -102,8 +102,10 @@ def no_decoder() -> str:
     rows = [["not trained on", *_best_and_last(result["start"])]]
     for cell in result["cells"]:
         words = {"new": "with a new decoder (control)", "none": "without a decoder"}[cell["arm"]]
-        rows.append([words, *_best_and_last(cell["before"])])
-        rows.append([f"{words}, then refined", *_best_and_last(cell["after"])])
+        if cell["refine_steps"] == 160:
+            rows.append([words, *_best_and_last(cell["before"])])
+        refined = f"{words}, then refined for {cell['refine_steps']} steps"
+        rows.append([refined, *_best_and_last(cell["after"])])
     poolings = ("class token", "patch mean")
     return table(["", *(f"{p}, {w}" for p in poolings for w in ("best block", "last"))], rows)
 
