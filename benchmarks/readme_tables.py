@@ -44,7 +44,8 @@ def read(path: Path) -> dict:
 def cards() -> str:
     """The embedded pairs, last block."""
     rows = []
-    for name in ("mae_toybox", "mae_toybox_refined", "mae_cifar10", "mae_cifar10_refined"):
+    pairs = [(name, f"{name}_refined") for name in ("mae_toybox", "simmim_toybox", "mae_cifar10")]
+    for name in sum(pairs, ()):
         results = read(ROOT / "data" / f"{name}.json")["results"]
         for pooling, word in (("cls", "class token"), ("patch", "patch mean")):
             scores = [percent(results[pooling][m][-1]) for m in MEASURES]

@@ -136,6 +136,28 @@ def test_the_evaluation_in_words_is_its_report():
     assert {same[r] for r in ("knn", "few", "clusters")} == {"better"}
 
 
+def test_the_missing_decoder_in_words_is_its_file():
+    """The drop of the last blocks, its control, and what refining mends."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "no_decoder.json").read_text())
+    cells = {(c["arm"], c["refine_steps"]): c for c in result["cells"] if c["seed"] == 0}
+    none, longer, control = cells["none", 160], cells["none", 640], cells["new", 160]
+    text = " ".join(README.split())
+    lost = {}
+    for pooling in ("cls", "patch"):
+        knn = none["before"][pooling]["knn"]
+        lost[pooling] = 100 * (max(knn) - knn[-1])
+        assert 5 <= knn.index(max(knn)) + 1 <= 8
+        kept = control["before"][pooling]["knn"]
+        assert kept[-1] > max(kept) - 0.01
+    words = f"loses {lost['patch']:.0f} points of its patch mean and {lost['cls']:.0f} of its class"
+    assert words in text
+    before = none["before"]["cls"]["knn"]
+    after, later = (cell["after"]["cls"]["knn"][-1] for cell in (none, longer))
+    gains = [100 * (value - before[-1]) for value in (after, later)]
+    assert f"by {gains[0]:.0f} points in 160 steps and by {gains[1]:.0f} in 640" in text
+    assert f"which is {100 * (later - max(before)):.0f} above the best block" in text
+
+
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link
