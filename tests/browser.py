@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -133,23 +132,21 @@ def new_page(browser, blocked):
     return context.new_page()
 
 
-def press_run_all(page):
-    """Chooses Run All, and once more if nothing began.
+def wait_for_kernel(page, url):
+    """Waits until the page's kernel runs and is connected.
 
-    JupyterLab drops the cells that it sends in the moment when a kernel's connection is renewed.
+    JupyterLab shows its kernel as idle a little earlier. Cells that are run in between are dropped,
+    or it asks which kernel to take.
     """
-    ran = page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[\d+\]"))
-    waiting = page.locator(".jp-InputArea-prompt", has_text="[*]")
-    for _ in range(3):
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        for _ in range(60):
-            page.wait_for_timeout(1000)
-            if ran.count():
+    server, _, path = url.partition("/lab")
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for session in page.request.get(f"{server}/api/sessions").json():
+            kernel, here = session["kernel"], path.endswith(session["path"])
+            if here and kernel["connections"] and kernel["execution_state"] == "idle":
                 return
-            if not waiting.count():
-                break
-    pytest.fail("Run All was chosen three times and no cell ran")
+        page.wait_for_timeout(500)
+    pytest.fail(f"no kernel for {url} after two minutes")
 
 
 def run_all(page, url, last, *, minutes):
@@ -162,7 +159,9 @@ def run_all(page, url, last, *, minutes):
     page.goto(url)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     page.locator(".jp-Notebook .jp-Cell").first.click()
-    press_run_all(page)
+    wait_for_kernel(page, url)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
     done = page.locator(".jp-OutputArea-output pre", has_text=last)
     failed = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
     done.or_(failed).first.wait_for(timeout=minutes * MINUTES)
