@@ -158,6 +158,20 @@ def test_the_missing_decoder_in_words_is_its_file():
     assert f"which is {100 * (later - max(before)):.0f} above the best block" in text
 
 
+def test_the_evaluation_of_cifar_in_words_is_its_report():
+    from refiner.evaluate import comparison
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "evaluate_cifar10.json").read_text())
+    assert report["failed"] == {} and set(report["left_out"]) == {"shifts", "segmentation"}
+    verdicts = [entry["verdict"] for entry in comparison(report)]
+    better, worse = verdicts.count("better"), verdicts.count("worse")
+    text = " ".join(README.split())
+    assert f"of {len(verdicts)} figures {better} is better by more than two spreads" in text
+    assert f"and {worse} are worse ([figure]" in text
+    seconds = sum(e["cpu_seconds"] for row in report["rows"].values() for e in row.values())
+    assert f"{seconds / 60:.1f} minutes of processor time): of" in text
+
+
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).is_file(), link
