@@ -527,7 +527,10 @@ def start_from(name: str | Path, recipe: MAERecipe) -> MaskedAutoencoder:
 def _checkpoint(name: str | Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     found = read_checkpoint(name)
     if found is None:
-        raise FileNotFoundError(f"no checkpoint {str(name)!r} to start from; try 'mae_toybox'")
+        raise FileNotFoundError(
+            f"no checkpoint {str(name)!r} to start from: give an embedded one ('mae_toybox'), a "
+            "folder of pretrain or refine, or a file of facebookresearch/mae"
+        )
     return found
 
 
