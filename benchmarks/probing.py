@@ -15,7 +15,9 @@ a ViT-B, and the result is ``probing_gpu.json``.
 
 k-NN: accuracy for k = 1, 10, 20, 100, 200 from features as extracted, so each side standardises and
 normalises. faiss and scikit-learn search once for the largest k and get our votes; lightly's
-function has no other way than a call for each k. Every prediction is compared with float64.
+function has no other way than a call for each k. Every prediction is compared with float64. The
+matrix products alone, in the tiles of our search, are timed as well: no search that compares every
+query with every key in float32 can be faster.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from refiner.files import write_json  # noqa: E402
 from refiner.layout import umap_embedding  # noqa: E402
 from refiner.measures import kmeans  # noqa: E402
 from refiner.neighbors import (  # noqa: E402
+    SCAN_KEYS,
     classify,
     knn_report,
     nearest_neighbors,
@@ -51,6 +54,7 @@ from refiner.neighbors import (  # noqa: E402
 from refiner.training import machine  # noqa: E402
 
 KS = [1, 10, 20, 100, 200]
+FLOOR = "products alone"
 CLASSES = 100
 # blocks, queries, keys, width
 SIZES = [(12, 10_000, 50_000, 192), (12, 5_000, 20_000, 768)]
@@ -175,6 +179,18 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
     return sides | ({"lightly": lightly} if version("lightly") else {})
 
 
+def products_alone(train_x, test_x) -> Callable:
+    """A call that multiplies all queries with all keys, a tile at a time, and keeps nothing."""
+    buffer = torch.empty(512, SCAN_KEYS)
+
+    def products():
+        for some in test_x.split(512):
+            for keys in train_x.split(SCAN_KEYS):
+                torch.mm(some, keys.T, out=buffer[: len(some), : len(keys)])
+
+    return products
+
+
 def float64_votes(train_x, train_y, test_x, ks) -> torch.Tensor:
     """Votes [S, Q, C] by float64 products, some queries at a time."""
     mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
@@ -198,6 +214,9 @@ def knn(sizes, rounds: int, device: str) -> list[dict]:
         each = [knn_sides(*block, device=device) for block in data]
         names = list(each[0])
         calls = {n: lambda n=n, each=each: [sides[n]() for sides in each] for n in names}
+        if device == "cpu":
+            bare = [products_alone(train_x, test_x) for train_x, _, test_x, _ in data]
+            calls[FLOOR] = lambda bare=bare: [products() for products in bare]
         taken = interleaved(calls, rounds)
         train_x, train_y, test_x = (t.to(device) for t in data[0][:3])
         votes = float64_votes(train_x, train_y, test_x, [k for k in KS if k <= keys])
@@ -358,7 +377,7 @@ def print_sides(title: str, taken: dict[str, dict]) -> None:
 
 def table(result: dict) -> list[str]:
     """README's table, from the committed JSON: processor seconds by library, one row a task."""
-    names = ["refiner", "faiss", "scikit-learn", "lightly"]
+    names = ["refiner", "faiss", "scikit-learn", "lightly", FLOOR]
     rows = [["processor seconds", *names]]
     for row in (*result["knn"]["rows"], *result.get("knn_full", {"rows": []})["rows"]):
         blocks = f"{row['blocks']} block" + "s" * (row["blocks"] > 1)

@@ -35,7 +35,7 @@ GROUP = 16  # keys whose maximum stands for them
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 SCAN = 2**31  # multiplications from which on the compiled loops pay: a tenth of a second
-SCAN_KEYS = 2048  # keys of one product: a tile of 512 queries takes 4 MiB, in the cache
+SCAN_KEYS = 512  # keys of one product: a tile of 512 queries takes 1 MiB, in the cache
 
 
 @dataclass(frozen=True, eq=False)
