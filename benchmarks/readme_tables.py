@@ -154,8 +154,19 @@ def evaluation() -> str:
     return table(["%", "before", "refined", "difference", "spread over"], rows)
 
 
+def memory() -> str:
+    """Memory of a refining step at its peak: foretold by the plan, and simulated."""
+    cells = read(RESULTS / "memory.json")["cells"]
+    ways = list(dict.fromkeys(cell["way"] for cell in cells))
+    pairs = {(c["model"], c["way"]): f"{c['foretold_GB']:.1f} / {c['simulated_GB']:.1f}"
+             for c in cells}  # fmt: skip
+    rows = [[f"ViT-{m}/16", *(pairs[m, way] for way in ways)]
+            for m in dict.fromkeys(cell["model"] for cell in cells)]  # fmt: skip
+    return table(["GB, planned / simulated", *ways], rows)
+
+
 TABLES = {"cards": cards, "ladder": ladder, "maturity": maturity, "cifar": cifar,
-          "evaluation": evaluation, "no decoder": no_decoder}  # fmt: skip
+          "evaluation": evaluation, "no decoder": no_decoder, "memory": memory}  # fmt: skip
 
 
 def filled(text: str) -> str:

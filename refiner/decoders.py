@@ -171,7 +171,8 @@ def decode_blocks(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             index = batch_indices(len(train), batch, seed=seed, step=step)
-            problem = source.problem(take(train, index, device), step_generator(seed, step))
+            generator = step_generator(seed, step, device)
+            problem = source.problem(take(train, index, device), generator)
             optimizer.zero_grad(set_to_none=True)
             losses.append(torch.stack([_backward(*pair) for pair in zip(
                 decoders, problem, strict=True)]))  # fmt: skip
@@ -220,8 +221,9 @@ class _Frozen:
         """For each wanted block: tokens [B, T, D], visible, mask, target."""
         x = preprocess(pixels, preprocessing_card(self.model))
         target_BNP = self.target(x)
-        visible, mask = random_masking(len(x), target_BNP.shape[1], self.mask_ratio, generator)
-        visible, mask = visible.to(self.device), mask.to(self.device)
+        visible, mask = random_masking(
+            len(x), target_BNP.shape[1], self.mask_ratio, generator, x.device
+        )
         with torch.no_grad(), autocast(self.device):
             tokens, context = keep_patches(self.model, *embed(self.model, x), visible)
             kept = {}
@@ -253,7 +255,7 @@ def _measure(model, source: _Frozen, decoders, train, test, seed: int) -> tuple[
     card, step, device = preprocessing_card(model), 256, source.device
     some = preprocess(take(train, torch.arange(min(1024, len(train))), device), card)
     mean_P = source.target(some).mean(dim=(0, 1))
-    generator = step_generator(seed, -1 % 2**32)  # masks that no training step has
+    generator = step_generator(seed, -1 % 2**32, device)  # masks that no training step has
     total_L, guess, n = torch.zeros(len(decoders), device=device), 0.0, 0
     with borrowed(model, device):
         for start in range(0, len(test), step):

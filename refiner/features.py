@@ -36,6 +36,7 @@ from refiner.encoders import (
     width,
 )
 from refiner.images import ImageSet, LazyImages
+from refiner.training import constant
 
 Tensor = torch.Tensor
 TOKENS_A_BATCH = {"cpu": 2**13, "cuda": 2**17}  # on a CPU, larger batches are no faster
@@ -120,8 +121,8 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
         mode = how.get("interpolation", "bicubic")
         x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
         x = x.clamp(0, 1)  # bicubic overshoots at edges
-    mean, std = (torch.tensor(how[key], dtype=dtype)[:, None, None] for key in ("mean", "std"))
-    return (x - mean.to(x.device)) / std.to(x.device)
+    mean, std = (constant(tuple(how[key]), x.device, dtype) for key in ("mean", "std"))
+    return (x - mean[:, None, None]) / std[:, None, None]
 
 
 def preprocessing_card(model: Encoder) -> dict:

@@ -318,7 +318,9 @@ class _Run:
         x = make_view(self.batches[step], self.view, generator)
         how = preprocessing_card(self.model.encoder)["preprocessing"]
         mean, std = (constant(tuple(how[k]), self.device)[:, None, None] for k in ("mean", "std"))
-        return self.mix((x - mean) / std, self.labels[self.index(step).to(self.device)])
+        return self.mix(
+            (x - mean) / std, self.labels[self.index(step).to(self.device, non_blocking=True)]
+        )
 
     def set_rate(self, step: int) -> float:
         recipe, peak = self.recipe, self.recipe.lr * self.batch / 256

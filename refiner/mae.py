@@ -340,16 +340,8 @@ def pretrain(
             group["lr"] = lr
         index = batch_indices(len(pixels), recipe.batch, seed=recipe.seed, step=step)
         x = preprocess(take(pixels, index, device), card)
-        visible, mask = random_masking(
-            len(x), mae.patches, recipe.mask_ratio, step_generator(recipe.seed, step)
-        )
-        with autocast(device):
-            loss, _ = forward(x, visible.to(device), mask.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        losses.append(_one_step(mae, forward, optimizer, x, recipe, step))
         ema.update(mae)
-        losses.append(loss.detach())
         done = step + 1
         if done % log_every == 0 or done == recipe.steps:
             mean = torch.stack(losses).mean().item()
@@ -366,6 +358,20 @@ def pretrain(
     if out:
         save_pretrained(run, out, recipe=recipe)
     return run
+
+
+def _one_step(mae: MaskedAutoencoder, forward, optimizer, x: Tensor, recipe: MAERecipe,
+              step: int) -> Tensor:  # fmt: skip
+    """Masks, predicts, and learns from one batch; its loss, still on the device."""
+    # Drawn where the images are: on a GPU the host would have to wait for a copy of the masks.
+    generator = step_generator(recipe.seed, step, x.device)
+    visible, mask = random_masking(len(x), mae.patches, recipe.mask_ratio, generator, x.device)
+    with autocast(x.device):
+        loss, _ = forward(x, visible, mask)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:

@@ -209,12 +209,13 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
     trained = sum(p.numel() for p in weights if p.requires_grad)
     t, v, g = len(recipe.blocks), len(recipe.views), recipe.global_views
     own = recipe.batch // parallel.world()
-    image = saved_bytes(run, images, device)
-    if recipe.checkpoint:  # one block at a time is there in full
-        whole = saved_bytes(
-            replace(run, recipe=replace(run.recipe, checkpoint=False)), images, device
-        )
-        image += (whole - image) / max(1, len(model.blocks) - recipe.frozen_blocks)
+    image, copies = activations(run, images, device)
+    if recipe.checkpoint:  # one block at a time is there in full, for views of one size
+        plain = replace(run, recipe=replace(run.recipe, checkpoint=False))
+        whole, all_copies = activations(plain, images, device)
+        blocks = max(1, len(model.blocks) - recipe.frozen_blocks)
+        image += (whole - image) / blocks * _largest_share(recipe)
+        copies += (all_copies - copies) / blocks
     kept = {}
     if recipe.cached_views:
         kept["features"] = 4.0 * recipe.cached_views * len(images) * t * v * model.embed_dim
@@ -222,33 +223,51 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
         "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
         "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
         "queue": 4.0 * recipe.queue * recipe.out * t,
-        "activations": own * image,
+        "views": 4.0 * own * sum(3 * view.size**2 for view in recipe.views),
+        "activations": own * image + copies,
         "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
         "lookup": 4.0 * t * g * own * recipe.queue,
     }
 
 
-def saved_bytes(run: Refined, images, device: torch.device, *, few: int = 4) -> float:
-    """Bytes that the forward pass of stage 3 keeps for the backward pass, per image."""
-    held = [*run.model.parameters(), *run.heads.parameters()]
-    known = {p.untyped_storage().data_ptr() for p in held}
-    kept: dict[int, int] = {}
+def _largest_share(recipe: Recipe) -> float:
+    """Of all pixels, those in the views that share a forward pass and are the most."""
+    pixels: dict[tuple[int, float], float] = {}
+    for v in recipe.views:
+        key = (v.size, v.keep)
+        pixels[key] = pixels.get(key, 0.0) + v.size**2 * v.keep
+    return max(pixels.values()) / sum(pixels.values())
+
+
+def activations(run: Refined, images, device: torch.device) -> tuple[float, float]:
+    """What the forward pass of stage 3 keeps for the backward pass: bytes an image, and bytes
+    whatever the batch, such as a GPU's copies of the weights in bfloat16."""
+    two, four = (saved_bytes(run, images, device, n) for n in (2, 4))
+    image = (four - two) / 2
+    return image, max(0.0, two - 2 * image)
+
+
+def saved_bytes(run: Refined, images, device: torch.device, n: int) -> float:
+    """Bytes that the forward pass of stage 3 keeps for the backward pass of n images."""
+    weights = [*run.model.parameters(), *run.heads.parameters()]
+    held = {id(s): s for s in (p.untyped_storage() for p in weights)}
+    kept: dict[int, torch.UntypedStorage] = {}  # views share theirs, which is counted once
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if id(storage) not in held:
+            kept[id(storage)] = storage
         return x
 
-    pixels = take(getattr(images, "images", images), torch.arange(few), device)
-    ids = torch.arange(few * parallel.world(), device=device)
+    pixels = getattr(images, "images", images)
+    pixels = take(pixels, torch.arange(n) % len(pixels), device)
+    ids = torch.arange(n * parallel.world(), device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device):
-        step = refine_step(
+        refine_step(
             run.model.train(), run.heads, run.queue, pixels, ids, run.recipe, stage=3,
             swap_chance=1.0, generator=step_generator(0, 0, device),
         )  # fmt: skip
-    del step  # until here the graph held what was kept, so no address was used twice
-    return sum(kept.values()) / few
+    return float(sum(storage.nbytes() for storage in kept.values()))
 
 
 def _available(device: torch.device) -> float:

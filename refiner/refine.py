@@ -223,20 +223,35 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | No
         features: what :func:`batch_features` gave, in place of the pixels.
     """
     first, count = parallel.rows(len(ids))
-    rows, own = (first, len(ids)), ids[first : first + count]
+    own = ids[first : first + count]
     x_TVBD = features
     if x_TVBD is None:
         x_TVBD = batch_features(
             model, pixels, recipe, stage=stage, total=len(ids), generator=generator
         )
     z_TVBO, p_TVBO = heads(x_TVBD)
+    # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
+    with torch.autocast(z_TVBO.device.type, enabled=False):
+        found, targets, loss_T = _aligned(
+            z_TVBO.detach().float(), p_TVBO, queue, ids, recipe, swap_chance,
+            k=1 if stage == 2 else recipe.top_k, generator=generator,
+        )  # fmt: skip
+    step = Step(loss_T, found.similarity.mean(dim=1),
+                _right(found, queue, labels, own, recipe.global_views),
+                _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
+    queue.push(parallel.gather(targets[:, 0], dim=1), ids)
+    return step
 
+
+def _aligned(z_TVBO: Tensor, p_TVBO: Tensor, queue: NeighborQueue, ids: Tensor, recipe: Recipe,
+             swap_chance: float, *, k: int, generator: torch.Generator):  # fmt: skip
+    """Projections and predictions → neighbors of the global views, these views, NNA loss [T]."""
     t, _, b, o = z_TVBO.shape
-    g = recipe.global_views
-    targets = z_TVBO[:, :g].detach().float()
+    g, (first, _) = recipe.global_views, parallel.rows(len(ids))
+    targets = z_TVBO[:, :g]
     found = queue.lookup(
-        targets.reshape(t, g * b, o), own, k=1 if stage == 2 else recipe.top_k,
-        generator=generator, rows=rows,
+        targets.reshape(t, g * b, o), ids[first : first + b], k=k, generator=generator,
+        rows=(first, len(ids)),
     )  # fmt: skip
     neighbors = found.vectors.reshape(t, g, b, o)
     if recipe.swap == "none":
@@ -250,10 +265,7 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | No
         temperature=recipe.temperature,
         swap_negatives=neighbors if recipe.swap == "both" else None,
     )  # fmt: skip
-    step = Step(loss_T, found.similarity.mean(dim=1), _right(found, queue, labels, own, g),
-                _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
-    queue.push(parallel.gather(targets[:, 0], dim=1), ids)
-    return step
+    return found, targets, loss_T
 
 
 def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):

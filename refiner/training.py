@@ -90,9 +90,9 @@ def draw(*shape: int, generator: torch.Generator | None = None,
 
 
 @lru_cache(maxsize=64)
-def constant(values: tuple, device: torch.device) -> Tensor:
-    """A small float tensor that is copied to a device once, not at every step."""
-    return torch.tensor(values, device=device)
+def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A small tensor that is copied to a device once, not at every step."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def take(pixels, index: Tensor, device: torch.device) -> Tensor:

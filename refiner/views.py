@@ -213,11 +213,18 @@ def make_view(images: Tensor, view: View, generator: torch.Generator | None = No
 
 def _blurred(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
     """Some samples blurred; on a GPU all are and some are taken, as a count would make it wait."""
+    return (_blur_all if chosen.is_cuda else _blur_some)(x, chosen, view, generator, mine)
+
+
+def _blur_all(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
     scale = view.size / 224
-    if chosen.is_cuda:
-        sigma = _uniform(len(chosen), *view.sigma, generator)[mine] * scale
-        blurred = _blur(x, sigma, view.sigma[1] * scale)
-        return torch.where(chosen[mine, None, None, None], blurred, x)
+    sigma = _uniform(len(chosen), *view.sigma, generator)[mine] * scale
+    blurred = _blur(x, sigma, view.sigma[1] * scale)
+    return torch.where(chosen[mine, None, None, None], blurred, x)
+
+
+def _blur_some(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
+    scale = view.size / 224
     sigma = _uniform(int(chosen.sum()), *view.sigma, generator) * scale
     sigma = sigma[chosen.cumsum(0)[mine][chosen[mine]] - 1]  # of the chosen ones among mine
     at = chosen[mine].nonzero()[:, 0].to(x.device)

@@ -189,12 +189,13 @@ def test_keys_in_order_of_their_nearness_are_no_surprise(monkeypatch):
 
 
 def test_ranks_grow_to_k():
-    ranks = scan.ranks(200, 50_000, 2048)
-    assert len(ranks) == 25 and ranks == sorted(ranks) and ranks[-1] == 200
-    assert scan.ranks(1, 50_000, 2048) == [1] * 25
+    width = module.SCAN_KEYS
+    ranks, parts = scan.ranks(200, 50_000, width), -(-50_000 // width)
+    assert len(ranks) == parts and ranks == sorted(ranks) and ranks[-1] == 200
+    assert scan.ranks(1, 50_000, width) == [1] * parts
     # By the exact distribution a query is missed at one part in fewer than one of 400 cases.
     for part, rank in enumerate(ranks):
-        seen = min(2048 * (part + 1), 50_000)
+        seen = min(width * (part + 1), 50_000)
         assert rank == 200 or hypergeom.sf(rank, 50_000, 200, seen) < 1 / 400
 
 

@@ -4,9 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from refiner import planning
 from refiner.models import build_vit
-from refiner.planning import amount, duration, memory_needed, plan, saved_bytes, smaller
+from refiner.planning import (
+    activations,
+    amount,
+    duration,
+    memory_needed,
+    plan,
+    saved_bytes,
+    smaller,
+)
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import begin
 from refiner.views import View
@@ -73,15 +83,31 @@ def test_weights_are_counted_with_their_gradients_and_averages(model, images):
 
 
 def test_activations_are_those_that_the_graph_holds(model, images):
-    """Per image they do not depend on how many were measured; checkpointing leaves a few."""
+    """They grow with the batch and with nothing else; checkpointing leaves a few."""
     run = begin(model, complete_recipe(TINY, model, images), CPU)
-    four, eight = (saved_bytes(run, images, CPU, few=n) for n in (4, 8))
-    assert eight == pytest.approx(four, rel=0.1)
+    image, copies = activations(run, images, CPU)
+    assert copies < image / 4
+    for n in (8, 16):
+        assert saved_bytes(run, images, CPU, n) == pytest.approx(n * image, rel=0.05)
     # Each block keeps at least its input of attention and MLP and the four-fold hidden layer.
     tokens = (1 + 16) + (1 + 4)
-    assert four > 4 * tokens * 16 * (1 + 3 + 1 + 4 + 4) * 4
-    less = saved_bytes(replace(run, recipe=replace(run.recipe, checkpoint=True)), images, CPU)
-    assert less < four / 2
+    assert image > tokens * 16 * (1 + 3 + 1 + 4 + 4) * 4
+    checkpointed = replace(run, recipe=replace(run.recipe, checkpoint=True))
+    assert activations(checkpointed, images, CPU)[0] < image / 2
+
+
+def test_copies_of_the_weights_in_bfloat16_are_not_multiplied_by_the_batch(
+    model, images, monkeypatch
+):
+    """As a GPU makes them, once a step: two bytes for each number of a matrix."""
+    run = begin(model, complete_recipe(TINY, model, images), CPU)
+    monkeypatch.setattr(planning, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    image, copies = activations(run, images, CPU)
+    matrices = [m.weight for m in run.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    matrices += [p for p in run.heads.parameters() if p.dim() == 3]
+    expected = 2 * sum(p.numel() for p in matrices)
+    assert copies == pytest.approx(expected, rel=0.2)
+    assert saved_bytes(run, images, CPU, 16) == pytest.approx(16 * image + copies, rel=0.05)
 
 
 def test_amounts_and_times_in_words():

@@ -1,10 +1,12 @@
 """Refinement: stages touch what they should, draws repeat, runs resume, bad input is refused."""
 
+import copy
 import importlib
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from refiner.encoders import keep_patches
 from refiner.images import ImageSet, load_images
@@ -101,6 +103,31 @@ def test_gradient_reaches_every_trained_block_through_every_head(model, images):
     for block in model.blocks[1:]:
         assert block.mlp.fc1.weight.grad.abs().sum() > 0
     assert sorted(queue.ids[queue.ids >= 0].tolist()) == list(range(8))
+
+
+def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, images):
+    """As on a GPU; the same from the same projections in float64."""
+    recipe = R.complete_recipe(replace(TINY, queue=512), model, images)
+    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    queue = R.NeighborQueue(512, 8, heads=2)
+    queue.push(torch.randn(2, 512, 8), torch.arange(100, 612))
+    made = []
+    heads.register_forward_hook(lambda module, given, result: made.extend(result))
+    features = torch.randn(2, len(recipe.views), 8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = R.refine_step(
+            model, heads, copy.deepcopy(queue), None, torch.arange(8), recipe, stage=2,
+            swap_chance=1.0, generator=torch.Generator().manual_seed(0), features=features,
+        )  # fmt: skip
+    z, p = (x.double() for x in made)
+    assert made[1].dtype == torch.bfloat16 and step.similarity.dtype == torch.float32
+    z = F.normalize(z[:, : recipe.global_views].detach(), dim=-1)
+    similarities = z.flatten(1, 2) @ queue.vectors.double().mT
+    value, where = similarities.max(-1)
+    assert torch.allclose(step.similarity.double(), value.mean(1), atol=1e-6)
+    neighbors = torch.stack([v[w] for v, w in zip(queue.vectors.double(), where, strict=True)])
+    loss = R.nna_loss(p, z, neighbors.view_as(z), temperature=recipe.temperature, per_head=True)
+    assert torch.allclose(step.loss.double(), loss, rtol=1e-6)
 
 
 def test_layer_decay_is_a_power_of_the_depth(model, images):

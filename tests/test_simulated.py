@@ -1,0 +1,155 @@
+"""What a GPU would meet, on tensors without numbers: one device, no waiting, and the memory."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from refiner import decoders
+from refiner import mae as masked
+from refiner.features import preprocess
+from refiner.mae import MAERecipe, parameter_groups
+from refiner.models import build_vit
+from refiner.planning import NOT_COUNTED
+from refiner.recipe import Recipe, complete_recipe
+from refiner.refine import Trainer, begin
+from refiner.views import View
+
+CPU = torch.device("cpu")
+SHAPE = {"size": 32, "patch": 4, "dim": 48, "depth": 4, "heads": 3}
+VIEWS = (View(size=32, blur=1.0, solarize=0.2), View(size=32, blur=0.1), View(size=16, keep=0.5))
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    yield {name: importlib.import_module(name) for name in ("simulated", "memory")}
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def tools(scripts):
+    return scripts["simulated"]
+
+
+# ---------------------------------------------------------------- the tools themselves
+
+
+def test_the_simulation_notices_whoever_makes_the_host_wait(tools):
+    with tools.simulated(tools.GPU):
+        x = torch.rand(3, device=tools.GPU)
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with tools.Waits() as waits:
+            torch.ones(2).to(tools.GPU, non_blocking=True)
+            x + torch.arange(3, device=tools.GPU)
+        assert waits.found == []
+        with tools.Waits() as waits:
+            torch.ones(2).to(tools.GPU)
+            x.to("cpu")
+            x.copy_(torch.ones(3))
+        assert waits.found == [("cpu to cuda", [2]), ("cuda to cpu", [3]), ("cpu to cuda", [3])]
+
+
+def test_the_simulation_notices_tensors_on_different_devices(tools):
+    with tools.simulated(tools.GPU), pytest.raises(RuntimeError, match="device"):
+        torch.rand(3, device=tools.GPU) + torch.rand(3)
+
+
+def test_the_peak_is_that_of_all_tensors_alive_at_once(tools):
+    with tools.simulated(CPU):
+        held = torch.empty(100)
+        with tools.Peak(held) as memory:
+            assert memory.now == 400
+            x = held + 1  # 400 more
+            y = x.view(10, 10)[2:]  # a view is no memory of its own
+            del x
+            assert memory.now == 800
+            del y
+            z = torch.empty(50, dtype=torch.bfloat16)
+            assert memory.now == 500
+            del z
+        assert memory.peak == 800
+
+
+# ---------------------------------------------------------------- what a GPU would run
+
+
+@pytest.mark.parametrize("changes", [
+    {"swap_from": 0.3, "swap_full": 0.9},
+    {"swap": "both", "frozen_blocks": 2, "pooling": "patch"},
+    {"swap": "none", "checkpoint": True},
+    {"cached_views": 1, "loss_weights": "staggered"},
+], ids=str)  # fmt: skip
+def test_a_step_of_refining_never_makes_the_host_wait(tools, changes):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    model = build_vit(**SHAPE, seed=0)
+    recipe = Recipe.gpu(size=32, patch=4, batch=16, blocks=(2, 3), views=VIEWS, **changes)
+    run = begin(model, complete_recipe(recipe, model, images), CPU)
+    with tools.simulated(tools.GPU):
+        tools.hollow(run.model, run.heads, run.queue, device=tools.GPU)
+        empty = torch.empty(images.shape, dtype=torch.uint8, device=tools.GPU)
+        trainer = Trainer(run, empty, device=tools.GPU)
+        trainer.labels = torch.empty(32, dtype=torch.int64, device=tools.GPU)
+        trainer.log_every = 10**9  # the log's numbers are what the host has to wait for
+        for stage, done in ((2, 0), (3, run.recipe.head_steps)):
+            trainer.done = done
+            with tools.no_backward(run.model, run.heads):
+                trainer.one_step(stage, 0, 1000, None)  # constants go to the GPU once
+                trainer.done = done + 2  # the second epoch, for which features may have been kept
+                with tools.Waits() as waits:
+                    trainer.one_step(stage, 2, 1000, None)
+            assert waits.found == []
+
+
+def test_a_step_of_pretraining_never_makes_the_host_wait(tools):
+    recipe = MAERecipe(batch=16)
+    mae = recipe.build()
+    with tools.simulated(tools.GPU):
+        tools.hollow(mae, device=tools.GPU)
+        optimizer = torch.optim.AdamW(parameter_groups(mae, 0.05), lr=1e-3, fused=True)
+        pixels = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device=tools.GPU)
+        with tools.no_backward(mae):
+            for step in range(2):
+                with tools.Waits() as waits:
+                    x = preprocess(pixels, mae.encoder.refiner_card)
+                    loss = masked._one_step(mae, mae, optimizer, x, recipe, step)
+        assert waits.found == [] and loss.device == tools.GPU
+
+
+def test_a_step_of_the_decoders_never_makes_the_host_wait(tools):
+    model = build_vit(**SHAPE, seed=0).eval()
+    source = decoders._Frozen(model, (2, 4), 0.75, True, tools.GPU)
+    decoder = source.decoder(0, {"dim": 16, "depth": 1, "heads": 2})
+    with tools.simulated(tools.GPU):
+        tools.hollow(model, decoder, device=tools.GPU)
+        pixels = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device=tools.GPU)
+        for _ in range(2):
+            with tools.Waits() as waits:
+                loss = decoders._loss(decoder, source.problem(pixels, None)[1])
+        assert waits.found == [] and loss.device == tools.GPU
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def small(scripts, monkeypatch):
+    memory = scripts["memory"]
+    monkeypatch.setattr(memory, "SHAPES", {"T": {"dim": 192, "depth": 4, "heads": 3}})
+    memory.encoder.cache_clear()
+    yield memory
+    memory.encoder.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "half frozen"])
+def test_the_plan_foretells_the_peak_of_a_simulated_step(small, way):
+    recipe = small.recipe_of("T", 64, way)
+    peak = small.simulated_peak("T", recipe)
+    foretold = NOT_COUNTED * sum(small.foretold("T", recipe).values())
+    assert peak < foretold < 1.2 * peak
