@@ -12,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 MEASURING := benchmarks/extract.py benchmarks/probing.py benchmarks/refine_step.py \
-  benchmarks/views.py benchmarks/explorer.py benchmarks/refine_controls.py
+  benchmarks/views.py benchmarks/explorer.py benchmarks/refine_controls.py benchmarks/memory.py
 PIP := $(BIN)/python -m pip install --disable-pip-version-check \
   $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade)
 

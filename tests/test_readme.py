@@ -116,6 +116,20 @@ def test_costs_of_a_step_are_the_files():
             assert f" {side[name]:.0f}" in text, name
 
 
+def test_the_plans_memory_is_the_simulated_one():
+    """What README says of memory, and that the plan is on the safe side by less than a quarter."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    for cell in result["cells"]:
+        assert 1 <= cell["foretold_GB"] / cell["simulated_GB"] < 1.25, cell
+    batch = {(b["way"], b["GB"]): b["batch"] for b in result["largest_batch"]}
+    words = (
+        f"80 GB hold ViT-L with batches of {batch['plain', 80]}, with checkpointing of "
+        f"{batch['checkpointing', 80]}; 141 GB hold {batch['plain', 141]} and "
+        f"{batch['checkpointing', 141]:,}"
+    )
+    assert words in " ".join(README.split())
+
+
 def test_the_evaluation_in_words_is_its_report():
     """What README says of all protocols, and that every one of them was measured."""
     from refiner.evaluate import ROWS, comparison

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from refiner import decoders
+from refiner import decoders, measures
 from refiner import mae as masked
-from refiner.features import preprocess
+from refiner.features import extract, preprocess
 from refiner.mae import MAERecipe, parameter_groups
 from refiner.models import build_vit
+from refiner.neighbors import knn_accuracy, knn_predict, nearest_neighbors
 from refiner.planning import NOT_COUNTED
+from refiner.probes import fit_logistic
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Trainer, begin
 from refiner.views import View
@@ -133,6 +135,56 @@ def test_a_step_of_the_decoders_never_makes_the_host_wait(tools):
             with tools.Waits() as waits:
                 loss = decoders._loss(decoder, source.problem(pixels, None)[1])
         assert waits.found == [] and loss.device == tools.GPU
+
+
+def features(*shape: int, device) -> torch.Tensor:
+    return torch.empty(*shape, device=device)
+
+
+def classes(*shape: int, device="cpu") -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.int64, device=device)
+
+
+PROBING = {  # what it gives, and where that has to lie
+    "neighbors": lambda at: (nearest_neighbors(
+        features(2, 50, 16, device=at), features(2, 300, 16, device=at), k=5).indices, at),
+    "from the host": lambda at: (nearest_neighbors(
+        features(50, 16, device="cpu"), features(300, 16, device="cpu"), k=5, device=at
+    ).similarities, CPU),
+    "leave one out, bfloat16": lambda at: (nearest_neighbors(
+        *[features(200, 16, device=at)] * 2, k=5, exclude_self=True, products=torch.bfloat16
+    ).indices, at),
+    "k-NN": lambda at: (knn_accuracy(
+        features(2, 300, 16, device=at), classes(300), features(2, 50, 16, device=at),
+        classes(50), k=[1, 5]), CPU),
+    "votes": lambda at: (knn_predict(
+        features(300, 16, device=at), classes(300), features(50, 16, device=at), k=5)[0], CPU),
+    "linear probes": lambda at: (fit_logistic(
+        features(2, 300, 17, device=at), classes(2, 300, device=at),
+        torch.empty(3, 2, dtype=torch.float64, device=at), classes=4).weights, at),
+    "k-means": lambda at: (measures.kmeans(
+        features(2, 300, 16, device="cpu"), 4, restarts=2, max_iter=3, device=at).inertia, CPU),
+    "CKA": lambda at: (measures.linear_cka(
+        *[features(3, 60, 16, device=at)] * 2), CPU),
+    "LiDAR": lambda at: (measures.lidar(features(2, 60, 5, 16, device=at)), CPU),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PROBING)
+def test_probing_keeps_to_the_gpu_and_gives_back_where_it_says(tools, what):
+    with tools.answering(), tools.simulated(tools.GPU):
+        result, home = PROBING[what](tools.GPU)
+        assert result.device == home
+
+
+def test_extraction_runs_on_the_gpu_and_gives_back_on_the_host(tools):
+    model = build_vit(**SHAPE, seed=0)
+    with tools.answering(), tools.simulated(tools.GPU):
+        tools.hollow(model, device=tools.GPU)
+        images = torch.empty(40, 3, 32, 32, dtype=torch.uint8)
+        found = extract(model, images, device=tools.GPU, poolings=("max",), progress=False)
+        assert {x.device for x in found.values()} == {CPU}
+        assert found["patch"].shape == (4, 40, 48) and found["patch"].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- memory
