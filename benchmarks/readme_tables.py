@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,23 +101,27 @@ def maturity() -> str:
 def no_decoder() -> str:
     """The embedded encoder trained on with and without a decoder, before and after refining."""
     result = read(RESULTS / "no_decoder.json")
-    rows = [["not trained on", *_best_and_last(result["start"])]]
-    for cell in result["cells"]:
-        words = {"new": "with a new decoder (control)", "none": "without a decoder"}[cell["arm"]]
-        if cell["refine_steps"] == 160:
-            rows.append([words, *_best_and_last(cell["before"])])
-        refined = f"{words}, then refined for {cell['refine_steps']} steps"
-        rows.append([refined, *_best_and_last(cell["after"])])
+    rows = [["not trained on", *_best_and_last([result["start"]])]]
+    words = {"new": "with a new decoder (control)", "none": "without a decoder"}
+    for arm, steps in dict.fromkeys((c["arm"], c["refine_steps"]) for c in result["cells"]):
+        cells = [c for c in result["cells"] if (c["arm"], c["refine_steps"]) == (arm, steps)]
+        if steps == 160:
+            rows.append([words[arm], *_best_and_last([c["before"] for c in cells])])
+        refined = f"{words[arm]}, then refined for {steps} steps"
+        rows.append([refined, *_best_and_last([c["after"] for c in cells])])
     poolings = ("class token", "patch mean")
     return table(["", *(f"{p}, {w}" for p in poolings for w in ("best block", "last"))], rows)
 
 
-def _best_and_last(report: dict) -> list[str]:
+def _best_and_last(reports: list[dict]) -> list[str]:
+    """Means over the seeds, with every block that was the best for one of them."""
     found = []
     for pooling in ("cls", "patch"):
-        y = report[pooling]["knn"]
-        best = max(range(len(y)), key=y.__getitem__)
-        found += [f"{percent(y[best])} (block {best + 1})", percent(y[-1])]
+        curves = [report[pooling]["knn"] for report in reports]
+        best = sorted({curve.index(max(curve)) + 1 for curve in curves})
+        blocks = f"block{'s' * (len(best) > 1)} {', '.join(map(str, best))}"
+        found += [f"{percent(mean(map(max, curves)))} ({blocks})",
+                  percent(mean(curve[-1] for curve in curves))]  # fmt: skip
     return found
 
 

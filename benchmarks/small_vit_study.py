@@ -148,7 +148,8 @@ def draw(cells: list[dict], path: Path) -> None:
         axis.set(title=title, xlabel="share of the encoder's blocks")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out Toybox, %")
-    axes[0].legend(fontsize=8, title="encoder depth, decoder; dot: best block")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8,
+               title="encoder depth, decoder;\ndot: best block")  # fmt: skip
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
