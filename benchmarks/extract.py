@@ -44,15 +44,15 @@ def timed(function) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(name: str, *, images: int = 512, batch: int = 128, rounds: int = 16) -> dict:
+def compare(name: str, *, images: int = 512, batch: int = 128, rounds: int = 16,
+            device: str = "cpu") -> dict:  # fmt: skip
     """Medians of both passes over the same images, and their ratio."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     how = MODELS[name]
     model = build_vit(**how, seed=0).to(device)
     batches = list(torch.randn(images, 3, how["size"], how["size"]).split(batch))
     ways = {
         "timm": lambda: plain(model, batches, device),
-        "refiner": lambda: extract(model, batches, progress=False),
+        "refiner": lambda: extract(model, batches, device=device, progress=False),
     }
     for way in ways.values():
         way()  # warm up
@@ -87,7 +87,7 @@ def main() -> None:
     name = arguments.pop("model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(__file__).parent / "results"
-    write_json(folder / f"extract-{device}-{name}.json", compare(name, **arguments))
+    write_json(folder / f"extract-{device}-{name}.json", compare(name, device=device, **arguments))
 
 
 if __name__ == "__main__":

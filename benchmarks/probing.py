@@ -105,9 +105,8 @@ def peak_megabytes(side: str, queries: int, keys: int, dim: int) -> int:
 
 def print_peak(side: str, queries: int, keys: int, dim: int) -> None:
     call = knn_sides(*features(keys, dim, 0), *features(queries, dim, 1))[side]
-    knn_sides(*features(300, dim, 0), *features(300, dim, 1))[
-        side
-    ]()  # so that libraries are loaded
+    small = knn_sides(*features(300, dim, 0), *features(300, dim, 1))
+    small[side]()  # so that libraries are loaded
     before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest so far
     call()
@@ -303,7 +302,8 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
 
 def extract_part(quick: bool, rounds: int, device: str) -> list[dict]:
     if device == "cuda":
-        return [compare_extraction("base", images=4096, batch=512, rounds=max(rounds, 16))]
+        return [compare_extraction("base", images=4096, batch=512, rounds=max(rounds, 16),
+                                   device=device)]  # fmt: skip
     size = {"images": 32, "batch": 32} if quick else {"images": 512, "batch": 128}
     return [compare_extraction("small", **size, rounds=max(rounds, 16) if not quick else 1)]
 

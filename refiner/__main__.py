@@ -245,8 +245,8 @@ def refinable_images(args: argparse.Namespace, size: int, smallest: int):
     Raises:
         ValueError: for images that are too small, and a stream that shall be evaluated.
     """
-    from refiner.images import load_images
-    from refiner.streams import is_stream, open_stream
+    from refiner.images import is_stream, load_images
+    from refiner.streams import open_stream
 
     if not is_stream(args.data):
         check_sides(args.data, size, smallest)

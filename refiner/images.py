@@ -35,6 +35,7 @@ BUILT_IN = (*toybox.VARIANTS, "digits", "cifar10", "cifar100", *named_sets.SOURC
 EXTENSIONS = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+TARS = (".tar", ".tar.gz", ".tgz")
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 MEMORY_LIMIT = 2 * 1024**3  # bytes of uint8 pixels; a larger folder stays on disk
 TOYBOX_DEFAULT_N = {"train": 8192, "val": 2048, "test": 2048}
@@ -501,9 +502,19 @@ def _read_set(
     return ImageSet(pixels[good], labels, classes, name=str(folder))
 
 
+def is_stream(name: str | os.PathLike) -> bool:
+    """Whether a name is that of tar shards or of a Hugging Face set (``hf:…``)."""
+    return str(name).startswith("hf:") or str(name).lower().endswith(TARS)
+
+
 def _no_folder(folder: Path) -> str:
-    if folder.exists():
+    if folder.exists() and not is_stream(folder):
         return f"{folder} is a file: give the folder that holds the images"
+    if is_stream(folder):
+        return (
+            f"{folder} is a stream, which only `refiner refine` and refiner.open_stream read; for "
+            "all else unpack it into a folder"
+        )
     near = difflib.get_close_matches(str(folder), BUILT_IN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(BUILT_IN)}"
     return f"no image set or folder called {str(folder)!r}; {hint}"

@@ -35,7 +35,6 @@ from refiner.images import EXTENSIONS, read_image
 
 Tensor = torch.Tensor
 SHARD = 2**32  # ids from one shard's first image to the next one's
-TARS = (".tar", ".tar.gz", ".tgz")
 Reader = Callable[[int, int], Iterator[bytes]]
 
 
@@ -92,11 +91,6 @@ class ImageStream:
                 "give more images or a smaller batch"
             )
         return torch.stack([decode(x, self.size) for x in self.seen[:k]])
-
-
-def is_stream(name: str | os.PathLike) -> bool:
-    """Whether a name is that of tar shards or of a Hugging Face set (``hf:…``)."""
-    return str(name).startswith("hf:") or str(name).lower().endswith(TARS)
 
 
 def open_stream(name: str, *, size: int, split: str = "train", n: int | None = None,

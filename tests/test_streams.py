@@ -17,6 +17,7 @@ from PIL import Image
 
 from refiner import streams
 from refiner.__main__ import main
+from refiner.images import load_images
 from refiner.models import build_vit
 from refiner.planning import plan
 from refiner.recipe import Recipe
@@ -271,3 +272,9 @@ def test_a_set_without_images_is_refused(tmp_path):
 def test_importing_does_not_import_datasets():
     code = "import sys, refiner.streams; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize("name", ["shards-{000..010}.tar", "hf:owner/name"])
+def test_what_cannot_read_a_stream_says_what_can(name):
+    with pytest.raises(FileNotFoundError, match="is a stream, which only `refiner refine`"):
+        load_images(name)
