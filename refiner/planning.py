@@ -140,8 +140,12 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     where = [str(b) if b < last else f"{b} (the final output)" for b in recipe.blocks]
     sizes = [v.size for v in recipe.views]
     views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
-    of = lambda steps: f", {steps * recipe.batch / n:.3g} epochs" if n else ""  # noqa: E731
-    epochs = lambda steps: f"{steps} steps{of(steps)}"  # noqa: E731
+
+    def epochs(steps: int) -> str:
+        count = steps * recipe.batch / n if n else 0
+        shown = f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+        return f"{steps} steps" + (f", {shown} epochs" if n else "")
+
     frozen = f", first {recipe.frozen_blocks} blocks frozen" if recipe.frozen_blocks else ""
     many = parallel.world()
     return [

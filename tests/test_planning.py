@@ -11,6 +11,7 @@ from refiner.models import build_vit
 from refiner.planning import (
     activations,
     amount,
+    describe,
     duration,
     memory_needed,
     plan,
@@ -53,6 +54,11 @@ def test_plan_says_what_how_long_and_how_much(model, images):
                  "20 steps, 10 epochs", "growing from 30% to 90%", "time     about",
                  "GB:"):  # fmt: skip
         assert part in text, part
+
+
+def test_many_epochs_are_written_out(model, images):
+    recipe = complete_recipe(replace(TINY, head_steps=3001), model, images)
+    assert any("3001 steps, 1,500 epochs of batch 8" in x for x in describe(model, images, recipe))
 
 
 def test_what_does_not_fit_comes_with_changes_that_need_less(model, images):

@@ -20,6 +20,9 @@ from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Trainer, begin
 from refiner.views import View
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this torch knows no CUDA devices"
+)
 CPU = torch.device("cpu")
 SHAPE = {"size": 32, "patch": 4, "dim": 48, "depth": 4, "heads": 3}
 VIEWS = (View(size=32, blur=1.0, solarize=0.2), View(size=32, blur=0.1), View(size=16, keep=0.5))
