@@ -377,9 +377,11 @@ def print_sides(title: str, taken: dict[str, dict]) -> None:
 
 def table(result: dict) -> list[str]:
     """README's table, from the committed JSON: processor seconds by library, one row a task."""
-    names = ["refiner", "faiss", "scikit-learn", "lightly", FLOOR]
+    searches = (*result["knn"]["rows"], *result.get("knn_full", {"rows": []})["rows"])
+    names = ["refiner", "faiss", "scikit-learn", "lightly"]
+    names += [FLOOR] if any(FLOOR in row["sides"] for row in searches) else []
     rows = [["processor seconds", *names]]
-    for row in (*result["knn"]["rows"], *result.get("knn_full", {"rows": []})["rows"]):
+    for row in searches:
         blocks = f"{row['blocks']} block" + "s" * (row["blocks"] > 1)
         size = f"{row['queries']:,} × {row['keys']:,} × {row['dim']}"
         rows.append([f"k-NN of {blocks}, {size}, five k", *_seconds(row["sides"], names)])
