@@ -1,6 +1,6 @@
 """Does an encoder that must paint lose its last blocks? The decoder is taken away, or renewed.
 
-    python benchmarks/no_decoder.py [--steps 3000] [--refine 160 640] [--seeds 0] [--only none]
+    python benchmarks/no_decoder.py [--steps 3000] [--refine 160 640] [--seeds 0 1] [--only none]
                                     [--collect]
 
 Two arms start from the embedded autoencoder's encoder and train on with the same images, masks,
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--refine", type=int, nargs="+", default=[160, 640], metavar="STEPS",
                         help="the control takes the first")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--collect", action="store_true", help="only arms that were measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "no_decoder.json")

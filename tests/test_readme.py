@@ -161,14 +161,14 @@ def test_the_missing_decoder_in_words_is_its_file():
         return [c[when][pooling]["knn"] for c in result["cells"]
                 if (c["arm"], c["refine_steps"]) == (arm, steps)]  # fmt: skip
 
-    lost = {}
+    lost, kept = {}, []
     for pooling in ("cls", "patch"):
         before = curves("none", 160, "before", pooling)
         lost[pooling] = mean(100 * (max(knn) - knn[-1]) for knn in before)
-        assert all(5 <= knn.index(max(knn)) + 1 <= 8 for knn in before)
-        assert all(knn[-1] > max(knn) - 0.01 for knn in curves("new", 160, "before", pooling))
+        assert all(5 <= knn.index(max(knn)) + 1 <= 9 for knn in before)
+        kept += [max(knn) - knn[-1] for knn in curves("new", 160, "before", pooling)]
     words = f"loses {lost['patch']:.0f} points of its patch mean and {lost['cls']:.0f} of its class"
-    assert words in text
+    assert words in text and f"stays within {100 * max(kept):.1f} points of the best" in text
     before = curves("none", 160, "before", "cls")
     assert f"1,024 test images, {SEEDS[len(before)]}." in text
     last, best = mean(knn[-1] for knn in before), mean(max(knn) for knn in before)
