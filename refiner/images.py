@@ -508,13 +508,13 @@ def is_stream(name: str | os.PathLike) -> bool:
 
 
 def _no_folder(folder: Path) -> str:
-    if folder.exists() and not is_stream(folder):
-        return f"{folder} is a file: give the folder that holds the images"
     if is_stream(folder):
         return (
             f"{folder} is a stream, which only `refiner refine` and refiner.open_stream read; for "
             "all else unpack it into a folder"
         )
+    if folder.exists():
+        return f"{folder} is a file: give the folder that holds the images"
     near = difflib.get_close_matches(str(folder), BUILT_IN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(BUILT_IN)}"
     return f"no image set or folder called {str(folder)!r}; {hint}"
