@@ -91,14 +91,44 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     cifar.PRESETS["tiny"], cifar.RUNS = tiny, tmp_path
     ladder = cifar.Ladder("tiny", 0, images)
     steps = {rung: ladder.train(rung)[2] for rung in cifar.RUNGS}
-    assert steps["mae"] == 4 and steps["all_heads"] == 2 and steps["from_scratch"] >= 1
+    assert steps["mae"] == 4 and steps["all_heads"] == 2 and steps["long_heads"] == 16
+    # "As long" by the paces: steps times pace are equal, up to half a step.
+    pace = ladder.paces()
+    assert set(pace) == {"mae", "heads", "refine", "scratch"} and min(pace.values()) > 0
+    assert pace == json.loads((tmp_path / "tiny" / "seed0" / "paces.json").read_text())
+    for more, scratch, refined in (("mae_longer", "from_scratch", 2),
+                                   ("long_mae", "long_scratch", 16)):  # fmt: skip
+        seconds = pace["heads"] + refined * pace["refine"]
+        assert steps[more] == max(1, round(seconds / pace["mae"]))
+        assert steps[scratch] == max(1, round((4 * pace["mae"] + seconds) / pace["scratch"]))
     cards = {rung: ladder.train(rung)[0].refiner_card for rung in cifar.RUNGS}  # found again
-    assert all(cards[r]["refined_from"] == "mae" for r in ("all_heads", "one_head", "swap_both"))
-    assert cards["from_scratch"]["refined_from"] == "random"
+    refined = ("all_heads", "one_head", "swap_both", "long_heads")
+    assert all(cards[r]["refined_from"] == "mae" for r in refined)
+    assert all(cards[r]["refined_from"] == "random" for r in ("from_scratch", "long_scratch"))
     assert cards["one_head"]["refine_recipe"]["blocks"] == [2]
     assert cards["swap_both"]["refine_recipe"]["swap"] == "both"
     found = cifar.measure(ladder.train("mae")[0], images[:200], images[200:])
     assert len(found["cls"]["k200"]) == len(found["patch"]["k10"]) == 3
+
+
+def test_cifar_takes_the_embedded_mae_for_its_own_recipe_only(scripts):
+    ladder = scripts["cifar10"].Ladder("cpu", 0, None, embedded=True)
+    model, seconds, steps = ladder.train("mae")
+    assert model.refiner_card["name"] == "mae_cifar10" and steps == 3000 and seconds > 0
+    with pytest.raises(ValueError, match="cpu preset with seed 0"):
+        scripts["cifar10"].Ladder("cpu", 1, None, embedded=True)
+
+
+def test_a_result_keeps_the_rungs_that_were_not_asked_for(scripts, tmp_path):
+    merged, out = scripts["cifar10"].merged, tmp_path / "cifar10.json"
+    same = {"command": "c", "train": 9, "bank": 5, "queries": 3, "split": "val"}
+    old = [{"rung": "one_head", "seed": 0, "x": 1}, {"rung": "mae", "seed": 0, "x": 2}]
+    assert merged(out, {**same, "cells": list(old)})["cells"] == old[::-1]  # in the rungs' order
+    out.write_text(json.dumps({**same, "cells": old}))
+    new = [{"rung": "one_head", "seed": 0, "x": 3}, {"rung": "long_mae", "seed": 0, "x": 4}]
+    assert [c["x"] for c in merged(out, {**same, "cells": list(new)})["cells"]] == [2, 3, 4]
+    asked_of_others = {**same, "split": "test", "cells": list(new)}
+    assert [c["x"] for c in merged(out, asked_of_others)["cells"]] == [3, 4]
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
