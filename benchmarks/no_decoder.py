@@ -1,6 +1,6 @@
 """Does an encoder that must paint lose its last blocks? The decoder is taken away, or renewed.
 
-    python benchmarks/no_decoder.py [--steps 3000] [--refine 160 640] [--seeds 0 1] [--only none]
+    python benchmarks/no_decoder.py [--steps 3000] [--refine 160 640] [--seeds 0 1 2] [--only none]
                                     [--collect]
 
 Two arms start from the embedded autoencoder's encoder and train on with the same images, masks,
@@ -88,26 +88,32 @@ def measured_arm(arm: str, steps: int, longer: int, seed: int, images) -> dict:
 
 
 def draw(start: dict, cells: list[dict], path: Path) -> None:
-    """k-NN of every block, one panel a pooling: the start, and both arms before and after."""
+    """k-NN of every block, one panel a pooling: both arms before and after, with all seeds.
+
+    A line is the mean over seeds, its band goes from the lowest to the highest.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
     names = {"new": "fresh decoder (control)", "none": "no decoder"}
     poolings = (("cls", "class token"), ("patch", "patch mean"))
     for axis, (pooling, title) in zip(axes, poolings, strict=True):
-        blocks = range(1, 1 + len(start[pooling]["knn"]))
-        lines = [("start", start, "C7:")]
+        lines = [("start", [start], "C7:")]
         for k, (arm, name) in enumerate(names.items()):
-            chosen = [c for c in cells if c["arm"] == arm and c["seed"] == 0]
-            lines += [(name, cell["before"], f"C{k}o--") for cell in chosen[:1]]
-            for cell, look in zip(chosen, ("s-", "^-"), strict=False):
-                label = f"{name}, refined, {cell['refine_steps']} steps"
-                lines.append((label, cell["after"], f"C{k}{look}"))
-        for label, report, style in lines:
-            y = [100 * v for v in report[pooling]["knn"]]
-            axis.plot(blocks, y, style[2:], color=style[:2], label=label, markersize=4)
+            steps = sorted({c["refine_steps"] for c in cells if c["arm"] == arm})
+            groups = [[c for c in cells if (c["arm"], c["refine_steps"]) == (arm, s)]
+                      for s in steps]  # fmt: skip
+            lines += [(name, [c["before"] for c in group], f"C{k}o--") for group in groups[:1]]
+            for count, group, look in zip(steps, groups, ("s-", "^-"), strict=False):
+                label = f"{name}, refined, {count} steps"
+                lines.append((label, [c["after"] for c in group], f"C{k}{look}"))
+        for label, reports, style in lines:
+            y_SL = 100 * torch.tensor([report[pooling]["knn"] for report in reports])
+            blocks = range(1, 1 + y_SL.shape[1])
+            axis.plot(blocks, y_SL.mean(0), style[2:], color=style[:2], label=label, markersize=4)
+            axis.fill_between(blocks, y_SL.amin(0), y_SL.amax(0), color=style[:2], alpha=0.15, lw=0)
         axis.set(title=title, xlabel="block", ylim=(0, 100))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("k-NN accuracy on held-out Toybox, %")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -117,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--refine", type=int, nargs="+", default=[160, 640], metavar="STEPS",
                         help="the control takes the first")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--collect", action="store_true", help="only arms that were measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "no_decoder.json")

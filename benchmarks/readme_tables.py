@@ -114,14 +114,15 @@ def no_decoder() -> str:
 
 
 def _best_and_last(reports: list[dict]) -> list[str]:
-    """Means over the seeds, with every block that was the best for one of them."""
+    """Means over the seeds, with all blocks that were the best, and the range of the last block."""
     found = []
     for pooling in ("cls", "patch"):
         curves = [report[pooling]["knn"] for report in reports]
         best = sorted({curve.index(max(curve)) + 1 for curve in curves})
         blocks = f"block{'s' * (len(best) > 1)} {', '.join(map(str, best))}"
-        found += [f"{percent(mean(map(max, curves)))} ({blocks})",
-                  percent(mean(curve[-1] for curve in curves))]  # fmt: skip
+        last = [curve[-1] for curve in curves]
+        span = f" ({percent(min(last))}–{percent(max(last))})" if len(last) > 1 else ""
+        found += [f"{percent(mean(map(max, curves)))} ({blocks})", percent(mean(last)) + span]
     return found
 
 

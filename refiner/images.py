@@ -223,8 +223,8 @@ def load_images(
     - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
       class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
       sub-folders, or all, are called train, val (valid, validation) or test, ``split`` chooses
-      among them; if not, the whole folder is the train split and other splits are an error
-      (:meth:`ImageSet.holdout` makes one).
+      among them, also one folder further inside, as archives unpack; if not, the whole folder is
+      the train split and other splits are an error (:meth:`ImageSet.holdout` makes one).
       Hidden files and other file types are ignored. Images are turned upright (EXIF), converted to
       RGB (transparency onto white), resized by the shorter side and cropped at the centre.
 
@@ -250,8 +250,8 @@ def load_images(
         ConnectionError: when a set is not on disk and cannot be downloaded.
 
     Warns:
-        UserWarning: once, when images of a folder cannot be read (they are left out), or when a
-            cache file is damaged (it is made again) or cannot be written.
+        UserWarning: once, when images of a folder cannot be read (they are left out) or are all of
+            one class, or when a cache file is damaged (it is made again) or cannot be written.
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
@@ -526,14 +526,7 @@ def split_folder(folder: Path, split: str) -> Path:
     Raises:
         ValueError: for a split that it does not have.
     """
-    inside = {x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith(".")}
-    present = {
-        part: found[0] for part, names in SPLIT_FOLDERS.items()
-        if (found := [name for name in names if name in inside])
-    }  # fmt: skip
-    # One of them beside other folders is a class: "train" is also a vehicle.
-    if len(present) < 2 and len(present) < len(inside):
-        present = {}
+    folder, present = _find_splits(folder)
     if split in present:
         return folder / present[split]
     if present:
@@ -545,10 +538,41 @@ def split_folder(folder: Path, split: str) -> Path:
     return folder
 
 
+def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The folder with the split folders, and their names by split: empty where there are none.
+
+    Archives often unpack into one more folder, so a lone sub-folder that holds splits is entered.
+    """
+    inside = _sub_folders(folder)
+    present = {
+        part: found[0] for part, names in SPLIT_FOLDERS.items()
+        if (found := [name for name in names if name in inside])
+    }  # fmt: skip
+    # One of them beside other folders is a class: "train" is also a vehicle.
+    if len(present) >= 2 or len(present) == len(inside) > 0:
+        return folder, present
+    if len(inside) == 1:
+        deeper, present = _find_splits(folder / inside[0])
+        if present:
+            return deeper, present
+    return folder, {}
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    return sorted(x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+
+
 def _list_folder(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
     """Files sorted by class and path, labels int64 [N] or None, and the classes' names."""
-    inside = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
-    by_class = {sub.name: files for sub in inside if (files := list(image_files(sub)))}
+    by_class = {
+        name: files for name in _sub_folders(folder) if (files := list(image_files(folder / name)))
+    }
+    if len(by_class) == 1:
+        warnings.warn(
+            f"all images in {folder} are of one class, {next(iter(by_class))!r}: k-NN and probes "
+            "have nothing to tell apart; if there are classes, give the folder that holds theirs",
+            stacklevel=4,
+        )
     if by_class:
         loose = sum(path.parent == folder for path in image_files(folder))
         if loose:

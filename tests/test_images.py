@@ -354,6 +354,21 @@ def test_splits_are_folders(tmp_path):
         quiet(tmp_path / "set", split="test")
 
 
+def test_splits_are_found_one_folder_further_inside(tmp_path):
+    """As archives unpack; read as a class, train and test images would be one."""
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        save(tmp_path / "unpacked" / "set-1.0" / split / name / "0.png", (len(split), 0, 0))
+    (tmp_path / "unpacked" / ".hidden").mkdir()
+    images = quiet(tmp_path / "unpacked")
+    assert images.classes == ("a", "b") and first_pixels(images) == [5, 5]
+    assert first_pixels(quiet(tmp_path / "unpacked", split="test")) == [4, 4]
+    # Without splits inside the lone folder is a class, and that is said.
+    for name in ("deep", "deeper"):
+        save(tmp_path / "lone" / "class" / name / "0.png")
+    with pytest.warns(UserWarning, match="of one class, 'class': k-NN and probes have nothing"):
+        assert quiet(tmp_path / "lone").classes == ("class",)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("car", "train"):
         save(tmp_path / "set" / name / "0.png")
