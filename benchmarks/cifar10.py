@@ -114,7 +114,8 @@ class Ladder:
 
     def __init__(self, preset: str, seed: int, images, *, embedded: bool = False):
         self.preset, self.seed, self.images = PRESETS[preset], seed, images
-        self.folder = RUNS / preset / f"seed{seed}"
+        # Apart, so that results of two autoencoders never meet.
+        self.folder = RUNS / preset / (f"seed{seed}" + "-embedded" * embedded)
         self.mae_recipe = replace(self.preset.mae, seed=seed)
         self.recipe = replace(self.preset.refine, seed=seed)
         self.longer = replace(self.recipe, steps=LONGER * self.recipe.steps)

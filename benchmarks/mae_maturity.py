@@ -96,9 +96,10 @@ def draw(cells: list[dict], path: Path) -> None:
             color = "C0" if when == "before" else "C1"
             y = [last(c[when], measure) for c in first]
             axis.plot([c["steps"] for c in first], y, style, color=color, label=f"{when} refining")
-        for c in more:
-            label = f"after, {c['refine_steps']:,} steps instead of {PRESET}"
-            axis.plot(c["steps"], last(c["after"], measure), "^", color="C2", label=label)
+        for steps in sorted({c["refine_steps"] for c in more}):
+            same = [c for c in more if c["refine_steps"] == steps]
+            axis.plot([c["steps"] for c in same], [last(c["after"], measure) for c in same], "^",
+                      color="C2", label=f"after, {steps:,} steps instead of {PRESET}")  # fmt: skip
         axis.set(title=title, xlabel="MAE steps before refining", xscale="log", ylim=(0, 100))
         axis.set_xticks([c["steps"] for c in first], [f"{c['steps']:,}" for c in first])
         axis.minorticks_off()

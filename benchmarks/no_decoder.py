@@ -93,10 +93,10 @@ def draw(start: dict, cells: list[dict], path: Path) -> None:
     A line is the mean over seeds, its band goes from the lowest to the highest.
     """
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
-    names = {"new": "fresh decoder (control)", "none": "no decoder"}
+    names = {"new": "new decoder (control)", "none": "no decoder"}
     poolings = (("cls", "class token"), ("patch", "patch mean"))
     for axis, (pooling, title) in zip(axes, poolings, strict=True):
-        lines = [("start", [start], "C7:")]
+        lines = [("not trained on", [start], "C7:")]
         for k, (arm, name) in enumerate(names.items()):
             steps = sorted({c["refine_steps"] for c in cells if c["arm"] == arm})
             groups = [[c for c in cells if (c["arm"], c["refine_steps"]) == (arm, s)]

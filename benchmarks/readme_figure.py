@@ -8,6 +8,7 @@ Left: k-NN of every block before and after refining, and after more MAE training
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -8,6 +8,7 @@ this would write.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -186,6 +187,7 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text()))
     print("wrote README.md")

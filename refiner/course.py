@@ -1,7 +1,7 @@
 """The course: runs its notebooks and collects what they measure; exercises have their own module.
 
-``record``, ``measured``, ``check``, ``choose`` and ``status`` are used inside the notebooks;
-``run_course`` is ``refiner course``.
+``record``, ``measured``, ``check``, ``choose`` and ``status`` are used inside the notebooks, and
+``draw_int`` and ``draw_float`` in the arguments of a check; ``run_course`` is ``refiner course``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refiner.exercises import check, choose, status  # noqa: F401, notebooks say course.check
+from refiner.exercises import (  # noqa: F401, notebooks say course.check
+    check,
+    choose,
+    draw_float,
+    draw_int,
+    status,
+)
 from refiner.files import write_json
 
 if TYPE_CHECKING:

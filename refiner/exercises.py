@@ -122,6 +122,23 @@ def _settle(answer, default, first_problem: Callable, kept: Callable, *, name: s
     return default
 
 
+def draw_int(low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``, both included, for the arguments of a check.
+
+    Sizes that change from case to case: an answer with a constant in their place does not pass.
+    """
+    import torch
+
+    return int(torch.randint(low, high + 1, ()))
+
+
+def draw_float(low: float, high: float) -> float:
+    """A number between ``low`` and ``high``, for the arguments of a check."""
+    import torch
+
+    return low + (high - low) * float(torch.rand(()))
+
+
 class _seeded:
     """A fixed state of torch's generator inside, the old one afterwards."""
 
@@ -179,12 +196,15 @@ def _difference(given, wanted, tolerance: tuple[float, float], what: str) -> str
         pairs = enumerate(zip(given, wanted, strict=True))
         found = (_difference(g, w, tolerance, f"part {i} of {what}") for i, (g, w) in pairs)
         return next(filter(None, found), None)
+    if torch.is_tensor(wanted) and not torch.is_tensor(given):
+        # Equal numbers would do here, but what follows in the notebook uses a tensor's methods.
+        return f"{what} is of type {type(given).__name__}; a tensor is needed"
     try:
         mine, theirs = (
             (x.detach().cpu().double().numpy() if torch.is_tensor(x) else np.asarray(x, float))
             for x in (given, wanted)
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last: a list of tensors with gradient
         return f"{what} is of type {type(given).__name__}, not {type(wanted).__name__}"
     if mine.shape != theirs.shape:
         swapped = mine.ndim > 1 and mine.shape == theirs.shape[::-1]

@@ -76,7 +76,7 @@ def umap_embedding(
         seed: of the optimisation. The same seed gives the same points on one machine; other
             machines round differently and differ in detail.
         init: where the points start, [N, 2]; default the PCA. Start a map from that of the block
-            before, and points move only as far as their neighbors make them.
+            before, and the same groups stay about where they were.
         min_dist: how close points may come in the map.
         epochs: rounds of optimisation; default umap-learn's, 500 up to 10,000 images and 200
             beyond. A map that starts from a good one needs fewer.

@@ -1,7 +1,7 @@
 """Maps of every block: shared PCA axes at once, and UMAP chained from block to block.
 
-A chain starts at the PCA, and each block's map starts at that of the block before, so that points
-move only as far as their neighbors make them. Every map is kept on disk under the hash of what it
+A chain starts at the PCA, and each block's map starts at that of the block before, so that groups
+stay about where they were. Every map is kept on disk under the hash of what it
 was made from: the exact graph, where the points started, and the settings. Blocks that two models
 share (refining freezes the first ones) have the same hash and so the same map.
 

@@ -100,6 +100,16 @@ def _grid(ax: Axes, columns: float, rows: float) -> None:
     ax.spines[:].set_visible(False)
 
 
+def place_legend(ax: Axes) -> None:
+    """A legend inside if it hides no line there, else below: "best" may lie on a line."""
+    legend = ax.legend()
+    ax.figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    drawn = [line.get_transform().transform_path(line.get_path()) for line in ax.get_lines()]
+    if any(path.intersects_bbox(box, filled=False) for path in drawn):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
 def curve_style(i: int) -> dict:
     """Colour, marker and line of the i-th curve."""
     return {
@@ -347,7 +357,7 @@ def block_curve(
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set(xlabel="block", ylabel=ylabel, title=title or f"{_capital(ylabel)} of every block")
-    ax.legend()
+    place_legend(ax)
     return ax
 
 

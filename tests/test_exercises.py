@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from solutions import check_of, solutions_of
 
 from refiner import course, exercises
@@ -77,6 +78,40 @@ def test_a_wrong_answer_is_refused_and_explained(source, solution, kind, capsys)
     assert "The library's version is used below" in said
 
 
+def arguments_of(source: str, monkeypatch, cases: int = 3):
+    """The arguments that a check would call an answer with, and what it compares with."""
+    seen = {}
+    monkeypatch.setattr(course, "check", lambda answer, reference, make_args, **_: seen.update(
+        made=make_args, reference=reference))  # fmt: skip
+    run_check(source, None)
+    found = []
+    for case in range(cases):
+        with exercises._seeded(case):
+            found.append(seen["made"]())
+    return found, seen["reference"]
+
+
+@pytest.mark.parametrize("source, solution", FUNCTIONS)
+def test_no_constant_can_stand_for_a_number_in_the_arguments(source, solution, monkeypatch):
+    cases, _ = arguments_of(source, monkeypatch)
+    for values in zip(*cases, strict=True):
+        if isinstance(values[0], int | float):
+            assert len(set(values)) > 1, values
+
+
+@pytest.mark.parametrize("source, solution", FUNCTIONS)
+def test_numbers_in_place_of_a_tensor_are_refused(source, solution, monkeypatch, capsys):
+    """They would pass as equal, and what follows in the notebook would raise."""
+    (arguments, *_), reference = arguments_of(source, monkeypatch)
+    monkeypatch.undo()
+    if not torch.is_tensor(reference(*arguments)):
+        return
+    name = re.search(r"def (my_\w+)", source).group(1)
+    run_check(source, f"{solution}\nright = {name}\ndef {name}(*args):\n"
+                      "    return right(*args).tolist()")  # fmt: skip
+    assert re.search(r"is of type (list|float|int); a tensor is needed", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("source, solution", [c for c in FUNCTIONS if "gradient=True" in c[0][0]])
 def test_a_detached_answer_is_refused_for_its_gradient(source, solution, capsys):
     name = re.search(r"def (my_\w+)", source).group(1)
@@ -106,6 +141,15 @@ def test_every_exercise_says_goal_difficulty_and_time_and_hides_its_solution():
                 assert "**Goal:**" in cell.source and "<summary>Hint" in cell.source, place
                 assert re.search(r"course\.(check|choose)\(", check.source), place
                 assert "<summary>Solution" in after.source, place
+
+
+def test_the_stored_progress_of_the_tour_lists_every_exercise():
+    tour = nbformat.read(FOLDER / "00_tour.ipynb", as_version=4)
+    (cell,) = (c for c in tour.cells if c.cell_type == "code" and c.source == "course.status()")
+    stored = "".join(str(output) for output in cell.outputs)
+    exercises_now = course.status(FOLDER).exercises
+    assert all(exercise.title in stored for exercise in exercises_now)
+    assert f"0 of {len(exercises_now)} exercises" in stored
 
 
 def test_an_exercise_without_a_check_is_named():
@@ -159,6 +203,15 @@ def test_a_kept_answer_that_no_longer_passes_is_not_used(at_work, capsys):
     (at_work / "twice_as_much.py").write_text("def broken(")
     assert checked(stub)(4) == 8
     assert "no longer passes: SyntaxError" in capsys.readouterr().out
+
+
+def test_a_tuple_of_tensors_with_gradient_is_refused_not_raised(capsys):
+    """For one tensor of two rows; numpy cannot read what has a gradient."""
+    course.check(
+        lambda x: (x.mean(), x.sum()), lambda x: torch.stack([x.mean(), x.sum()]),
+        lambda: (torch.rand(3),), name="two rows", gradient=True,
+    )  # fmt: skip
+    assert "of type tuple; a tensor is needed" in capsys.readouterr().out
 
 
 def test_a_wrong_answer_does_not_replace_a_kept_one(at_work):
