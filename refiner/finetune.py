@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -279,13 +280,15 @@ class _Run:
         self.loss = SoftTargetCrossEntropy()
         self.view = _view(preprocessing_card(model)["preprocessing"]["size"], recipe)
         self.labels = y_N.to(device)
-        self.batches = Batches(images.images, self.index, device, steps=self.steps)
+        # Not self.index: a cycle would keep the weights of finished runs on the device.
+        index = partial(_indices, len(images), self.batch, recipe.seed)
+        self.batches = Batches(images.images, index, device, steps=self.steps)
         self.history: list[dict] = []
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
 
     def index(self, step: int) -> Tensor:
         """Which images a step sees, int64 [B]."""
-        return batch_indices(len(self.labels), self.batch, seed=self.recipe.seed, step=step)
+        return _indices(len(self.labels), self.batch, self.recipe.seed, step)
 
     def train(self, bar: tqdm, save_every: int) -> None:
         try:
@@ -354,6 +357,10 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.history[:], self.done = state["history"], state["done"]
         self.before = self.history[-1]["seconds"] if self.history else 0.0
+
+
+def _indices(n: int, batch: int, seed: int, step: int) -> Tensor:
+    return batch_indices(n, batch, seed=seed, step=step)
 
 
 def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:

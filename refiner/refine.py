@@ -428,9 +428,11 @@ class Trainer:
                 world=parallel.world(), steps=self.total,
             )  # fmt: skip
         parallel.check_same(len(pixels), "the number of images")
+        # Without the trainer: a cycle would keep the weights of finished ones on the device.
+        recipe, n, mine = self.run.recipe, len(pixels), self.mine
         return Batches(
             pixels.to(self.device) if isinstance(pixels, Tensor) else pixels,
-            lambda step: self.indices(step)[self.mine], self.device, steps=self.total,
+            lambda step: _indices(recipe, n, step)[mine], self.device, steps=self.total,
         )  # fmt: skip
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -443,11 +445,7 @@ class Trainer:
 
     def indices(self, step: int) -> Tensor:
         """The whole batch of a step, the same in every process."""
-        recipe, n = self.run.recipe, len(self.batches.pixels)
-        if recipe.cached_views and step < recipe.head_steps:
-            return repeated_indices(n, recipe.batch, seed=recipe.seed, step=step,
-                                    epochs=recipe.cached_views)  # fmt: skip
-        return batch_indices(n, recipe.batch, seed=recipe.seed, step=step)
+        return _indices(self.run.recipe, len(self.batches.pixels), step)
 
     def train(self, bar) -> None:
         try:
@@ -641,6 +639,14 @@ class Trainer:
         self.done = state["done"]
         self.resume_stream(state.get("stream"))
         self.before = run.history[-1]["seconds"] if run.history else 0.0
+
+
+def _indices(recipe: Recipe, n: int, step: int) -> Tensor:
+    """Which of n images are the batch of a step."""
+    if recipe.cached_views and step < recipe.head_steps:
+        return repeated_indices(n, recipe.batch, seed=recipe.seed, step=step,
+                                epochs=recipe.cached_views)  # fmt: skip
+    return batch_indices(n, recipe.batch, seed=recipe.seed, step=step)
 
 
 def _head_optimizer(run: Refined) -> torch.optim.Optimizer:

@@ -137,6 +137,7 @@ class Batches:
         """Ends the thread; what it had begun is thrown away."""
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
+        self.coming.clear()
 
 
 def autocast(device: torch.device):

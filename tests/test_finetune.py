@@ -1,6 +1,8 @@
 """Fine-tuning: the parts do what their names say, and a run is a function of (images, recipe)."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -256,3 +258,21 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=math.inf, epochs=3),
                  progress=False)  # fmt: skip
+
+
+def test_a_finished_run_leaves_nothing_behind(monkeypatch):
+    """Not even without the garbage collector: its weights would fill a GPU."""
+    runs, start = [], _Run.__init__
+
+    def counted(self, *args):
+        runs.append(weakref.ref(self))
+        start(self, *args)
+
+    monkeypatch.setattr(_Run, "__init__", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(epochs=1), progress=False)
+        assert [there() for there in runs] == [None]
+    finally:
+        gc.enable()
