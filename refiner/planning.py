@@ -7,8 +7,11 @@ backward pass, scaled to the batch.
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +34,7 @@ class Plan:
     Attributes:
         recipe: filled in.
         images: how many; 0 for a stream that does not say.
-        step_seconds: of a step of stage 2 and of stage 3.
+        step_seconds: of a step of stage 2 and of stage 3; NaN where not even a few images fit.
         memory: bytes a process by what needs them, at the peak of stage 3.
         available: bytes that the device has free; on a CPU all of its memory.
         changes: where it does not fit: ``NAME=VALUE`` settings with the bytes needed then.
@@ -68,10 +71,13 @@ class Plan:
     def __str__(self) -> str:
         heads, encoder = self.step_seconds
         parts = ", ".join(f"{name} {amount(size)}" for name, size in self.memory.items())
+        took = (
+            f"about {duration(self.seconds)} ({heads:.2g} s a step of stage 2, {encoder:.2g} s of "
+            "stage 3; a few were timed here)"
+        )
         lines = [
             *self.what,
-            f"time     about {duration(self.seconds)} ({heads:.2g} s a step of stage 2, "
-            f"{encoder:.2g} s of stage 3; a few were timed here)",
+            f"time     {'unknown: no step fits' if math.isnan(encoder) else took}",
             f"memory   about {amount(self.bytes)} of {amount(self.available)}:",
             f"         {parts}",
         ]
@@ -103,15 +109,18 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
         images = images.sample(recipe.batch)
     if available is None:
         available = float(parallel.average(torch.tensor(_available(device), device=device)))
-    memory = memory_needed(model, images, recipe, device)
-    changes = {}
+    memory, changes = memory_needed(model, images, recipe, device), {}
+
+    def needed(other: Recipe) -> float:
+        return NOT_COUNTED * sum(memory_needed(model, images, other, device).values())
+
+    fits = lambda batch: True  # noqa: E731
     if NOT_COUNTED * sum(memory.values()) > available:
-        for how, other in smaller(recipe, len(model.blocks)).items():
-            needed = memory_needed(model, images, other, device)
-            changes[how] = NOT_COUNTED * sum(needed.values())
+        fits = lambda batch: needed(replace(recipe, batch=batch)) <= available  # noqa: E731
+        changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
     return Plan(
         recipe=recipe, images=count,
-        step_seconds=_step_seconds(model, images, recipe, device), memory=memory,
+        step_seconds=_step_seconds(model, images, recipe, device, fits=fits), memory=memory,
         available=available, changes=changes, what=what,
     )  # fmt: skip
 
@@ -203,9 +212,9 @@ def duration(seconds: float) -> str:
 def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) -> dict[str, float]:
     """Bytes one process needs at the peak of stage 3, by what needs them.
 
-    Weights, their average, gradients and AdamW's two averages in float32; activations as a few
-    images leave them; the loss's products of all pairs and the lookup's similarities by their
-    shapes.
+    Weights, their average, gradients and AdamW's two averages in float32; the images, where a copy
+    of them is kept on the device; activations as a few images leave them; the loss's products of
+    all pairs and the lookup's similarities by their shapes.
     """
     run = begin(model, replace(recipe, queue=min(recipe.queue, 64), compile=False), device)
     freeze_first(run.model, recipe.frozen_blocks)
@@ -223,6 +232,8 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
     kept = {}
     if recipe.cached_views:
         kept["features"] = 4.0 * recipe.cached_views * len(images) * t * v * model.embed_dim
+    if resident := _resident(images, device):
+        kept["images"] = resident
     return kept | {
         "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
         "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
@@ -232,6 +243,16 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
         "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
         "lookup": 4.0 * t * g * own * recipe.queue,
     }
+
+
+def _resident(images, device: torch.device) -> float:
+    """Bytes of the copy of all images that a run keeps on the device.
+
+    None where they lie there already, or are read from files, batch by batch.
+    """
+    pixels = getattr(images, "images", images)
+    copied = isinstance(pixels, torch.Tensor) and pixels.device.type != device.type
+    return float(pixels.nbytes) if copied else 0.0
 
 
 def _largest_share(recipe: Recipe) -> float:
@@ -283,24 +304,43 @@ def _available(device: torch.device) -> float:
 # ---------------------------------------------------------------- time
 
 
-def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device,
-                  *, patience: float = 4.0) -> tuple[float, float]:  # fmt: skip
-    """Seconds of a step of each stage.
+def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device, *,
+                  fits: Callable[[int], bool] = lambda batch: True,
+                  patience: float = 4.0) -> tuple[float, float]:  # fmt: skip
+    """Seconds of a step of each stage; NaN if not even the smallest batch fits.
 
-    Batches grow fourfold until they are whole or take too long; a straight line through the last
-    two then leads to the whole.
+    Batches grow fourfold until they are whole, take too long or would not fit; a straight line
+    through the last two then leads to the whole.
     """
     batch = min(recipe.batch, 4 * parallel.world())
     points: list[tuple[int, torch.Tensor]] = []
     while True:
-        points.append((batch, _timed(model, images, replace(recipe, batch=batch), device,
-                                     rounds=1 if points else 2)))  # fmt: skip
-        if batch == recipe.batch or points[-1][1].sum() > patience:
+        took = _timed_if_it_fits(model, images, replace(recipe, batch=batch), device,
+                                 rounds=1 if points else 2)  # fmt: skip
+        if took is None:
             break
-        batch = min(recipe.batch, 4 * batch)
+        points.append((batch, took))
+        larger = min(recipe.batch, 4 * batch)
+        if batch == recipe.batch or took.sum() > patience or not fits(larger):
+            break
+        batch = larger
+    if not points:
+        return math.nan, math.nan
     (b, last), (a, before) = points[-1], points[-2] if len(points) > 1 else (0, torch.zeros(2))
     slope = ((last - before) / (b - a)).clamp(min=0)
     return tuple((last + slope * (recipe.batch - b)).tolist())
+
+
+def _timed_if_it_fits(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor | None:
+    """As :func:`_timed`, or None without the memory for it; leaves the device as it was."""
+    try:
+        return _timed(model, images, recipe, device, rounds=rounds)
+    except torch.OutOfMemoryError:
+        if parallel.world() > 1:  # the others wait for this process in the midst of the step
+            raise
+        return None
+    finally:
+        _free(device)
 
 
 def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor:
@@ -308,16 +348,25 @@ def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tenso
     recipe = replace(recipe, cached_views=0)  # a whole epoch of them would be kept
     trainer = Trainer(begin(model, recipe, device), images, device=device)
     seconds = [0.0, 0.0]
-    for _ in range(rounds):
-        for stage in (2, 3):
-            _finish(device)
-            began = time.monotonic()
-            trainer.one_step(stage, 0, 1000, None)
-            _finish(device)
-            seconds[stage - 2] = time.monotonic() - began
-    trainer.batches.close()
+    try:
+        for _ in range(rounds):
+            for stage in (2, 3):
+                _finish(device)
+                began = time.monotonic()
+                trainer.one_step(stage, 0, 1000, None)
+                _finish(device)
+                seconds[stage - 2] = time.monotonic() - began
+    finally:
+        trainer.batches.close()
     # All processes have to come to the same decisions.
     return parallel.average(torch.tensor(seconds, device=device)).cpu()
+
+
+def _free(device: torch.device) -> None:
+    """Gives memory that nobody uses back to the GPU, where the next batch needs it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _finish(device: torch.device) -> None:

@@ -1,5 +1,9 @@
 """The plan before a run: memory by counting, what would fit, and that nothing is touched."""
 
+import gc
+import importlib
+import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 from torch import nn
 
 from refiner import planning
+from refiner.images import ImageSet
 from refiner.models import build_vit
 from refiner.planning import (
     activations,
@@ -23,6 +28,7 @@ from refiner.refine import begin
 from refiner.views import View
 
 CPU = torch.device("cpu")
+R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
 TINY = Recipe.cpu(
     batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
     blocks=(1, 2, 3), frozen_blocks=0, views=(View(size=16), View(size=8)),
@@ -114,6 +120,85 @@ def test_copies_of_the_weights_in_bfloat16_are_not_multiplied_by_the_batch(
     expected = 2 * sum(p.numel() for p in matrices)
     assert copies == pytest.approx(expected, rel=0.2)
     assert saved_bytes(run, images, CPU, 16) == pytest.approx(16 * image + copies, rel=0.05)
+
+
+def test_images_that_are_copied_to_the_device_are_counted(images):
+    """Not those that lie there already, nor those that are read from files."""
+    labelled = ImageSet(images=images, labels=torch.arange(16))
+    assert planning._resident(labelled, torch.device("cuda")) == 16 * 3 * 16 * 16
+    assert planning._resident(images, CPU) == planning._resident(["a.png"], CPU) == 0
+
+
+# ---------------------------------------------------------------- time
+
+
+@pytest.fixture
+def whole_steps(monkeypatch):
+    """Batches whose step was tried; above ``limit`` a step is out of memory."""
+    step, tried = R.Trainer.one_step, []
+
+    def one_step(self, *args):
+        tried.append(self.run.recipe.batch)
+        if tried[-1] > one_step.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        step(self, *args)
+
+    one_step.limit = math.inf
+    monkeypatch.setattr(R.Trainer, "one_step", one_step)
+    return one_step, tried
+
+
+def test_no_batch_is_timed_that_will_not_fit(model, images, whole_steps):
+    """Steps of 4, 16 and 64 images; what 16 need is there, what 64 need is not."""
+    many = images.repeat(4, 1, 1, 1)
+    recipe = complete_recipe(replace(TINY, batch=64), model, many)
+    _, tried = whole_steps
+    assert plan(model, many, recipe=recipe, device="cpu").fits and set(tried) == {4, 16, 64}
+    tried.clear()
+    some = memory_needed(model, many, replace(recipe, batch=16), CPU)
+    room = planning.NOT_COUNTED * sum(some.values())
+    made = plan(model, many, recipe=recipe, device="cpu", available=room)
+    assert not made.fits and "will probably not fit" in str(made)
+    assert set(tried) == {4, 16} and 0 < made.seconds < math.inf
+
+
+@pytest.mark.parametrize("limit, what", [(16, "time     about"), (2, "unknown: no step fits")])
+def test_a_device_without_the_memory_is_no_error(model, images, whole_steps, limit, what):
+    """It may have less than was counted on; then the time follows from what it could do."""
+    many = images.repeat(4, 1, 1, 1)
+    whole_steps[0].limit = limit
+    made = plan(model, many, recipe=replace(TINY, batch=64), device="cpu")
+    assert what in str(made) and math.isnan(made.seconds) == (limit == 2)
+
+
+@pytest.fixture
+def without_gc(monkeypatch):
+    """What is part of a cycle stays: on a GPU it would take the next run's memory."""
+    gc.collect()
+    gc.disable()
+    monkeypatch.setattr(gc, "collect", lambda: None)
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("limit", [math.inf, 16])
+def test_what_was_timed_is_gone_before_the_next(
+    model, images, whole_steps, without_gc, monkeypatch, limit
+):
+    made, stale, start = [], [], R.Trainer.__init__
+
+    def counted(self, *args, **kwargs):
+        stale.append(sum(there() is not None for there in made))
+        made.extend([weakref.ref(self), weakref.ref(args[0].model)])
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(R.Trainer, "__init__", counted)
+    whole_steps[0].limit = limit
+    many = images.repeat(4, 1, 1, 1)
+    plan(model, many, recipe=replace(TINY, batch=64), device="cpu")
+    assert stale == [0, 0, 0]
+    R.refine(model, many, recipe=replace(TINY, batch=16), device="cpu", progress=False)
+    assert stale[3] == 0 and all(there() is None for there in made)
 
 
 def test_amounts_and_times_in_words():
