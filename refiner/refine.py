@@ -70,7 +70,7 @@ from refiner.training import (
     step_generator,
 )
 from refiner.views import make_views
-from refiner.watch import Guard
+from refiner.watch import Guard, plain_numbers
 
 __all__ = [
     "Recipe", "Refined", "Step", "batch_features", "complete_recipe", "freeze_first",
@@ -342,7 +342,7 @@ def refine(
         resume: go on from the state in ``out``; ``lr``, ``head_lr``, ``clip``, ``checkpoint`` and
             ``compile`` may be others than before.
         evaluate: called with the averaged encoder; its dict of numbers goes into the history
-            (:func:`refiner.watch.online_knn` makes one).
+            (:func:`refiner.watch.online_knn` makes one), with None for what is not finite.
         evaluate_every: steps of stage 3 between evaluations; 0 evaluates never.
         watch: each is called with the history after every logged step
             (:class:`refiner.watch.LiveFigure`, :class:`refiner.watch.TensorBoard`).
@@ -355,6 +355,7 @@ def refine(
 
     Raises:
         ValueError: for data or recipes that do not fit, before training starts.
+        TypeError: when ``evaluate`` returns other things than numbers.
         FloatingPointError: when the loss is no longer finite.
         refiner.watch.Collapse: when all projections became the same. Both keep the saved states.
     """
@@ -575,7 +576,7 @@ class Trainer:
         trained = {k: v.clone() for k, v in model.state_dict().items()}
         self.ema.copy_to(model)
         model.eval()
-        self.run.history[-1] |= self.evaluate(model)
+        self.run.history[-1] |= plain_numbers(self.evaluate(model))
         model.load_state_dict(trained)
         for watcher in self.watch:
             watcher(self.run.history)

@@ -225,7 +225,7 @@ def load_state(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: when there is nothing to resume from, saying so.
-        OSError: when what is there cannot be read.
+        OSError: when what is there cannot be read, saying why.
     """
     path = Path(path)
     there = [p for p in (path, previous_state(path)) if p.is_file()]
@@ -235,9 +235,20 @@ def load_state(path: str | Path) -> dict:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            broken = error
-            warnings.warn(f"{file} is damaged ({error})", stacklevel=2)
-    raise OSError(f"cannot read {path}: {broken}")
+            broken = _what_is_wrong(file, error)
+            warnings.warn(f"{file} {broken}", stacklevel=2)
+    raise OSError(f"cannot read {path}: it {broken}")
+
+
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    """Of a state that could not be loaded: damage, or an object that torch does not load safely."""
+    try:
+        strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        strange = []
+    if strange:
+        return f"holds {', '.join(strange)}; only tensors and plain Python values can be loaded"
+    return f"is damaged ({error})"
 
 
 def machine() -> dict[str, object]:

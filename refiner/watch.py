@@ -93,6 +93,42 @@ class Guard:
         return ", ".join(str(b) for b, bad in zip(self.recipe.blocks, wrong, strict=True) if bad)
 
 
+def plain_numbers(found: object) -> dict[str, object]:
+    """What an ``evaluate`` returned, as it can be saved.
+
+    Args:
+        found: a dict of numbers, or of lists of them. Numbers of numpy and tensors of one element
+            become plain ones; what is not finite becomes None, as JSON has no word for it.
+
+    Raises:
+        TypeError: for anything else, naming it.
+    """
+    if not isinstance(found, Mapping):
+        raise TypeError(f"evaluate returned a {type(found).__name__}; let it return a dict")
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(f"evaluate named a number {name!r}; let it use texts as names")
+    return {str(name): _plain(name, value) for name, value in found.items()}
+
+
+def _plain(name: str, value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_plain(name, one) for one in value]
+    item = getattr(value, "item", None)
+    if callable(item) and math.prod(getattr(value, "shape", ())) == 1:  # numpy's and tensors
+        value = item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value
+    if value is None:
+        return None
+    shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(
+        f"evaluate returned a {type(value).__name__}{shape} as {name!r}; let it return numbers"
+    )
+
+
 def online_knn(bank, queries, *, k: int = 10, pooling: str | None = None) -> Callable:
     """An ``evaluate`` for :func:`refiner.refine`: k-NN on a held-out part, on the way.
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,15 @@ def test_json_refuses_nan_and_keeps_the_old(tmp_path):
 
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume.*without --resume"):
+        training.load_state(tmp_path / "state.pt")
+
+
+def test_a_state_with_strange_objects_is_not_called_damaged(tmp_path):
+    training.save_state(tmp_path / "state.pt", {"accuracy": np.float64(0.5)})
+    with (
+        pytest.warns(UserWarning, match="holds numpy.*; only tensors and plain"),
+        pytest.raises(OSError, match="state.pt: it holds numpy"),
+    ):
         training.load_state(tmp_path / "state.pt")
 
 

@@ -1,10 +1,12 @@
 """Watching: what stops a run, what it sees, and where it is shown."""
 
 import importlib
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +118,33 @@ def test_online_knn_enters_the_history(model):
     run = R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1, evaluate_every=2,
                    evaluate=watch.online_knn(pictures(8), pictures(6, seed=1), k=2))  # fmt: skip
     assert [e["step"] for e in run.history if "knn" in e] == [2, 4]
+
+
+def test_numbers_of_every_kind_can_be_saved_and_resumed(model, tmp_path):
+    """Numpy's, tensors of one element and what is not finite, in the state and in JSON."""
+    numbers = {"a": np.float32(0.5), "b": torch.tensor(3), "c": torch.tensor([0.25]),
+               "d": math.nan, "e": np.float64("inf"), "f": np.int64(2), "g": [np.float64(1.5), 2],
+               "h": True}  # fmt: skip
+    plain = {"a": 0.5, "b": 3, "c": 0.25, "d": None, "e": None, "f": 2, "g": [1.5, 2], "h": True}
+    options = {"recipe": TINY, "progress": False, "save_every": 1, "out": tmp_path,
+               "evaluate": lambda _: numbers, "evaluate_every": 2}  # fmt: skip
+    R.refine(model, pictures(8), **options)
+    history = R.refine(model, pictures(8), resume=True, **options).history
+    assert {name: history[-1][name] for name in plain} == plain
+    assert all(type(history[-1][name]) is type(plain[name]) for name in plain)
+    assert json.loads((tmp_path / "history.json").read_text()) == history
+
+
+@pytest.mark.parametrize("found, message", [
+    (0.5, "returned a float; let it return a dict"),
+    ({"acc": torch.rand(3)}, r"a Tensor of shape \[3\] as 'acc'"),
+    ({"acc": "high"}, "a str as 'acc'; let it return numbers"),
+    ({1: 0.5}, "named a number 1"),
+])  # fmt: skip
+def test_an_evaluation_without_numbers_stops_at_once(model, found, message):
+    with pytest.raises(TypeError, match=message):
+        R.refine(model, pictures(8), recipe=TINY, progress=False, evaluate=lambda _: found,
+                 evaluate_every=1)  # fmt: skip
 
 
 # ---------------------------------------------------------------- where it is shown
