@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from refiner.features import preprocess
 from refiner.files import write_json
-from refiner.models import build_vit, read_checkpoint, save_model
+from refiner.models import build_vit, check_savable, read_checkpoint, save_model
 from refiner.training import (
     EMA,
     autocast,
@@ -306,7 +306,8 @@ def pretrain(
         A :class:`Pretrained`.
 
     Raises:
-        ValueError: for fewer images than a batch, or a size that is not the recipe's.
+        ValueError: for fewer images than a batch, a size that is not the recipe's and, with
+            ``out``, an encoder that cannot be saved.
         FileNotFoundError: to resume where nothing was saved.
         FloatingPointError: when the loss is no longer finite; the last saved state is kept.
     """
@@ -318,6 +319,8 @@ def pretrain(
         pixels = pixels.to(device)  # uint8: small enough to stay there
     mae = (start or recipe.build()).to(device).train()
     card = mae.encoder.refiner_card
+    if out:
+        check_savable(mae.encoder)
     optimizer = torch.optim.AdamW(
         parameter_groups(mae, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.95), fused=True
     )

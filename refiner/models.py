@@ -36,8 +36,8 @@ from refiner.encoders import (
 from refiner.files import replacing, write_json, write_text
 
 __all__ = [
-    "allow_any_size", "build_vit", "copy_model", "embedded_models", "load_model", "random_like",
-    "read_checkpoint", "save_model",
+    "allow_any_size", "build_vit", "check_savable", "copy_model", "embedded_models", "load_model",
+    "random_like", "read_checkpoint", "save_model",
 ]  # fmt: skip
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
@@ -431,6 +431,15 @@ def save_model(model: Encoder, folder: str | os.PathLike, *,
     write_json(folder / "card.json", model.refiner_card)
     write_text(folder / "README.md", model_card(model.refiner_card, timm_opens=config is not None))
     return folder
+
+
+def check_savable(model: Encoder) -> None:
+    """Finds out before the work that :func:`save_model` would refuse the result.
+
+    Raises:
+        ValueError: as ``save_model`` does.
+    """
+    _timm_config(model)
 
 
 def _timm_config(model: Encoder) -> dict | None:

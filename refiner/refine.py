@@ -41,6 +41,7 @@ from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import (
     allow_any_size,
+    check_savable,
     copy_model,
     data_folder,
     read_checkpoint,
@@ -354,7 +355,8 @@ def refine(
         A :class:`Refined`.
 
     Raises:
-        ValueError: for data or recipes that do not fit, before training starts.
+        ValueError: for data or recipes that do not fit and, with ``out``, for a model that cannot
+            be saved, before training starts.
         TypeError: when ``evaluate`` returns other things than numbers.
         FloatingPointError: when the loss is no longer finite.
         refiner.watch.Collapse: when all projections became the same. Both keep the saved states.
@@ -362,6 +364,8 @@ def refine(
     device = parallel.join(device)
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
     run = begin(model, recipe, device)
+    if out:
+        check_savable(run.model)
     trainer = Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device,
                       watch)  # fmt: skip
     if out and parallel.rank() == 0:

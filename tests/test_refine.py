@@ -260,6 +260,21 @@ def test_saved_model_is_the_refined_one(model, images, tmp_path):
     assert again.refiner_card["refined_from"] == "random"
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_training(
+    model, images, tmp_path, monkeypatch
+):
+    """Not after hours; without ``out`` it can be refined all the same."""
+    del model.refiner_card["architecture"]
+    model.blocks[1].mlp.fc1 = torch.nn.Linear(16, 7)
+    model.blocks[1].mlp.fc2 = torch.nn.Linear(7, 16)
+    taken, step = [], R.refine_step
+    monkeypatch.setattr(R, "refine_step", lambda *a, **k: taken.append(1) or step(*a, **k))
+    with pytest.raises(ValueError, match="cannot describe this VisionTransformer"):
+        R.refine(model, images, recipe=TINY, out=tmp_path / "refined", progress=False)
+    assert not taken and not (tmp_path / "refined").exists()
+    assert R.refine(model, images, recipe=TINY, progress=False).history
+
+
 def test_heads_come_back_with_their_queue(model, images, tmp_path):
     run = R.refine(model, images, recipe=TINY, out=tmp_path, progress=False)
     heads, queue, recipe = R.load_heads(tmp_path)
