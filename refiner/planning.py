@@ -190,6 +190,8 @@ def _swapping(recipe: Recipe) -> str:
     name = "NNA" if recipe.swap == "neighbor" else "NNCLR's swap of both roles"
     if recipe.swap_full <= 0:
         return name
+    if recipe.swap_from == recipe.swap_full:
+        return f"{name}, from {recipe.swap_full:.0%} of stage 3 on"
     return f"{name}, growing from {recipe.swap_from:.0%} to {recipe.swap_full:.0%} of stage 3"
 
 

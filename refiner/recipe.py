@@ -256,11 +256,16 @@ def _fitted_views(size: int, patch: int) -> tuple[View, ...]:
 
 
 def swap_chance(recipe: Recipe, step: int) -> float:
-    """Probability to swap at a step of stage 3: a ramp from ``swap_from`` to ``swap_full``."""
+    """Probability to swap at a step of stage 3: a ramp from ``swap_from`` to ``swap_full``.
+
+    Where both are the same, it is 0 before and 1 from there on.
+    """
     share = step / max(1, recipe.steps)
     if share >= recipe.swap_full:
         return 1.0
-    return max(0.0, (share - recipe.swap_from) / (recipe.swap_full - recipe.swap_from))
+    if share < recipe.swap_from:
+        return 0.0
+    return (share - recipe.swap_from) / (recipe.swap_full - recipe.swap_from)
 
 
 def head_loss_weights(recipe: Recipe, step: int) -> list[float] | None:
@@ -305,6 +310,10 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     check_refinable(model)
     blocks = _checked_blocks(recipe, len(model.blocks))
     pooling = _checked_pooling(recipe.pooling, model, len(blocks))
+    if recipe.blocks is not None and isinstance(pooling, tuple):  # they move with their blocks
+        depth = len(model.blocks)
+        given = [depth + b if b < 0 else b for b in recipe.blocks]
+        pooling = tuple(p for _, p in sorted(zip(given, pooling, strict=True)))
     _check_options(recipe)
     pixels = getattr(images, "images", images)
     if isinstance(pixels, ImageStream):
@@ -373,7 +382,7 @@ def _check_options(recipe: Recipe) -> None:
     if recipe.swap_from > recipe.swap_full:
         raise ValueError(
             f"swapping cannot begin at {recipe.swap_from} and be full at {recipe.swap_full}; "
-            "choose swap_from below swap_full"
+            "choose a swap_from that is not above swap_full"
         )
 
 

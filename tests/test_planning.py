@@ -67,6 +67,11 @@ def test_many_epochs_are_written_out(model, images):
     assert any("3001 steps, 1,500 epochs of batch 8" in x for x in describe(model, images, recipe))
 
 
+def test_a_sudden_swap_is_said_in_words(model, images):
+    lines = describe(model, images, complete_recipe(replace(TINY, swap_from=0.9), model, images))
+    assert any("NNA, from 90% of stage 3 on" in line for line in lines)
+
+
 def test_what_does_not_fit_comes_with_changes_that_need_less(model, images):
     made = plan(model, images, recipe=TINY, device="cpu", available=1000)
     assert not made.fits and "will probably not fit" in str(made)

@@ -14,6 +14,7 @@ from refiner.recipe import (
     head_loss_weights,
     recipe_dict,
     recipe_from,
+    swap_chance,
 )
 from refiner.refine import Trainer
 from refiner.views import View
@@ -142,6 +143,11 @@ def test_recipes_survive_json_and_older_ones_get_defaults():
 # ---------------------------------------------------------------- schedules
 
 
+def test_swapping_may_begin_all_at_once():
+    recipe = Recipe.cpu(steps=100, swap_from=0.4, swap_full=0.4)
+    assert [swap_chance(recipe, step) for step in (0, 39, 40, 99)] == [0, 0, 1, 1]
+
+
 def test_loss_weights():
     recipe = Recipe.cpu(blocks=(1, 2, 3), steps=100)
     assert head_loss_weights(recipe, 50) is None
@@ -152,6 +158,16 @@ def test_loss_weights():
     for step, weights in expected.items():
         assert head_loss_weights(staggered, step) == pytest.approx(weights)
     assert head_loss_weights(replace(decay, blocks=(3,)), 50) is None
+
+
+# ---------------------------------------------------------------- filled in
+
+
+@pytest.mark.parametrize("blocks", [(2, 1), (-1, 1), (1, 2)])
+def test_poolings_move_with_their_blocks(model, blocks):
+    pooling = ("cls", "patch") if blocks == (1, 2) else ("patch", "cls")
+    recipe = complete_recipe(replace(TINY, blocks=blocks, pooling=pooling), model, pixels())
+    assert recipe.blocks == (1, 2) and recipe.pooling == ("cls", "patch")
 
 
 # ---------------------------------------------------------------- bad input
