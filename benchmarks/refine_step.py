@@ -280,7 +280,8 @@ def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
     trainer = Trainer(begin(model, recipe, torch.device(device)), images, device=device)
     run, rng = trainer.run, step_generator(0, 0, device)
     trainer.kept_features(8)  # fills the first epoch
-    pixels, ids = images.images[: recipe.batch].to(device), torch.arange(recipe.batch)
+    pixels = images.images[: recipe.batch].to(device)
+    ids = torch.arange(recipe.batch, device=device)
     views = make_views(pixels, recipe.views, rng)
     frozen = {"frozen_blocks": recipe.frozen_blocks, "generator": rng}
     x_TVBD = batch_features(run.model, pixels, recipe, stage=2, total=len(ids), generator=rng)
@@ -318,6 +319,16 @@ def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
     return {name: round(1000 * statistics.median(v), 1) for name, v in seconds.items()}
 
 
+def save(args: argparse.Namespace, device: str, shape: Shape, **found) -> Path:
+    """Writes what was found so far."""
+    command = "python benchmarks/refine_step.py" + (" --full" if args.full else "")
+    command += " --no-compile" if args.no_compile else ""
+    out = args.out or RESULTS / f"refine_step-{device}.json"
+    write_json(out, {**header(command), "rounds": args.rounds, "shape": vars(shape),
+                     "global_views": GLOBAL, **found})  # fmt: skip
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -334,14 +345,11 @@ def main() -> None:
         cells[size] = measure(size, shape, device, args.rounds, compiled=not args.no_compile)
         for name, cell in cells[size].items():
             print(f"{size:3} {name:17}", "  ".join(f"{k} {v}" for k, v in cell.items()), flush=True)
+    save(args, device, shape, cells=cells)  # kept, whatever happens to the rest
     preset = parts_of_the_cpu_preset(device, args.rounds)
     for name, milliseconds in preset.items():
         print(f"cpu preset, {name:32} {milliseconds:8.1f} ms")
-    command = "python benchmarks/refine_step.py" + (" --full" if args.full else "")
-    command += " --no-compile" if args.no_compile else ""
-    out = args.out or RESULTS / f"refine_step-{device}.json"
-    write_json(out, {**header(command), "rounds": args.rounds, "shape": vars(shape),
-                     "global_views": GLOBAL, "cells": cells, "cpu_preset": preset})  # fmt: skip
+    out = save(args, device, shape, cells=cells, cpu_preset=preset)
     print(f"wrote {out}")
 
 

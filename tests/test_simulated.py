@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from refiner import decoders, measures
 from refiner import mae as masked
 from refiner.features import extract, preprocess
+from refiner.images import ImageSet
 from refiner.mae import MAERecipe, parameter_groups
 from refiner.models import build_vit
 from refiner.neighbors import knn_accuracy, knn_predict, nearest_neighbors
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch knows no CUDA devices"
 )
 CPU = torch.device("cpu")
+NAMES = ("simulated", "memory", "refine_step")
 SHAPE = {"size": 32, "patch": 4, "dim": 48, "depth": 4, "heads": 3}
 VIEWS = (View(size=32, blur=1.0, solarize=0.2), View(size=32, blur=0.1), View(size=16, keep=0.5))
 
@@ -32,7 +34,7 @@ VIEWS = (View(size=32, blur=1.0, solarize=0.2), View(size=32, blur=0.1), View(si
 def scripts():
     folder = str(Path(__file__).parent.parent / "benchmarks")
     sys.path.insert(0, folder)
-    yield {name: importlib.import_module(name) for name in ("simulated", "memory")}
+    yield {name: importlib.import_module(name) for name in NAMES}
     sys.path.remove(folder)
 
 
@@ -110,6 +112,28 @@ def test_a_step_of_refining_never_makes_the_host_wait(tools, changes):
                 with tools.Waits() as waits:
                     trainer.one_step(stage, 2, 1000, None)
             assert waits.found == []
+
+
+def test_the_measured_parts_of_a_step_run_on_a_gpu(tools, scripts, monkeypatch):
+    """All that benchmarks/refine_step.py times; its last part once kept an index on the host."""
+    bench, parts = scripts["refine_step"], []
+    images = torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8)
+    model = build_vit(**SHAPE, seed=0)
+    recipe = Recipe.cpu(head_steps=9, cached_views=1, blocks=(2, 3), frozen_blocks=2)
+    recipe = complete_recipe(recipe, model, images)
+    run = begin(model, recipe, CPU)
+    with tools.simulated(tools.GPU), tools.no_backward(run.model, run.heads):
+        tools.hollow(run.model, run.heads, run.queue, device=tools.GPU)
+        empty = torch.empty(images.shape, dtype=torch.uint8)
+        monkeypatch.setattr(bench.refiner, "load_model", lambda *_: model)
+        monkeypatch.setattr(bench.refiner, "load_images", lambda *_, **__: ImageSet(empty))
+        monkeypatch.setattr(bench, "complete_recipe", lambda *_: recipe)
+        monkeypatch.setattr(bench, "begin", lambda *_: run)
+        monkeypatch.setattr(bench, "step_generator", lambda *_: None)
+        monkeypatch.setattr(bench, "timed", lambda part, _: parts.append(part()) or 0.0)
+        monkeypatch.setattr(Trainer, "log", lambda *_: None)
+        found = bench.parts_of_the_cpu_preset(tools.GPU.type, rounds=1)
+    assert len(parts) == 2 * len(found) > 0
 
 
 def test_a_step_of_pretraining_never_makes_the_host_wait(tools):
