@@ -344,7 +344,8 @@ def refine(
             ``compile`` may be others than before.
         evaluate: called with the averaged encoder; its dict of numbers goes into the history
             (:func:`refiner.watch.online_knn` makes one), with None for what is not finite.
-        evaluate_every: steps of stage 3 between evaluations; 0 evaluates never.
+        evaluate_every: steps of stage 3 between evaluations, which are logged too; 0 evaluates
+            never.
         watch: each is called with the history after every logged step
             (:class:`refiner.watch.LiveFigure`, :class:`refiner.watch.TensorBoard`).
         save_every, log_every: steps.
@@ -493,9 +494,11 @@ class Trainer:
         if stage == 3:
             self.ema.update(run.model)
         last = step + 1 == steps
-        if (step + 1) % self.log_every == 0 or last:
+        evaluates = self.evaluate_every and stage == 3
+        due = evaluates and ((step + 1) % self.evaluate_every == 0 or last)
+        if (step + 1) % self.log_every == 0 or last or due:  # results belong to their own step
             self.log(result, stage, step + 1, lr, bar)
-        if self.evaluate_every and stage == 3 and ((step + 1) % self.evaluate_every == 0 or last):
+        if due:
             self.evaluate_average()
 
     def set_rate(self, optimizer, stage: int, step: int, steps: int) -> float:

@@ -120,6 +120,19 @@ def test_online_knn_enters_the_history(model):
     assert [e["step"] for e in run.history if "knn" in e] == [2, 4]
 
 
+@pytest.mark.parametrize("head_steps", [0, 2])
+def test_each_result_belongs_to_the_step_that_it_saw(model, head_steps):
+    """Also at steps that are not logged otherwise."""
+    seen = []
+    recipe = replace(TINY, head_steps=head_steps, steps=8)
+    history = R.refine(
+        model, pictures(8), recipe=recipe, progress=False, log_every=4, evaluate_every=3,
+        evaluate=lambda encoder: seen.append(1) or {"count": len(seen)},
+    ).history  # fmt: skip
+    third = {e["step"]: e.get("count") for e in history if e["stage"] == 3}
+    assert third == {3: 1, 4: None, 6: 2, 8: 3} and len(seen) == 3
+
+
 def test_numbers_of_every_kind_can_be_saved_and_resumed(model, tmp_path):
     """Numpy's, tensors of one element and what is not finite, in the state and in JSON."""
     numbers = {"a": np.float32(0.5), "b": torch.tensor(3), "c": torch.tensor([0.25]),
