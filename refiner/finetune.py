@@ -39,11 +39,15 @@ from refiner.probes import PENALTIES, linear_probe, shuffled_by_class
 from refiner.refine import head_features
 from refiner.training import (
     Batches,
+    all_finite,
     autocast,
     batch_indices,
+    check_origin,
     constant,
     cosine_schedule,
     load_state,
+    origin,
+    remove_states,
     save_state,
     step_generator,
 )
@@ -228,8 +232,9 @@ def finetune(
         model: the encoder; it stays as it is.
         images: train images with labels.
         recipe: default :meth:`FinetuneRecipe.cpu` on a CPU, else :meth:`FinetuneRecipe.gpu`.
-        out: a folder for the training state; without it nothing is written.
-        resume: go on from the state in ``out``.
+        out: a folder for the training state; without it nothing is written. A state of an earlier
+            run there is removed.
+        resume: go on from the state in ``out``, with the same model and images.
         save_every: steps between saved states.
         device: default CUDA if there is one, else the CPU. On CUDA products are bf16.
         progress: show a bar with the loss and the remaining time.
@@ -239,14 +244,19 @@ def finetune(
 
     Raises:
         ValueError: without labels, with fewer than two classes, or for a pooling that the model
-            does not have.
-        FloatingPointError: when the loss is no longer finite.
+            does not have; to resume with another model, other images or another recipe.
+        FloatingPointError: when the loss or a weight is no longer finite; the last saved state is
+            kept.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = recipe or getattr(FinetuneRecipe, "cpu" if device.type == "cpu" else "gpu")()
     run = _Run(model, images, recipe, device, Path(out) if out else None)
+    if out or resume:
+        run.origin = origin(images, model)
     if resume:
         run.restore()
+    elif out:
+        remove_states(run.out / "finetune.pt")
     with tqdm(total=run.steps, initial=run.done, desc="fine-tuning", unit="step",
               leave=None, disable=not progress) as bar:  # fmt: skip
         run.train(bar, save_every)
@@ -284,6 +294,7 @@ class _Run:
         index = partial(_indices, len(images), self.batch, recipe.seed)
         self.batches = Batches(images.images, index, device, steps=self.steps)
         self.history: list[dict] = []
+        self.origin: dict | None = None  # what tells another model or other images
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
 
     def index(self, step: int) -> Tensor:
@@ -341,10 +352,14 @@ class _Run:
         bar.set_postfix(loss=f"{loss:.3f}")
 
     def save(self) -> None:
+        if not all_finite(self.model):
+            raise FloatingPointError(
+                f"a weight is no longer finite at step {self.done}: lower the learning rate"
+            )
         state = {
             "done": self.done, "recipe": asdict(self.recipe), "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
+            "history": self.history, "origin": self.origin,
         }  # fmt: skip
         save_state(self.out / "finetune.pt", state)
 
@@ -352,6 +367,7 @@ class _Run:
         state = load_state((self.out or Path(".")) / "finetune.pt")
         if state["recipe"] != asdict(self.recipe):
             raise ValueError(f"cannot resume {self.out}: it was made with another recipe")
+        check_origin(state.get("origin"), self.origin, self.out)
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -26,11 +26,15 @@ from refiner.files import write_json
 from refiner.models import build_vit, check_savable, read_checkpoint, save_model
 from refiner.training import (
     EMA,
+    all_finite,
     autocast,
     batch_indices,
+    check_origin,
     cosine_schedule,
     load_state,
     machine,
+    origin,
+    remove_states,
     save_state,
     step_generator,
     take,
@@ -295,8 +299,10 @@ def pretrain(
         images: an ImageSet or uint8 [N, 3, H, W]; labels are not used.
         recipe: a :class:`MAERecipe`; the default is the embedded checkpoint's.
         start: continue from this autoencoder (it is trained in place) instead of fresh weights.
-        out: folder for the model, ``history.json`` and the training state; None keeps nothing.
-        resume: go on from the state in ``out``. The result is that of an uninterrupted run.
+        out: folder for the model, ``history.json`` and the training state, of which the last two
+            are kept; states of an earlier run there are removed. None keeps nothing.
+        resume: go on from the state in ``out``, with the same images and start. The result is that
+            of an uninterrupted run.
         save_every: steps between saved states.
         log_every: steps averaged into one entry of the history.
         device: default CUDA if there is one, else CPU.
@@ -307,9 +313,10 @@ def pretrain(
 
     Raises:
         ValueError: for fewer images than a batch, a size that is not the recipe's and, with
-            ``out``, an encoder that cannot be saved.
+            ``out``, an encoder that cannot be saved; to resume with another recipe, other images or
+            another start.
         FileNotFoundError: to resume where nothing was saved.
-        FloatingPointError: when the loss is no longer finite; the last saved state is kept.
+        FloatingPointError: when the loss or a weight is no longer finite; saved states are kept.
     """
     recipe = recipe or MAERecipe()
     pixels = getattr(images, "images", images)
@@ -326,9 +333,12 @@ def pretrain(
     )
     ema = EMA(mae, recipe.ema)
     run = Pretrained(mae)
+    began_with = origin(images, start=card.get("started_from"))
     first, losses = 0, []  # losses: of the steps since the last entry of the history
     if resume:
-        first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe)
+        first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe, began_with)
+    elif out:
+        remove_states(Path(out) / "state.pt")
     forward = torch.compile(mae, dynamic=False) if recipe.compile else mae
 
     began = time.monotonic()
@@ -355,7 +365,7 @@ def pretrain(
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
         if out and (done % save_every == 0 or done == recipe.steps):
-            _save(Path(out), mae, optimizer, ema, run, recipe, done, losses)
+            _save(Path(out), mae, optimizer, ema, run, recipe, began_with, done, losses)
     ema.copy_to(mae)
     mae.eval()
     if out:
@@ -391,21 +401,27 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
         )
 
 
-def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe, step: int,
-          losses: list[Tensor]):  # fmt: skip
+def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
+          began_with: dict, step: int, losses: list[Tensor]) -> None:  # fmt: skip
+    if not all_finite(mae):  # the loss is looked at more rarely
+        raise FloatingPointError(
+            f"a weight is no longer finite at step {step}; start again with a lower lr"
+        )
     state = {
         "step": step,
         "recipe": asdict(recipe),
+        "origin": began_with,
         "mae": mae.state_dict(),
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict(),
         "history": run.history,
         "losses": losses,
     }
-    save_state(out / "state.pt", state)
+    save_state(out / "state.pt", state, keep_previous=True)
 
 
-def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe):
+def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
+             began_with: dict) -> tuple[int, list[Tensor]]:  # fmt: skip
     state = load_state(out / "state.pt")
     if state["recipe"] != asdict(recipe):
         changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
@@ -413,6 +429,7 @@ def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERe
             f"cannot resume {out}: the recipe changed in {', '.join(changed)}; "
             "use the same values, or start again without --resume"
         )
+    check_origin(state.get("origin"), began_with, out)
     mae.load_state_dict(state["mae"])
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])

@@ -61,11 +61,14 @@ from refiner.training import (
     Batches,
     autocast,
     batch_indices,
+    check_origin,
     constant,
     cosine_schedule,
     draw,
     load_state,
     machine,
+    origin,
+    remove_states,
     repeated_indices,
     save_state,
     step_generator,
@@ -339,9 +342,9 @@ def refine(
             are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
         out: folder for the refined model, heads, ``history.json`` and the training state, of which
-            the last two are kept.
-        resume: go on from the state in ``out``; ``lr``, ``head_lr``, ``clip``, ``checkpoint`` and
-            ``compile`` may be others than before.
+            the last two are kept. States of an earlier run there are removed.
+        resume: go on from the state in ``out``, with the same model and images; ``lr``,
+            ``head_lr``, ``clip``, ``checkpoint`` and ``compile`` may be others than before.
         evaluate: called with the averaged encoder; its dict of numbers goes into the history
             (:func:`refiner.watch.online_knn` makes one), with None for what is not finite.
         evaluate_every: steps of stage 3 between evaluations, which are logged too; 0 evaluates
@@ -369,9 +372,13 @@ def refine(
         check_savable(run.model)
     trainer = Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device,
                       watch)  # fmt: skip
+    if out or resume:
+        trainer.origin = origin(images, model)
     if out and parallel.rank() == 0:
         for rest in Path(out).glob(".state*"):  # half a state, of a run that was killed
             rest.unlink()
+        if not resume:
+            remove_states(Path(out) / "state.pt")
     if resume:
         trainer.restore()
     total = recipe.head_steps + recipe.steps
@@ -421,6 +428,7 @@ class Trainer:
         self.labels = None if labels is None else labels.to(device)
         self.ema = EMA(run.model, recipe.ema)
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
+        self.origin: dict | None = None  # what tells another model or other images
         self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
         self.kept_steps: set[int] = set()
         self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
@@ -597,6 +605,7 @@ class Trainer:
         state = {
             "done": self.done,
             "stream": stream,
+            "origin": self.origin,
             "recipe": recipe_dict(run.recipe),
             "model": run.model.state_dict(),
             "heads": run.heads.state_dict(),
@@ -636,6 +645,7 @@ class Trainer:
                 f"cannot resume {self.out}: its recipe is another one ({', '.join(others)}); "
                 "use the same settings, or start again without --resume"
             )
+        check_origin(state.get("origin"), self.origin, self.out)
         run.model.load_state_dict(state["model"])
         run.heads.load_state_dict(state["heads"])
         run.queue.load_state_dict(state["queue"])

@@ -145,6 +145,13 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def all_finite(*modules: nn.Module) -> bool:
+    """Whether all weights are numbers, so that a state with them is a good one."""
+    weights = [p.detach() for m in modules for p in m.parameters()]
+    largest = torch._foreach_norm(weights, float("inf"))  # squares would overflow
+    return bool(torch.stack(largest).isfinite().all())
+
+
 class EMA:
     """Exponential moving average of a module's weights, for evaluation.
 
@@ -216,6 +223,63 @@ def _same_file(old: Path, new: Path) -> None:
 def previous_state(path: Path) -> Path:
     """Where the state before the last one lies."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def remove_states(path: str | Path) -> None:
+    """Removes the states of an earlier run, so that nobody goes on from them by mistake."""
+    for old in (Path(path), previous_state(Path(path))):
+        old.unlink(missing_ok=True)
+
+
+def origin(images, model: nn.Module | None = None, *, start: str | None = None) -> dict:
+    """What a run starts from, in a few numbers that its states hold (:func:`check_origin`).
+
+    Args:
+        images: an ImageSet, a tensor or an ImageStream.
+        model: with the weights at the start; left out where the run itself changes it.
+        start: name of the checkpoint that was trained on.
+    """
+    shards, name = getattr(images, "shards", None), getattr(images, "name", None)
+    found = {
+        "images": len(images) if shards is None else shards,
+        "set": name and Path(name).name,  # a folder may have moved
+        "start": start,
+    }
+    if model is not None:
+        sums = [v.detach().double().abs().sum() for v in model.state_dict().values()]
+        found["weights"] = torch.stack(sums).tolist()
+    return found
+
+
+def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
+    """Makes sure that a run goes on with the model and the images that it started with.
+
+    Args:
+        saved: what its state holds; None in those of older versions.
+        now: :func:`origin` of what it is given now.
+        out: the run's folder, for the message.
+
+    Raises:
+        ValueError: saying what is another one.
+    """
+    if saved is None:
+        return
+    different = []
+    if saved["images"] != now["images"]:
+        different.append(f"it has seen {saved['images']} images (or shards), not {now['images']}")
+    if saved["set"] and now["set"] and saved["set"] != now["set"]:
+        different.append(f"its images were {saved['set']!r}, not {now['set']!r}")
+    if saved["start"] != now["start"]:
+        different.append(f"it started from {saved['start']!r}, not {now['start']!r}")
+    # Sums of the same weights differ a little from device to device.
+    sums = [np.array(x.get("weights", [])) for x in (saved, now)]
+    if sums[0].shape != sums[1].shape or not np.allclose(*sums, rtol=1e-6, atol=0):
+        different.append("its model had other weights at the start")
+    if different:
+        raise ValueError(
+            f"cannot resume {out}: {'; '.join(different)}; give it the same again, or start "
+            "without --resume"
+        )
 
 
 def load_state(path: str | Path) -> dict:

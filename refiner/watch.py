@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from refiner.encoders import Encoder, final_pooling
+from refiner.training import all_finite
 
 
 class Collapse(ArithmeticError):
@@ -76,9 +76,7 @@ class Guard:
         Raises:
             FloatingPointError: when one is not finite.
         """
-        weights = [p.detach() for m in modules for p in m.parameters()]
-        largest = torch._foreach_norm(weights, float("inf"))  # squares would overflow
-        if not bool(torch.stack(largest).isfinite().all()):
+        if not all_finite(*modules):
             raise FloatingPointError(
                 "a weight is no longer finite; try a lower learning rate or clip=1.0." + self.left()
             )

@@ -23,6 +23,7 @@ from refiner.finetune import (
 )
 from refiner.images import ImageSet
 from refiner.models import build_vit
+from refiner.training import load_state
 
 PLAIN = FinetuneRecipe(epochs=1, batch=8, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
                        crop=(1.0, 1.0), flip=0.0, jitter=0.0, ema=0.0)  # fmt: skip
@@ -258,6 +259,33 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=math.inf, epochs=3),
                  progress=False)  # fmt: skip
+
+
+def test_only_the_same_model_and_images_go_on(tmp_path):
+    options = {"recipe": FinetuneRecipe.cpu(epochs=2, batch=8), "out": tmp_path, "progress": False}
+    finetune(encoder(), coloured(), save_every=3, **options)
+    with pytest.raises(ValueError, match="has seen 32 images"):
+        finetune(encoder(), coloured(24), resume=True, **options)
+    other = encoder()
+    torch.nn.init.normal_(other.norm.weight)
+    with pytest.raises(ValueError, match="other weights at the start"):
+        finetune(other, coloured(), resume=True, **options)
+    assert finetune(encoder(), coloured(), resume=True, **options).history
+
+
+def test_a_broken_weight_is_never_saved(tmp_path, monkeypatch):
+    set_rate = _Run.set_rate
+    options = {"recipe": FinetuneRecipe.cpu(epochs=2, batch=8), "out": tmp_path, "progress": False}
+
+    def broken(self, step):
+        if step == 4:
+            torch.nn.init.constant_(self.model.head.weight, math.nan)
+        return set_rate(self, step)
+
+    monkeypatch.setattr(_Run, "set_rate", broken)
+    with pytest.raises(FloatingPointError, match="weight is no longer finite at step 6"):
+        finetune(encoder(), coloured(), save_every=3, **options)
+    assert load_state(tmp_path / "finetune.pt")["done"] == 3
 
 
 def test_a_finished_run_leaves_nothing_behind(monkeypatch):

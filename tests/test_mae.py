@@ -10,6 +10,7 @@ import torch
 from refiner import mae as M
 from refiner.models import load_model
 from refiner.toybox import render
+from refiner.training import load_state, save_state
 
 TINY = M.MAERecipe(dim=16, depth=2, heads=2, decoder_dim=12, decoder_heads=2, batch=8, steps=12)
 
@@ -155,6 +156,52 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monk
     for key, value in whole.mae.state_dict().items():
         assert torch.equal(value, resumed.mae.state_dict()[key]), key
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+
+
+def test_a_broken_weight_is_never_saved(pixels, tmp_path, monkeypatch):
+    """Between two looks at the loss; the last two states stay."""
+    step = M._one_step
+
+    def broken(mae, forward, optimizer, x, recipe, number):
+        loss = step(mae, forward, optimizer, x, recipe, number)
+        if number == 9:
+            torch.nn.init.constant_(mae.decoder_pred.weight, float("nan"))
+        return loss
+
+    monkeypatch.setattr(M, "_one_step", broken)
+    with pytest.raises(FloatingPointError, match="weight is no longer finite at step 10"):
+        M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=2, progress=False, log_every=12)
+    for name, at in (("state.pt", 8), ("state.previous.pt", 6)):
+        state = load_state(tmp_path / name)
+        assert state["step"] == at and all(v.isfinite().all() for v in state["mae"].values())
+
+
+def test_only_the_same_images_and_start_go_on(pixels, tmp_path):
+    M.pretrain(pixels, recipe=TINY, out=tmp_path / "one", progress=False)
+    options = {"recipe": TINY, "out": tmp_path / "two", "progress": False}
+    start = M.start_from(tmp_path / "one", TINY)
+    M.pretrain(pixels, start=start, save_every=6, **options)
+    state = load_state(tmp_path / "two" / "state.previous.pt")
+    with pytest.raises(ValueError, match="has seen 40 images"):
+        M.pretrain(pixels[:32], start=start, resume=True, **options)
+    with pytest.raises(ValueError, match="it started from 'one', not None"):
+        M.pretrain(pixels, resume=True, **options)
+    del state["origin"]
+    save_state(tmp_path / "two" / "state.pt", state)  # as an older version would have left it
+    assert M.pretrain(pixels, start=start, resume=True, **options).history[-1]["step"] == 12
+
+
+def test_a_fresh_start_leaves_no_state_of_an_earlier_run(pixels, tmp_path, monkeypatch):
+    M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(M, "_one_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, progress=False)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, resume=True)
 
 
 def test_saved_folder_loads_as_encoder_and_as_autoencoder(pixels, tmp_path):

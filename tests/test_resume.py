@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from refiner import training
+from refiner.images import ImageSet
 from refiner.models import build_vit
 from refiner.recipe import Recipe
 from refiner.views import View
@@ -168,6 +169,47 @@ def test_only_what_does_not_shape_the_state_may_change(model, images, tmp_path):
     run(model, images, tmp_path, recipe=replace(TINY, lr=1e-4, clip=1.0, checkpoint=True))
     with pytest.raises(ValueError, match=r"another one \(queue, seed\)"):
         run(model, images, tmp_path, recipe=replace(TINY, seed=3, queue=5))
+
+
+def test_only_the_same_model_and_images_go_on(model, images, whole, tmp_path):
+    run(model, images, tmp_path)
+    other = build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=1)
+    with pytest.raises(ValueError, match="cannot resume.*other weights at the start; give it"):
+        run(other, images, tmp_path)
+    with pytest.raises(ValueError, match=r"has seen 12 images \(or shards\), not 8"):
+        run(model, images[:8], tmp_path)
+    named = [ImageSet(images=images, name=name) for name in ("a/cats", "b/cats", "dogs")]
+    run(model, named[0], tmp_path, resume=False)
+    assert_same(whole, run(model, named[1], tmp_path))  # the folder has moved
+    with pytest.raises(ValueError, match="images were 'cats', not 'dogs'"):
+        run(model, named[2], tmp_path)
+
+
+def test_states_of_older_versions_still_load(model, images, whole, tmp_path):
+    run(model, images, tmp_path)
+    state = training.load_state(tmp_path / "state.previous.pt")
+    del state["origin"]
+    training.save_state(tmp_path / "state.pt", state)
+    assert_same(whole, run(model, images, tmp_path))
+
+
+def test_a_fresh_start_leaves_no_state_of_an_earlier_run(model, images, tmp_path, monkeypatch):
+    """Or an interruption before the first save would go on with that run's weights."""
+    run(model, images, tmp_path)
+    other = build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=1)
+    with monkeypatch.context() as patch:
+        mortal(patch, 1)
+        with pytest.raises(Killed):
+            run(other, images, tmp_path, resume=False)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        run(other, images, tmp_path, resume=True)
+
+
+def test_a_refused_start_leaves_the_states(model, images, whole, tmp_path):
+    run(model, images, tmp_path)
+    with pytest.raises(ValueError, match="queue is 0"):
+        run(model, images, tmp_path, recipe=replace(TINY, queue=0), resume=False)
+    assert_same(whole, run(model, images, tmp_path, resume=True))
 
 
 def test_a_broken_weight_is_never_saved(model, images, tmp_path, monkeypatch):
