@@ -282,7 +282,9 @@ def refine_preset(name: str, model, size: int, images, settings: list[str]):
     from refiner.recipe import Recipe
 
     values = dict(map(parse_setting, settings))
-    batch = {"batch": values["batch"]} if isinstance(values.get("batch"), int) else {}
+    batch = values.get("batch")
+    numbers = isinstance(batch, int | float) and float(batch).is_integer() and batch > 0
+    batch = {"batch": int(batch)} if numbers else {}
     if name == "cpu":
         recipe = Recipe.cpu(size=size)
     elif name == "gpu":
@@ -466,18 +468,40 @@ def changed(recipe, settings: list[str]):
     """
     from dataclasses import fields, replace
 
-    known = [field.name for field in fields(recipe)]
+    from refiner.training import whole_numbers
+
+    known = {field.name: field.type for field in fields(recipe)}
     values = dict(map(parse_setting, settings))
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"the recipe has no {name!r}; it has {', '.join(known)}")
-        now = getattr(recipe, name)
-        numbers = isinstance(now, int | float) and isinstance(value, int | float)
-        if now is not None and not numbers and type(now) is not type(value):
-            kind = type(now).__name__
-            such = f", such as {now!r}" if len(repr(now)) < 80 else ""
-            raise ValueError(f"{name}={value!r}: expected a value of type {kind}{such}")
-    return replace(recipe, **values)
+        values[name] = suited(name, value, known[name], getattr(recipe, name))
+    recipe = whole_numbers(replace(recipe, **values))
+    if recipe.seed < 0:
+        raise ValueError(f"seed is {recipe.seed}; it needs to be 0 or more")
+    return recipe
+
+
+KINDS = {"int": (int, float), "float": (int, float), "bool": (bool, int), "str": (str,),
+         "tuple": (tuple, list), "None": (type(None),)}  # fmt: skip
+
+
+def suited(name: str, value: object, annotation: str, now: object) -> object:
+    """A setting's value as the recipe has it; a number alone may stand for a tuple of numbers.
+
+    Raises:
+        ValueError: for a value of another kind.
+    """
+    kinds = [part.split("[")[0].strip() for part in annotation.split("|")]
+    several = any(f"tuple[{kind}, ...]" in annotation for kind in ("int", "float"))
+    if several and isinstance(value, int | float):
+        value = (value,)
+    truth = isinstance(value, bool) and "bool" not in kinds  # which Python counts as a number
+    if truth or not any(isinstance(value, KINDS.get(kind, ())) for kind in kinds):
+        such = f", such as {now!r}" if now is not None and len(repr(now)) < 80 else ""
+        wanted = " or ".join(kind for kind in kinds if kind != "None")
+        raise ValueError(f"{name}={value!r}: expected a value of type {wanted}{such}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def training_options(args: argparse.Namespace) -> dict:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 
 import torch
 
 from refiner.encoders import Encoder, check_refinable, has_class_token
 from refiner.streams import ImageStream
+from refiner.training import whole_numbers
 from refiner.views import View
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's train split
@@ -304,15 +306,17 @@ def recipe_from(values: dict) -> Recipe:
 def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     """Fills in blocks and pooling and checks the recipe against model and data.
 
+    A single block may stand without a tuple, and whole numbers may be floats.
+
     Raises:
         ValueError: in one sentence, for what would fail later.
     """
     check_refinable(model)
-    blocks = _checked_blocks(recipe, len(model.blocks))
+    recipe = whole_numbers(recipe)
+    given = _given_blocks(recipe.blocks, len(model.blocks))
+    blocks = _checked_blocks(given, recipe, len(model.blocks))
     pooling = _checked_pooling(recipe.pooling, model, len(blocks))
-    if recipe.blocks is not None and isinstance(pooling, tuple):  # they move with their blocks
-        depth = len(model.blocks)
-        given = [depth + b if b < 0 else b for b in recipe.blocks]
+    if isinstance(pooling, tuple):  # they move with their blocks
         pooling = tuple(p for _, p in sorted(zip(given, pooling, strict=True)))
     _check_options(recipe)
     pixels = getattr(images, "images", images)
@@ -330,11 +334,18 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     return replace(recipe, blocks=blocks, pooling=pooling)
 
 
-def _checked_blocks(recipe: Recipe, depth: int) -> tuple[int, ...]:
-    blocks = recipe.blocks
+def _given_blocks(blocks, depth: int) -> tuple[int, ...]:
+    """The blocks in the order given, counted from 0; by default the last third."""
     if blocks is None:
-        blocks = tuple(range(depth - max(1, round(depth / 3)), depth))
-    blocks = tuple(sorted(depth + b if b < 0 else b for b in blocks))
+        return tuple(range(depth - max(1, round(depth / 3)), depth))
+    several = blocks if isinstance(blocks, list | tuple) else (blocks,)
+    if not all(isinstance(b, Integral) for b in several):
+        raise ValueError(f"heads on blocks {blocks!r}: give whole numbers from 0 to {depth - 1}")
+    return tuple(int(depth + b if b < 0 else b) for b in several)
+
+
+def _checked_blocks(given: tuple[int, ...], recipe: Recipe, depth: int) -> tuple[int, ...]:
+    blocks = tuple(sorted(given))
     if not blocks or len(set(blocks)) < len(blocks) or blocks[0] < 0 or blocks[-1] >= depth:
         raise ValueError(
             f"heads on blocks {list(blocks)}: choose different blocks from 0 to {depth - 1}"
@@ -367,7 +378,7 @@ def _check_options(recipe: Recipe) -> None:
             )
     least = {"batch": 2, "queue": 1, "top_k": 1, "head_steps": 0, "steps": 0, "frozen_blocks": 0,
              "cached_views": 0, "hidden": 1, "predictor_hidden": 1, "out": 1, "lr": 0, "head_lr": 0,
-             "weight_decay": 0, "head_weight_decay": 0}  # fmt: skip
+             "weight_decay": 0, "head_weight_decay": 0, "seed": 0}  # fmt: skip
     for name, low in least.items():
         if not low <= getattr(recipe, name) < math.inf:  # also for NaN
             raise ValueError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")

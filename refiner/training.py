@@ -13,6 +13,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -138,6 +139,26 @@ class Batches:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         self.coming.clear()
+
+
+def whole_numbers(recipe):
+    """A recipe whose counts are ints: 1e4 becomes 10000.
+
+    Raises:
+        ValueError: for a count that is no whole number.
+    """
+    changes = {}
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.type == "int" or (field.type == "int | None" and value is not None):
+            try:
+                whole = int(value) == value and not isinstance(value, bool)
+            except (TypeError, ValueError, OverflowError):  # None, texts, NaN, infinity
+                whole = False
+            if not whole:
+                raise ValueError(f"{field.name} is {value!r}; it needs to be a whole number")
+            changes[field.name] = int(value)
+    return replace(recipe, **changes)
 
 
 def autocast(device: torch.device):

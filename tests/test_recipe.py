@@ -170,6 +170,13 @@ def test_poolings_move_with_their_blocks(model, blocks):
     assert recipe.blocks == (1, 2) and recipe.pooling == ("cls", "patch")
 
 
+def test_counts_become_ints_and_one_block_a_tuple(model):
+    recipe = complete_recipe(replace(TINY, blocks=-1, steps=1e4, top_k=3.0), model, pixels())
+    assert recipe == complete_recipe(replace(TINY, blocks=(2,), steps=10_000, top_k=3), model,
+                                     pixels())  # fmt: skip
+    assert type(recipe.steps) is type(recipe.top_k) is int
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -194,6 +201,11 @@ def nan_pixels():
     ({"temperature": 0.0}, pixels(), "temperature is 0.0"),
     ({"batch": 1}, pixels(), "batch is 1; it needs to be 2 or more"),
     ({"top_k": 0}, pixels(), "top_k is 0"),
+    ({"top_k": 2.5}, pixels(), "top_k is 2.5; it needs to be a whole number"),
+    ({"steps": math.inf}, pixels(), "steps is inf; it needs to be a whole number"),
+    ({"steps": None}, pixels(), "steps is None; it needs to be a whole number"),
+    ({"seed": -1}, pixels(), "seed is -1; it needs to be 0 or more"),
+    ({"blocks": 1.5}, pixels(), "give whole numbers from 0 to 2"),
     ({"blocks": (1, 2), "frozen_blocks": 2}, pixels(), "block 1 trains nothing when 2 blocks"),
     ({"out": 0}, pixels(), "out is 0"),
     ({"lr": math.nan}, pixels(), "lr is nan"),

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from refiner import images
-from refiner.__main__ import main
+from refiner.__main__ import changed, main
+from refiner.protocols import EvaluationSettings
 
 TINY_MAE = ["steps=3", "batch=4", "dim=16", "depth=12", "heads=2", "decoder_dim=12"]
 TINY_HEADS = ["steps=2", "head_steps=2", "batch=4", "hidden=8", "predictor_hidden=8", "out=4"]
@@ -87,6 +88,16 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     (["pretrain", "--set", "size_of_patch=4"], "the recipe has no 'size_of_patch'; it has size"),
     (["pretrain", "--set", "steps=many"], "expected a value of type int, such as 11000"),
     (["pretrain", "--set", "steps"], "--set needs NAME=VALUE"),
+    (["pretrain", "--set", "steps=1.5"], "steps is 1.5; it needs to be a whole number"),
+    (["refine", "--set", "steps=True"], "expected a value of type int, such as 160"),
+    (["refine", "--set", "queue=inf"], "queue='inf': expected a value of type int"),
+    (["refine", "--set", "queue=1e999"], "queue is inf; it needs to be a whole number"),
+    (["refine", "--set", "clip=much"], "clip='much': expected a value of type float"),
+    (["refine", "--set", "blocks=('a',)"], "give whole numbers from 0 to 11"),
+    (["refine", "--preset", "gpu", "--set", "blocks=12"], "different blocks from 0 to 11"),
+    (["refine", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
+    (["pretrain", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
+    (["refine", "--preset", "fitted", "--set", "batch=0"], "batch is 0; it needs to be 2 or more"),
     (["pretrain", "--data", "nowhere"], "nowhere"),
     (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
     (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 0 to 11"),
@@ -104,6 +115,24 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
     assert error.strip().splitlines()[-1].startswith("refiner: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_numbers_and_single_blocks_in_any_writing(photos, trained, tmp_path):
+    command = ["refine", "--model", str(trained), "--data", str(photos), "--preset", "gpu"]
+    changes = settings([*TINY_HEADS, "blocks=11", "steps=2e0", "batch=4.0", "queue=1e2"])
+    assert main([*command, *changes, "--out", str(tmp_path)]) == 0
+    recipe = json.loads((tmp_path / "card.json").read_text())["refine_recipe"]
+    assert recipe["blocks"] == [11]
+    given = [recipe[name] for name in ("steps", "batch", "queue")]
+    assert given == [2, 4, 100] and all(type(x) is int for x in given)
+
+
+def test_settings_of_an_evaluation_are_read_in_the_same_way():
+    settings = changed(EvaluationSettings(), ["shots=2", "fractions=0.5", "n=1e3", "dense=None"])
+    assert (settings.shots, settings.fractions, settings.dense) == ((2,), (0.5,), None)
+    assert settings.n == 1000 and type(settings.n) is int
+    with pytest.raises(ValueError, match="full=1: expected a value of type FinetuneRecipe"):
+        changed(EvaluationSettings(), ["full=1"])
 
 
 def save_images(folder, n, side, *, same=False):
