@@ -194,6 +194,13 @@ def make_view(images: Tensor, view: View, generator: torch.Generator | None = No
     Returns:
         float32 [B, 3, view.size, view.size] in 0..1 on the images' device.
     """
+    # In bfloat16 colours would be off by several of 256 steps.
+    with torch.autocast(images.device.type, enabled=False):
+        return _view_of(images, view, generator, rows)
+
+
+def _view_of(images: Tensor, view: View, generator: torch.Generator | None,
+             rows: tuple[int, int] | None) -> Tensor:  # fmt: skip
     b, _, h, w = images.shape
     first, n = rows or (0, b)
     mine = slice(first, first + b)

@@ -37,6 +37,17 @@ def test_same_generator_same_views_and_samples_differ():
         assert len(torch.unique(a.flatten(1), dim=0)) == 8, "randomness is per sample"
 
 
+def test_views_are_the_same_amid_bfloat16():
+    """As on a GPU, where a step runs under autocast."""
+    specs = (View(size=32, blur=1.0, solarize=0.5), View(size=16, jitter=0.0, gray=0.5))
+    plain = make_views(photos(), specs, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        amid = make_views(photos(), specs, torch.Generator().manual_seed(0))
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16, "still on"
+    for a, b in zip(plain, amid, strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b)
+
+
 def test_crop_boxes_stay_inside_and_follow_the_ranges():
     boxes = views.crop_boxes(20_000, 40, 60, (0.2, 0.5), (3 / 4, 4 / 3))
     x0, y0, x1, y1 = boxes.T
