@@ -211,18 +211,18 @@ class TensorBoard:
                 "TensorBoard is not installed: pip install 'mim-refiner-lab[watch]'"
             ) from error
         self.writer = SummaryWriter(str(folder))
-        self.stage_2_steps = 0
 
     def __call__(self, history: list[dict]) -> None:
         """Writes the newest entry; steps count through both stages."""
         entry = history[-1]
-        if entry["stage"] == 2:
-            self.stage_2_steps = entry["step"]
-        step = entry["step"] + (self.stage_2_steps if entry["stage"] == 3 else 0)
+        step = entry["step"]
+        if entry["stage"] == 3:  # from the history: this may be a resumed run, which met no stage 2
+            step += next((e["step"] for e in reversed(history) if e["stage"] == 2), 0)
         for name, value in entry.items():
             if isinstance(value, list):
                 for head, one in enumerate(value):
-                    self.writer.add_scalar(f"{name}/head {head + 1}", one, step)
+                    if one is not None:
+                        self.writer.add_scalar(f"{name}/head {head + 1}", one, step)
             elif isinstance(value, int | float) and name not in ("stage", "step"):
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -194,6 +195,36 @@ def test_tensorboard_gets_every_number(model, tmp_path):
         expected = [e["loss"][head] for e in run.history]
         assert [s.value for s in scalars] == pytest.approx(expected, rel=1e-6)
     assert len(events.Scalars("lr")) == 6
+
+
+class Written:
+    """What TensorBoard would get: steps by name."""
+
+    def __init__(self, folder):
+        self.steps = {}
+
+    def add_scalar(self, name, value, step):
+        self.steps.setdefault(name, []).append(step)
+
+    def flush(self):
+        pass
+
+
+def test_tensorboards_steps_go_on_after_a_resume(model, tmp_path, monkeypatch):
+    """Stage 3 comes after stage 2, which the resumed process has not seen."""
+    stand_in = SimpleNamespace(SummaryWriter=Written)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+
+    def stop(history):
+        if (history[-1]["stage"], history[-1]["step"]) == (3, 2):
+            raise KeyboardInterrupt
+
+    first, second = watch.TensorBoard(tmp_path), watch.TensorBoard(tmp_path)
+    options = {"recipe": TINY, "out": tmp_path, "save_every": 1, "log_every": 1, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        R.refine(model, pictures(8), watch=[first, stop], **options)
+    R.refine(model, pictures(8), watch=[second], resume=True, **options)
+    assert first.writer.steps["lr"] == [1, 2, 3, 4] and second.writer.steps["lr"] == [4, 5, 6]
 
 
 # ---------------------------------------------------------------- options of a step
