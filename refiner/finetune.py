@@ -50,6 +50,7 @@ from refiner.training import (
     remove_states,
     save_state,
     step_generator,
+    whole_numbers,
 )
 from refiner.views import View, make_view
 
@@ -243,8 +244,9 @@ def finetune(
         A :class:`Finetuned`.
 
     Raises:
-        ValueError: without labels, with fewer than two classes, or for a pooling that the model
-            does not have; to resume with another model, other images or another recipe.
+        ValueError: without labels, with fewer than two classes, for a pooling that the model does
+            not have or a recipe that does not work; to resume with another model, other images or
+            another recipe.
         FloatingPointError: when the loss or a weight is no longer finite; the last saved state is
             kept.
     """
@@ -269,6 +271,7 @@ class _Run:
 
     def __init__(self, model: Encoder, images: ImageSet, recipe: FinetuneRecipe,
                  device: torch.device, out: Path | None):  # fmt: skip
+        recipe = _checked(recipe)
         classes, y_N = _classes(images)
         pooling = _pooling(model, recipe)
         self.recipe, self.device, self.out = recipe, device, out
@@ -377,6 +380,15 @@ class _Run:
 
 def _indices(n: int, batch: int, seed: int, step: int) -> Tensor:
     return batch_indices(n, batch, seed=seed, step=step)
+
+
+def _checked(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The recipe with whole numbers, if a run can follow it."""
+    recipe = whole_numbers(recipe)
+    for name, low in {"batch": 2, "epochs": 0, "least_steps": 0, "seed": 0}.items():
+        if not low <= getattr(recipe, name) < math.inf:  # also for NaN
+            raise ValueError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
+    return recipe
 
 
 def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:

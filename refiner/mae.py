@@ -38,6 +38,7 @@ from refiner.training import (
     save_state,
     step_generator,
     take,
+    whole_numbers,
 )
 
 Tensor = torch.Tensor
@@ -125,6 +126,9 @@ class MaskedAutoencoder(nn.Module):
         normalize_targets: predict each patch with its mean removed and divided by its standard
             deviation, as MAE recommends for photos. False predicts the pixels: on images with
             flat backgrounds the division would make the sensor's noise the target.
+
+    Raises:
+        ValueError: for a width that the decoder's heads cannot share.
     """
 
     def __init__(self, encoder: VisionTransformer, *, decoder_dim: int = 96, decoder_depth: int = 1,
@@ -138,6 +142,11 @@ class MaskedAutoencoder(nn.Module):
         has_decoder = decoder_depth > 0
         if not has_decoder:
             decoder_dim = width
+        elif decoder_dim % decoder_heads or decoder_dim % 4:
+            raise ValueError(
+                f"a decoder_dim of {decoder_dim} does not suit {decoder_heads} heads; choose a "
+                "multiple of decoder_heads and of 4, which its positions need"
+            )
         self.decoder_embed = nn.Linear(width, decoder_dim) if has_decoder else nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         if has_decoder:
@@ -236,7 +245,11 @@ class MAERecipe:
     seed: int = 0
 
     def build(self) -> MaskedAutoencoder:
-        """A fresh autoencoder; the same seed gives the same weights."""
+        """A fresh autoencoder; the same seed gives the same weights.
+
+        Raises:
+            ValueError: for sizes that do not go together.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             encoder = build_vit(
@@ -312,13 +325,14 @@ def pretrain(
         A :class:`Pretrained`.
 
     Raises:
-        ValueError: for fewer images than a batch, a size that is not the recipe's and, with
+        ValueError: for a recipe that does not work, fewer images than a batch, a size that is not
+            the recipe's and, with
             ``out``, an encoder that cannot be saved; to resume with another recipe, other images or
             another start.
         FileNotFoundError: to resume where nothing was saved.
         FloatingPointError: when the loss or a weight is no longer finite; saved states are kept.
     """
-    recipe = recipe or MAERecipe()
+    recipe = _checked(recipe or MAERecipe())
     pixels = getattr(images, "images", images)
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -385,6 +399,21 @@ def _one_step(mae: MaskedAutoencoder, forward, optimizer, x: Tensor, recipe: MAE
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def _checked(recipe: MAERecipe) -> MAERecipe:
+    """The recipe with whole numbers, if a run can follow it."""
+    recipe = whole_numbers(recipe)
+    for name, low in {"batch": 1, "steps": 1, "seed": 0}.items():
+        if getattr(recipe, name) < low:
+            raise ValueError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
+    patches = (recipe.size // max(1, recipe.patch)) ** 2
+    if not 0 < recipe.mask_ratio <= 1 or round(patches * (1 - recipe.mask_ratio)) == patches:
+        raise ValueError(
+            f"mask_ratio is {recipe.mask_ratio}; it needs to hide at least one of {patches} "
+            "patches, and to be at most 1"
+        )
+    return recipe
 
 
 def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:

@@ -255,6 +255,17 @@ def test_labels_are_needed(labels):
         finetune(encoder(), images, progress=False)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"batch": 1}, "batch is 1; it needs to be 2 or more"),
+    ({"batch": 2.5}, "batch is 2.5; it needs to be a whole number"),
+    ({"epochs": math.inf}, "epochs is inf"),
+    ({"seed": -1}, "seed is -1"),
+])  # fmt: skip
+def test_recipes_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(**change), progress=False)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=math.inf, epochs=3),
