@@ -137,7 +137,9 @@ def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
     add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the state in --out")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--save-every", type=int, metavar="STEPS", help="steps between saved states")
+    add("--save-every", type=int, metavar="STEPS",
+        help="steps between saved states; default: 500 for pretrain; 100 for refine, if the last "
+        "was a minute ago")  # fmt: skip
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="change a value of the recipe; repeatable")  # fmt: skip
 

@@ -85,6 +85,7 @@ __all__ = [
 Tensor = torch.Tensor
 # What a resumed run may do otherwise than before, as after a loss that was not finite.
 CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
+SAVE_EVERY, SAVE_SECONDS = 100, 60.0  # by default, both have to be over
 
 
 # ---------------------------------------------------------------- features of the views
@@ -325,7 +326,7 @@ def refine(
     evaluate: Callable[[Encoder], dict] | None = None,
     evaluate_every: int = 0,
     watch: Sequence[Callable[[list[dict]], None]] = (),
-    save_every: int = 100,
+    save_every: int | None = None,
     log_every: int = 10,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -351,7 +352,9 @@ def refine(
             never.
         watch: each is called with the history after every logged step
             (:class:`refiner.watch.LiveFigure`, :class:`refiner.watch.TensorBoard`).
-        save_every, log_every: steps.
+        save_every: steps between saved states; by default every 100th, if the last was a minute
+            ago: a state is large, and a GPU waits while it is written.
+        log_every: steps.
         device: default CUDA if there is one, else CPU.
         progress: show a bar with the loss, the neighbors' accuracy and the remaining time.
 
@@ -413,7 +416,7 @@ def begin(model: Encoder, recipe: Recipe, device: torch.device) -> Refined:
 class Trainer:
     """The loop's state: what one step hands to the next, and what a checkpoint holds."""
 
-    def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=100,
+    def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=None,
                  log_every=10, device="cpu", watch=()):  # fmt: skip
         self.run, self.out = run, Path(out) if out else None
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
@@ -428,6 +431,7 @@ class Trainer:
         self.labels = None if labels is None else labels.to(device)
         self.ema = EMA(run.model, recipe.ema)
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
+        self.saved = self.began  # when
         self.origin: dict | None = None  # what tells another model or other images
         self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
         self.kept_steps: set[int] = set()
@@ -479,8 +483,19 @@ class Trainer:
             self.one_step(stage, step, steps, bar)
             self.done = first + step + 1
             bar.update()
-            if self.out and (self.done % self.save_every == 0):
+            if self.out and self.save_is_due():
                 self.save()
+                self.saved = time.monotonic()
+
+    def save_is_due(self) -> bool:
+        """After so many steps; by default also only if the last save is long enough ago."""
+        if self.save_every is not None:
+            return self.done % self.save_every == 0
+        if self.done % SAVE_EVERY:
+            return False
+        waited = torch.tensor(time.monotonic() - self.saved, device=self.device)
+        # All processes have to come to the same decision.
+        return self.done == self.total or float(parallel.average(waited)) >= SAVE_SECONDS
 
     def one_step(self, stage: int, step: int, steps: int, bar) -> None:
         run, recipe = self.run, self.run.recipe

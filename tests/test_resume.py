@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,36 @@ def test_twenty_kills_at_random_moments(model, images, whole, tmp_path, monkeypa
     assert len({name.split()[-1] for name in deaths}) >= 3, f"not only in one place: {deaths}"
     assert_same(whole, run(model, images, tmp_path))
     assert not list(tmp_path.glob(".state*"))
+
+
+def test_by_default_states_are_saved_a_minute_apart(model, images, whole, tmp_path, monkeypatch):
+    """A step takes 25 seconds of this clock: three of them are more than a minute."""
+    step, saved, taken = R.refine_step, [], []
+
+    def counted(*args, **kwargs):
+        taken.append(1)
+        if len(taken) == 14:
+            raise Killed
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(R, "refine_step", counted)
+    monkeypatch.setattr(R, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(taken)))
+    monkeypatch.setattr(R, "SAVE_EVERY", 2)
+    save = R.Trainer.save
+    monkeypatch.setattr(R.Trainer, "save", lambda self: (saved.append(self.done), save(self)))
+    options = {"recipe": TINY, "out": tmp_path, "log_every": 1, "progress": False}
+    with pytest.raises(Killed):
+        R.refine(model, images, **options)
+    assert saved == [4, 8, 12]
+    assert_same(whole, R.refine(model, images, resume=True, **options))
+    assert saved == [4, 8, 12, 16, 20, 24]
+
+
+def test_by_default_the_last_step_is_saved_however_short_the_run(model, images, tmp_path):
+    recipe = replace(TINY, head_steps=40, steps=60)
+    R.refine(model, images, recipe=recipe, out=tmp_path, progress=False)
+    assert training.load_state(tmp_path / "state.pt")["done"] == 100
+    assert not (tmp_path / "state.previous.pt").exists()
 
 
 @pytest.mark.parametrize("error", [
