@@ -223,8 +223,9 @@ def load_images(
     - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
       class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
       sub-folders, or all, are called train, val (valid, validation) or test, ``split`` chooses
-      among them, also one folder further inside, as archives unpack; if not, the whole folder is
-      the train split and other splits are an error (:meth:`ImageSet.holdout` makes one).
+      among them, also one folder further inside, as archives unpack, and the classes are those of
+      all splits together; if not, the whole folder is the train split and other splits are an
+      error (:meth:`ImageSet.holdout` makes one).
       Hidden files and other file types are ignored. Images are turned upright (EXIF), converted to
       RGB (transparency onto white), resized by the shorter side and cropped at the centre.
 
@@ -467,8 +468,10 @@ def _load_folder(
 ) -> ImageSet:
     if not folder.is_dir():
         raise FileNotFoundError(_no_folder(folder))
+    root, present = _find_splits(folder)
     folder = split_folder(folder, split)
-    return _read_set(*_list_folder(folder), folder, n, size, seed, progress)
+    files = _list_folder(folder, [root / name for name in present.values()])
+    return _read_set(*files, folder, n, size, seed, progress)
 
 
 def _read_set(
@@ -562,33 +565,56 @@ def _sub_folders(folder: Path) -> list[str]:
     return sorted(x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
-    """Files sorted by class and path, labels int64 [N] or None, and the classes' names."""
+def _list_folder(
+    folder: Path, splits: Sequence[Path] = ()
+) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
+    """Files sorted by class and path, labels int64 [N] or None, and the classes' names.
+
+    Args:
+        folder: that of one split, or the whole set.
+        splits: the folders of all splits. A class that one of them lacks keeps its number there.
+    """
     by_class = {
         name: files for name in _sub_folders(folder) if (files := list(image_files(folder / name)))
     }
+    if not by_class:
+        paths = list(image_files(folder))
+        if not paths:
+            raise ValueError(
+                f"{folder} holds no images: looked for files that end in {', '.join(EXTENSIONS)}"
+            )
+        return paths, None, ()
+    others = (_class_folders(other) for other in splits if other != folder)
+    classes = tuple(sorted(set(by_class).union(*others)))
+    _warn_of_few(folder, by_class, classes)
+    paths = [path for files in by_class.values() for path in files]
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name] for name, files in by_class.items() for _ in files]
+    return paths, torch.tensor(labels, dtype=torch.int64), classes
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """The sub-folders that hold images."""
+    return [name for name in _sub_folders(folder) if any(image_files(folder / name))]
+
+
+def _warn_of_few(folder: Path, by_class: dict, classes: tuple[str, ...]) -> None:
+    """Warns when all images are of one class, and of images that are of none."""
     if len(by_class) == 1:
+        advice = "if there are classes, give the folder that holds theirs"
+        if len(classes) > 1:
+            advice = f"the set has {len(classes)} classes"
         warnings.warn(
             f"all images in {folder} are of one class, {next(iter(by_class))!r}: k-NN and probes "
-            "have nothing to tell apart; if there are classes, give the folder that holds theirs",
-            stacklevel=4,
+            f"have nothing to tell apart; {advice}",
+            stacklevel=5,
         )
-    if by_class:
-        loose = sum(path.parent == folder for path in image_files(folder))
-        if loose:
-            warnings.warn(
-                f"{loose} images directly in {folder} belong to no class and are left out",
-                stacklevel=4,
-            )
-        paths = [path for files in by_class.values() for path in files]
-        labels = [label for label, files in enumerate(by_class.values()) for _ in files]
-        return paths, torch.tensor(labels, dtype=torch.int64), tuple(by_class)
-    paths = list(image_files(folder))
-    if not paths:
-        raise ValueError(
-            f"{folder} holds no images: looked for files that end in {', '.join(EXTENSIONS)}"
+    loose = sum(path.parent == folder for path in image_files(folder))
+    if loose:
+        warnings.warn(
+            f"{loose} images directly in {folder} belong to no class and are left out",
+            stacklevel=5,
         )
-    return paths, None, ()
 
 
 def image_files(folder: Path) -> Iterator[Path]:

@@ -178,9 +178,22 @@ def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[
                 split_folder(Path(data), split)
             except ValueError:
                 continue
-        return train, load_images(data, split=split, n=n_test, size=size)
+        test = load_images(data, split=split, n=n_test, size=size)
+        _check_classes(train, test)
+        return train, test
     train, test = train.holdout(0.2)
     return train, test if n_test is None else test[:n_test]
+
+
+def _check_classes(train: ImageSet, test: ImageSet) -> None:
+    """Refuses two labelled sets whose labels mean different classes."""
+    labelled = train.labels is not None and test.labels is not None
+    if labelled and train.classes != test.classes:
+        apart = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
+        raise ValueError(
+            f"the classes of {train.name} and {test.name} differ in {', '.join(apart[:10])}: give "
+            "both splits the same class folders"
+        )
 
 
 def _probe_model(model, found: dict, train: ImageSet, test: ImageSet, settings: Settings, device,

@@ -354,6 +354,31 @@ def test_splits_are_folders(tmp_path):
         quiet(tmp_path / "set", split="test")
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_class_has_the_same_number_in_every_split(emptied, tmp_path):
+    """Numbered in each split by itself, c of the test images would be b of the train images."""
+    shades = {"a": 10, "b": 20, "c": 30, "d": 40}
+    for split, names in (("train", "abc"), ("val", "cd"), ("test", "ac")):
+        for name in names:
+            save(tmp_path / "set" / split / name / "0.png", (shades[name], 0, 0))
+    if emptied:
+        (tmp_path / "set" / "test" / "a" / "0.png").unlink()
+        save(tmp_path / "set" / "test" / "b" / "0.png", (20, 0, 0))
+    for split in ("train", "val", "test"):
+        images = quiet(tmp_path / "set", split=split)
+        assert images.classes == ("a", "b", "c", "d")
+        assert first_pixels(images) == [shades[images.classes[y]] for y in images.labels]
+
+
+def test_a_split_may_be_unlabelled_or_of_one_class_beside_a_labelled_one(tmp_path):
+    for name in ("train/a/0.png", "train/b/0.png", "test/0.png", "val/b/0.png"):
+        save(tmp_path / "set" / name)
+    assert quiet(tmp_path / "set").classes == ("a", "b")
+    assert quiet(tmp_path / "set", split="test").labels is None
+    with pytest.warns(UserWarning, match="of one class, 'b'.*the set has 2 classes"):
+        assert quiet(tmp_path / "set", split="val").labels.tolist() == [1]
+
+
 def test_splits_are_found_one_folder_further_inside(tmp_path):
     """As archives unpack; read as a class, train and test images would be one."""
     for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):

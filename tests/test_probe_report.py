@@ -1,6 +1,7 @@
 """``refiner probe``: its numbers are the library's, its page stands alone, and it goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_a_plain_folder_lends_a_fifth(tmp_path):
     train, test = train_and_test(root, None, None, 16)
     assert (len(train), len(test)) == (24, 6)
     assert sorted(test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_class_missing_in_the_test_part_shifts_no_label(tmp_path):
+    root = folder_of_images(tmp_path / "train", 3, 10).parent
+    for name in ("class0", "class2"):
+        shutil.copytree(root / "train" / name, root / "test" / name)
+    train, test = train_and_test(root, None, None, 16)
+    assert train.classes == test.classes == ("class0", "class1", "class2")
+    x, z = (s.images.flatten(1).float() for s in (train, test))
+    # Each test image is a train image too, so its nearest neighbor has its label.
+    assert refiner.knn_accuracy(x, train.labels, z, test.labels, k=1) == 1
+
+
+def test_sets_of_different_classes_are_not_compared(tmp_path, monkeypatch):
+    def load(data, *, split, n, size):
+        classes = ("a", "b") if split == "train" else ("a", "c")
+        pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+        return refiner.ImageSet(pixels, torch.tensor([0, 1]), classes)
+
+    monkeypatch.setattr("refiner.probe_report.load_images", load)
+    with pytest.raises(ValueError, match="differ in b, c"):
+        train_and_test("digits", None, None, 4)
 
 
 def test_without_labels_the_measures_remain(models, tmp_path):
