@@ -119,22 +119,30 @@ class ImageSet:
         )
 
     def holdout(self, share: float = 0.2, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-        """Splits off a class-balanced part, for choosing settings without the test images.
+        """Splits off the same share of every class, for choosing settings without the test images.
+
+        Of a class of n images, share · n are held out, rounded so that the total is right, and at
+        most n − 1: every class stays in the rest.
 
         Args:
             share: of the images that are held out, above 0 and below 1.
             seed: which images.
 
         Returns:
-            The larger rest and the held-out part; together every image once.
+            The rest and the held-out part; together every image once.
 
         Raises:
-            ValueError: when a part would be empty.
+            ValueError: when a part would be empty, or for labels below 0.
         """
         held = round(share * len(self))
         if not 0 < held < len(self):
             raise ValueError(f"a share of {share} of {len(self)} images leaves one part empty")
         order = balanced_order(self.labels, len(self), seed=seed)
+        if self.labels is not None:
+            order, most = _by_share(order, self.labels.cpu(), share)
+            held = min(held, most)
+            if held == 0:
+                raise ValueError("every class has one image: none can be held out")
         return self[order[held:].sort().values], self[order[:held].sort().values]
 
 
@@ -164,18 +172,51 @@ def balanced_order(labels: Tensor | None, n: int, *, seed: int = 0) -> Tensor:
 
     Returns:
         int64 [N], a permutation.
+
+    Raises:
+        ValueError: for labels below 0.
     """
     shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     if labels is None:
         return shuffled
-    y = labels.cpu()[shuffled]
-    # Rank of each image within its own class; sorting by rank deals the classes out in turn.
+    if n and int(labels.min()) < 0:
+        raise ValueError(
+            f"labels are classes from 0, not {int(labels.min())}: leave images without a class "
+            "out, or give no labels"
+        )
+    # Sorting by rank deals the classes out in turn.
+    return shuffled[torch.argsort(_ranks(labels.cpu()[shuffled]), stable=True)]
+
+
+def _ranks(y: Tensor) -> Tensor:
+    """How many of its own class come before each image, int64 [N]."""
     by_class = torch.argsort(y, stable=True)
     counts = torch.bincount(y)
     starts = counts.cumsum(0) - counts
-    rank = torch.empty(n, dtype=torch.int64)
-    rank[by_class] = torch.arange(n) - starts[y[by_class]]
-    return shuffled[torch.argsort(rank, stable=True)]
+    rank = torch.empty(len(y), dtype=torch.int64)
+    rank[by_class] = torch.arange(len(y)) - starts[y[by_class]]
+    return rank
+
+
+def _by_share(order: Tensor, labels: Tensor, share: float) -> tuple[Tensor, int]:
+    """A balanced order with the same share of each class in front, and how many may be taken.
+
+    Args:
+        order: of :func:`balanced_order`.
+        labels: int64 [N].
+        share: above 0 and below 1.
+    """
+    y = labels[order]
+    counts = torch.bincount(y)
+    present = counts[counts > 0]
+    # Classes that differ by one image at most are dealt out in equal numbers.
+    equal = int(present.max() - present.min() <= 1)
+    lower = (share * (counts - equal) + 1e-9).floor()  # 0.1 · 30 is a little more than 3
+    upper = (share * (counts + equal) - 1e-9).ceil()
+    lower, upper = (torch.minimum(x.long(), counts - 1).clamp(min=0) for x in (lower, upper))
+    rank = _ranks(y)
+    turn = (rank >= lower[y]).long() + (rank >= upper[y]).long()
+    return order[torch.argsort(turn, stable=True)], int(upper.sum())
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Image sets: order, indexing, the cache's promises, and real files of every awkward kind."""
 
+import math
 import os
 import subprocess
 import sys
@@ -103,6 +104,44 @@ def test_holdout_is_balanced_disjoint_and_complete():
     assert held.labels.bincount().tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match="empty"):
         small_set(3).holdout(0.1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "sizes", [(1000, 200, 50, 20, 5), (90, 1, 0, 9, 2), (7, 2, 2, 2, 1), (30,) * 9 + (3,)]
+)
+def test_holdout_takes_the_same_share_of_every_class(sizes, share):
+    """Dealt out in equal numbers, rare classes would leave the rest."""
+    labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
+    n = len(labels)
+    images = ImageSet(torch.arange(n)[:, None, None, None].expand(n, 3, 1, 1), labels)
+    rest, held = images.holdout(share, seed=2)
+    assert sorted(first_pixels(rest) + first_pixels(held)) == list(range(n))
+    total, most = 0, 0
+    for size, count in zip(sizes, held.labels.bincount(minlength=len(sizes)), strict=True):
+        assert abs(int(count) - min(share * size, max(0, size - 1))) < 1
+        assert size == 0 or count < size
+        total, most = total + int(count), most + max(0, min(size - 1, math.ceil(share * size)))
+    assert total == min(round(share * n), most)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 1 / 3])
+def test_holdout_deals_equal_classes_out_in_turn(share):
+    """What was held out of balanced sets for published numbers stays what it is."""
+    for n in (*range(20, 90), 333, 1001):
+        labels = torch.from_numpy(np.random.default_rng(n).permutation(n) % 7)
+        images = ImageSet(torch.arange(n)[:, None, None, None].expand(n, 3, 1, 1), labels)
+        _, held = images.holdout(share, seed=n)
+        dealt = balanced_order(labels, n, seed=n)[: round(share * n)]
+        assert first_pixels(held) == dealt.sort().values.tolist()
+
+
+def test_holdout_says_what_labels_it_cannot_split():
+    images = ImageSet(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, -1, 0]))
+    with pytest.raises(ValueError, match="classes from 0, not -1"):
+        images.holdout(0.5)
+    with pytest.raises(ValueError, match="every class has one image"):
+        ImageSet(images.images, torch.arange(4)).holdout(0.5)
 
 
 def test_balanced_order_deals_classes_out_as_far_as_they_last():
