@@ -237,7 +237,10 @@ def _tried(part: str, sides: _Sides) -> dict:
 
 
 def _knn(s: _Sides) -> dict:
-    ks = [k for k in s.settings.k if k <= s.x.shape[-2]]
+    n = s.x.shape[-2]
+    ks = [k for k in s.settings.k if k <= n]
+    if not ks:
+        raise ValueError(f"{n} train images have fewer neighbors than k = {min(s.settings.k)}")
     accuracy = neighbors.knn_accuracy(*s.data, k=ks, device=s.device)
     return {"k": ks, "accuracy": accuracy}
 
@@ -332,18 +335,13 @@ def _curves(report: dict, pooling: str, part: str, pick: Callable[[dict], object
 
 def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
     """The report's figures: file name, caption, figure."""
-    chance = 1 / max(1, report["images"]["classes"])
+    chance, k = 1 / max(1, report["images"]["classes"]), _main_k(report)
     for pooling in ("cls", "patch"):
         where = NAMES[pooling]
-        for i, k in enumerate(report["settings"]["k"]):
-            curves = _curves(report, pooling, "knn", lambda p, i=i: p["accuracy"][i])
-            if curves and k == _main_k(report):
-                ax = plots.block_curve(curves, ylabel=f"k-NN accuracy (k = {k})", chance=chance)
-                yield (
-                    f"knn_{pooling}",
-                    f"k-NN, {where}: are near images of the same class?",
-                    ax.figure,
-                )
+        if curves := _curves(report, pooling, "knn", lambda p: p["accuracy"][p["k"].index(k)]):
+            ax = plots.block_curve(curves, ylabel=f"k-NN accuracy (k = {k})", chance=chance)
+            caption = f"k-NN, {where}: are near images of the same class?"
+            yield f"knn_{pooling}", caption, ax.figure
         if curves := _curves(report, pooling, "linear", lambda p: p["accuracy"]):
             ax = plots.block_curve(curves, ylabel="linear probe, accuracy", chance=chance)
             yield f"linear_{pooling}", f"Linear probe, {where}: can the class be read?", ax.figure
@@ -352,8 +350,9 @@ def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
 
 
 def _main_k(report: dict) -> int:
-    """The k that is drawn: 10 if it was asked for, else the first."""
-    ks = report["settings"]["k"]
+    """The k that is drawn: 10 if it was measured, else the first; with k above N there is less."""
+    found = [p["k"] for pooling in NAMES for p in _per_model(report, pooling, "knn").values()]
+    ks = found[0] if found else report["settings"]["k"]
     return 10 if 10 in ks else ks[0]
 
 

@@ -136,6 +136,26 @@ def test_without_labels_the_measures_remain(models, tmp_path):
     assert "Left out" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.parametrize(("k", "measured"), [((1, 20), [1]), ((20, 5, 10), [5, 10])])
+def test_k_above_the_number_of_train_images_is_left_out(k, measured, models, tmp_path):
+    root = folder_of_images(tmp_path / "data", 2, 9)  # 14 train images
+    settings = Settings(parts=("knn",), k=k)
+    found = probe(models[0], root, tmp_path / "out", settings=settings, progress=False)
+    assert found["models"][models[0]]["cls"]["knn"]["k"] == measured
+    assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
+        "knn_cls", "knn_patch",
+    }  # fmt: skip
+    assert f"k-NN (k = {measured[-1]}), last" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_k_above_the_number_of_train_images_through_the_command(models, tmp_path, capsys):
+    root = folder_of_images(tmp_path / "data", 2, 9)
+    command = ["probe", "--model", models[0], "--data", str(root), "--parts", "knn"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert main([*command, "--k", "20", "30", "--out", str(tmp_path / "other")]) == 0
+    assert "14 train images have fewer neighbors than k = 20" in capsys.readouterr().out
+
+
 def test_the_command(models, tmp_path, capsys):
     code = main(["probe", "--model", models[0], "--n", "64", "--n-test", "32", "--parts", "knn",
                  "--k", "3", "--out", str(tmp_path / "out")])  # fmt: skip
