@@ -295,8 +295,7 @@ def load_images(
         UserWarning: once, when images of a folder cannot be read (they are left out) or are all of
             one class, or when a cache file is damaged (it is made again) or cannot be written.
     """
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
+    _check_n(n)
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, not {size}")
     if str(name) in toybox.VARIANTS:
@@ -333,6 +332,11 @@ def cache_folder() -> Path:
 def _check_split(split: str, known: Sequence[str], name: str) -> None:
     if split not in known:
         raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(known)}")
+
+
+def _check_n(n: int | None) -> None:
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
 
 
 def _first(n: int | None, available: int, name: str) -> int:
@@ -509,10 +513,44 @@ def _load_folder(
 ) -> ImageSet:
     if not folder.is_dir():
         raise FileNotFoundError(_no_folder(folder))
+    return _read_set(*_files_of(folder, split), n, size, seed, progress)
+
+
+def load_holdout(
+    folder: str | os.PathLike, share: float = 0.2, *, n: int | None = None,
+    n_test: int | None = None, size: int | None = None, seed: int = 0, progress: bool = True,
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """Train images of a folder, and a part of them that is held out to test on.
+
+    The part does not depend on n and n_test, and only as many files are read as they ask for.
+
+    Args:
+        folder: see :func:`load_images`.
+        share: of the train images that is held out, see :meth:`ImageSet.holdout`.
+        n, n_test: only so many of the rest and of the part.
+        size, seed, progress: see :func:`load_images`.
+
+    Raises:
+        ValueError: as :func:`load_images`, and for n or n_test above what the parts hold.
+    """
+    paths, labels, classes, folder = _files_of(Path(folder), "train")
+    size = size or _common_size(paths)
+    order = balanced_order(labels, len(paths), seed=seed)
+    files = ImageSet(LazyImages(paths, size), labels, classes)[order]
+    parts = []
+    for part, limit, what in zip(files.holdout(share), (n, n_test), ("train", "test"), strict=True):
+        _check_n(limit)
+        _first(limit, len(part), f"the {what} part of {folder}")
+        some = part.images.paths, part.labels, classes, folder
+        parts.append(_read_set(*some, limit, size, seed, progress))
+    return parts[0], parts[1]
+
+
+def _files_of(folder: Path, split: str) -> tuple[list[Path], Tensor | None, tuple[str, ...], Path]:
+    """A split's files, labels, classes and folder; see :func:`_list_folder`."""
     root, present = _find_splits(folder)
     folder = split_folder(folder, split)
-    files = _list_folder(folder, [root / name for name in present.values()])
-    return _read_set(*files, folder, n, size, seed, progress)
+    return *_list_folder(folder, [root / name for name in present.values()]), folder
 
 
 def _read_set(
@@ -634,6 +672,11 @@ def _list_folder(
     return paths, torch.tensor(labels, dtype=torch.int64), classes
 
 
+def has_classes(folder: Path) -> bool:
+    """Whether a folder of images has sub-folders that are classes."""
+    return bool(_class_folders(folder))
+
+
 def _class_folders(folder: Path) -> list[str]:
     """The sub-folders that hold images."""
     return [name for name in _sub_folders(folder) if any(image_files(folder / name))]
@@ -648,13 +691,13 @@ def _warn_of_few(folder: Path, by_class: dict, classes: tuple[str, ...]) -> None
         warnings.warn(
             f"all images in {folder} are of one class, {next(iter(by_class))!r}: k-NN and probes "
             f"have nothing to tell apart; {advice}",
-            stacklevel=5,
+            stacklevel=6,
         )
     loose = sum(path.parent == folder for path in image_files(folder))
     if loose:
         warnings.warn(
             f"{loose} images directly in {folder} belong to no class and are left out",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -23,7 +23,14 @@ from refiner import measures, neighbors, plots, probes
 from refiner.alt_text import describe
 from refiner.features import extract
 from refiner.files import replacing, write_json, write_text
-from refiner.images import BUILT_IN, ImageSet, load_images, split_folder
+from refiner.images import (
+    BUILT_IN,
+    ImageSet,
+    has_classes,
+    load_holdout,
+    load_images,
+    split_folder,
+)
 from refiner.models import load_model
 from refiner.report import STYLE, figure_html
 from refiner.training import machine
@@ -100,9 +107,9 @@ def probe(
 
     Args:
         models: names or folders, as :func:`refiner.load_model` takes them.
-        data: an image set or a folder. A folder without a test (or val) part lends a fifth of its
-            images, balanced over classes. Without labels only the measures without labels are
-            taken, without factors no factor probes.
+        data: an image set or a folder. A folder without a test (or val) part that has labels if
+            the train part has them lends a fifth of each class's train images. Without labels only
+            the measures without labels are taken, without factors no factor probes.
         out: gets ``report.json``, ``figures/*.png`` and ``index.html``.
         n, n_test: only so many train and test images; default all.
         settings: parts and their options, a :class:`Settings`.
@@ -170,19 +177,29 @@ def _started(out: Path, asked: dict, resume: bool) -> dict:
 
 
 def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
-    """Train and test images; a folder without a test part lends a fifth."""
+    """Train and test images; a folder without a test part lends a fifth, whatever n is."""
+    split = _test_split(data)
+    if split is None:
+        return load_holdout(data, 0.2, n=n, n_test=n_test, size=size)
     train = load_images(data, split="train", n=n, size=size)
+    test = load_images(data, split=split, n=n_test, size=size)
+    _check_classes(train, test)
+    return train, test
+
+
+def _test_split(data) -> str | None:
+    """The split to test on: labelled, if train is; None where the train part has to lend one."""
+    if str(data) in BUILT_IN or not Path(data).is_dir():
+        return "test"
+    labelled = has_classes(split_folder(Path(data), "train"))
     for split in ("test", "val"):
-        if str(data) not in BUILT_IN:
-            try:
-                split_folder(Path(data), split)
-            except ValueError:
-                continue
-        test = load_images(data, split=split, n=n_test, size=size)
-        _check_classes(train, test)
-        return train, test
-    train, test = train.holdout(0.2)
-    return train, test if n_test is None else test[:n_test]
+        try:
+            folder = split_folder(Path(data), split)
+        except ValueError:
+            continue
+        if has_classes(folder) or not labelled:
+            return split
+    return None
 
 
 def _check_classes(train: ImageSet, test: ImageSet) -> None:

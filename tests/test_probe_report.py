@@ -106,6 +106,41 @@ def test_a_plain_folder_lends_a_fifth(tmp_path):
     assert sorted(test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
+def test_the_number_of_train_images_is_what_was_asked_for(tmp_path):
+    """And the fifth that is lent does not depend on it."""
+    root = folder_of_images(tmp_path / "data", 2, 20)
+    everything, tests = train_and_test(root, None, None, 16)
+    train, test = train_and_test(root, 20, 3, 16)
+    assert (len(train), len(test)) == (20, 3)
+    kept, held = (
+        {x.numpy().tobytes() for x in part.images} for part in (everything, tests)
+    )  # fmt: skip
+    assert len(kept | held) == 40
+    assert {x.numpy().tobytes() for x in train.images} <= kept
+    assert {x.numpy().tobytes() for x in test.images} <= held
+    assert train.labels.bincount().tolist() == [10, 10]
+    for limits, name in (((33, None), "train"), ((None, 9), "test")):
+        with pytest.raises(ValueError, match=f"the {name} part of .* fewer than the"):
+            train_and_test(root, *limits, 16)
+    with pytest.raises(ValueError, match="at least 1"):
+        train_and_test(root, 10, 0, 16)
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_an_unlabelled_test_part_hides_no_labels(val, tmp_path):
+    """ImageNet's layout: the labels to test on are those of val, or of a part of train."""
+    root = folder_of_images(tmp_path / "data" / "train", 2, 10).parent
+    folder_of_images(root / "test", 1, 4)
+    if val:
+        folder_of_images(root / "val", 2, 3)
+    train, test = train_and_test(root, None, None, 16)
+    assert (len(train), len(test)) == ((20, 6) if val else (16, 4))
+    assert test.labels.bincount().tolist() == [len(test) // 2] * 2
+    shutil.rmtree(root / "train")
+    folder_of_images(root / "train", 1, 4)
+    assert train_and_test(root, None, None, 16)[1].labels is None  # nothing to lose
+
+
 def test_a_class_missing_in_the_test_part_shifts_no_label(tmp_path):
     root = folder_of_images(tmp_path / "train", 3, 10).parent
     for name in ("class0", "class2"):
