@@ -270,7 +270,8 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
 
 
 def _heads(dim: int, num_heads: int | None, name: str) -> int:
-    heads = num_heads or HEADS.get(dim) or dim // 64
+    usual = 0 if dim % 64 else dim // 64
+    heads = num_heads or HEADS.get(dim) or usual
     if heads and dim % heads == 0:
         return heads
     if num_heads is None:

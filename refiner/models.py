@@ -135,12 +135,13 @@ def load_model(name: str | Path, *, num_heads: int | None = None,
             a model of the catalogue (``"mae_refined_l16"``; ``refiner models`` lists them) or any
             other model of timm of a supported class (``"vit_base_patch16_224.mae"``), fetched on
             first use;
-            a folder written by :func:`save_model` or by timm, or a repository ``"hf-hub:…"``;
+            a folder written by :func:`save_model` or by timm (or its ``model.safetensors``), or a
+            repository ``"hf-hub:…"``;
             a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
             data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
             an http(s) address of such a file.
         num_heads: attention heads a block, for a file: its keys cannot tell. Default 64 channels a
-            head, or what the known models of that width have.
+            head, or what the known models of that width have; needed where 64 does not divide it.
         size: other image size than the model's own, pixels; positions are interpolated.
 
     Returns:
@@ -157,6 +158,7 @@ def load_model(name: str | Path, *, num_heads: int | None = None,
 
 
 def _load(name: str, num_heads: int | None) -> Encoder:
+    name = str(_whole(name))
     path, entry = Path(name), find(name)
     if name in embedded_models() or path.is_dir() or _has_card(path):
         if num_heads is not None:
@@ -173,6 +175,18 @@ def _load(name: str, num_heads: int | None) -> Encoder:
     if num_heads is not None:
         raise ValueError(f"{name} tells its number of heads itself; leave num_heads out")
     return _load_timm(name)
+
+
+def _whole(name: str | Path) -> str | Path:
+    """The folder of a saved model whose weights are named: they alone do not tell the network."""
+    path = Path(name)
+    if path.name != "model.safetensors" or not path.is_file():
+        return name
+    if (path.parent / "card.json").is_file():
+        return path.parent
+    config = path.parent / "config.json"  # of timm, unless of another library
+    timms = config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8"))
+    return path.parent if timms else name
 
 
 def _has_card(path: Path) -> bool:
@@ -255,6 +269,7 @@ def read_checkpoint(name: str | Path, *,
     Raises:
         FileNotFoundError: when weights or card are missing.
     """
+    name = _whole(name)
     path, entry = Path(name), find(str(name))
     if str(name) in embedded_models():
         path = data_folder() / f"{name}.safetensors"
@@ -285,7 +300,7 @@ def read_card(name: str | Path) -> dict:
     Raises:
         FileNotFoundError: when card or weights are missing.
     """
-    path = Path(name)
+    path = Path(_whole(name))
     if str(name) in embedded_models():
         path = data_folder() / f"{name}.safetensors"
     if path.is_dir():

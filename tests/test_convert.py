@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from refiner.catalogue import CATALOGUE
-from refiner.convert import convert, read_file
+from refiner.convert import _heads, convert, read_file
 from refiner.encoders import allow_any_size
 from refiner.mae import load_mae, reconstruct
 from refiner.models import load_model, save_model
@@ -468,6 +468,10 @@ def test_heads_are_inferred_by_the_rule_or_asked_for():
     content, _ = mae_file()
     with pytest.raises(ValueError, match="number of heads cannot be told.*24 wide.*num_heads=2"):
         convert(content)
+    assert [_heads(dim, None, "w.pth") for dim in (64, 768, 1280, 1408)] == [1, 12, 16, 16]
+    for dim in (96, 100, 1000):  # 64 channels a head would be a guess that nothing speaks for
+        with pytest.raises(ValueError, match=f"w.pth.*{dim} wide.*num_heads="):
+            _heads(dim, None, "w.pth")
     with pytest.raises(ValueError, match="num_heads=5 does not divide the width 24"):
         convert(content, num_heads=5)
     assert convert(content, num_heads=2).architecture["heads"] == 2

@@ -96,6 +96,25 @@ def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
     assert torch.equal(again.forward_features(x), found.forward_features(x))
 
 
+def test_the_weights_of_a_saved_folder_are_loaded_as_the_folder(tmp_path):
+    """The weights alone would be read as another repository's, with other heads and brightness."""
+    model = models.build_vit(size=16, patch=4, dim=128, depth=2, heads=8, seed=0)
+    folder = models.save_model(model, tmp_path / "m")
+    x = torch.randn(2, 3, 16, 16)
+    for _ in range(2):  # with the card, then with timm's config.json alone
+        again = models.load_model(folder / "model.safetensors")
+        assert torch.equal(model.forward_features(x), again.forward_features(x))
+        how = again.refiner_card["preprocessing"]
+        assert how["mean"] == model.refiner_card["preprocessing"]["mean"]
+        with pytest.raises(ValueError, match="tells its number of heads itself"):
+            models.load_model(folder / "model.safetensors", num_heads=2)
+        if (folder / "card.json").exists():
+            card, encoder, _ = models.read_checkpoint(folder / "model.safetensors")
+            assert card == models.read_card(folder / "model.safetensors") == model.refiner_card
+            assert set(encoder) == set(model.state_dict())
+            (folder / "card.json").unlink()
+
+
 def test_what_timm_could_not_build_again_is_not_saved(tmp_path):
     model = models.build_vit(**SMALL)
     del model.refiner_card["architecture"]
