@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from refiner.encoders import Encoder
+from refiner.encoders import Encoder, Hiera, width
 from refiner.features import borrowed, default_batch, preprocess, preprocessing_card
 from refiner.images import ImageSet, image_files, read_files
 from refiner.neighbors import device_for, full_precision
@@ -89,9 +89,9 @@ def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None
 
     ``images/`` and ``annotations/`` hold files of the same names, the annotations as PNG with one
     channel of 8 bits: 0 is unknown and left out, k is the k-th class. Both may be divided into
-    ``training`` and ``validation`` (or train, val, test); if not, every fifth file is the test
-    split. Images are resized by the shorter side and cropped at the centre, maps likewise by the
-    nearest pixel.
+    ``training`` and ``validation`` (or train, val, test); if not, or if only one of both is there,
+    every fifth file is the test split and the others are the train split. Images are resized by the
+    shorter side and cropped at the centre, maps likewise by the nearest pixel.
 
     Args:
         folder: holds ``images`` and ``annotations``.
@@ -127,12 +127,18 @@ def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    for name in FOLDERS[split]:
-        if (folder / name).is_dir():
-            return sorted(image_files(folder / name))
-    files = sorted(image_files(folder))
+    """A split's files: those of its folder, or a part of what the one folder there is holds."""
+    present = {
+        part: folder / found[0] for part, names in FOLDERS.items()
+        if (found := [name for name in names if (folder / name).is_dir()])
+    }  # fmt: skip
+    where = present.get(split) or next(iter(present.values()), folder)
+    files = sorted(image_files(where))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no images")
+        raise FileNotFoundError(f"{where} holds no images")
+    if split in present and len(present) == 2:
+        return files
+    # Both splits divide the same files, or an image could be in both.
     return [f for i, f in enumerate(files) if (i % 5 == 4) == (split == "test")]
 
 
@@ -171,15 +177,17 @@ def patch_maps(model: Encoder, images: Tensor, blocks: Sequence[int]) -> list[Te
         blocks: counted from 1.
 
     Returns:
-        float32 [B, D, h, w] for each block.
+        float32 [B, D, h, w] for each block. Narrower blocks of a Hiera are filled up with zeros to
+        the last one's width, as in :func:`refiner.extract`.
     """
     x = preprocess(images, preprocessing_card(model))
     bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+    options = {"coarse": False} if isinstance(model, Hiera) else {}  # or indices count its stages
     with torch.no_grad(), bf16:
         found = model.forward_intermediates(
-            x, indices=[b - 1 for b in blocks], intermediates_only=True, norm=False
+            x, indices=[b - 1 for b in blocks], intermediates_only=True, norm=False, **options
         )
-    return [f.float() for f in found]
+    return [F.pad(f.float(), (0, 0, 0, 0, 0, width(model) - f.shape[1])) for f in found]
 
 
 def at_pixels(maps_BDhw: Tensor, rows_BQ: Tensor, columns_BQ: Tensor, size: int) -> Tensor:
@@ -246,7 +254,7 @@ def linear_segmentation(
         blocks: counted from 1, or from the end with negative numbers.
         pixels: random pixels of each train image that the classifier learns from.
         penalties: grid of λ; each block's is chosen on held-out train images.
-        validation: their share, of whole images.
+        validation: their share, of whole images; one at least is held out and one is not.
         seed: of pixels and held-out images.
         device: where to work; default CUDA if there is one, else the model's.
         progress: show a bar.
@@ -255,8 +263,8 @@ def linear_segmentation(
         A :class:`Segmentation`.
 
     Raises:
-        ValueError: for fewer than two train images, fewer than two classes, or a block that the
-            model does not have.
+        ValueError: for fewer than two train images with known pixels, fewer than two classes, or a
+            block that the model does not have.
     """
     device = device_for(device, next(model.parameters()))
     depth = len(model.blocks)
@@ -318,8 +326,14 @@ def _fit(x_MD: Tensor, y_M: Tensor, image_M: Tensor, penalties, validation: floa
     if len(classes) < 2:
         raise ValueError("segmentation needs at least two classes in the train maps")
     images = image_M.unique()
+    if len(images) < 2 and len(penalties) > 1:
+        raise ValueError(
+            "only one train image has known pixels, and none is left to choose a penalty with: "
+            "give more images, or a single penalty"
+        )
     shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
-    held = images[shuffled[: max(1, round(validation * len(images)))].to(images.device)]
+    count = max(1, min(round(validation * len(images)), len(images) - 1))
+    held = images[shuffled[:count].to(images.device)]
     chooses = torch.isin(image_M, held)
     grid = torch.tensor(penalty_grid(penalties)).to(x_MD.device)
     options = {"classes": len(classes), "tolerance": 1e-4, "max_steps": 50}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from timm.models.hiera import Hiera
 
 import refiner
 from refiner.features import preprocess
@@ -67,6 +68,36 @@ def test_maps_keep_the_patches_in_their_places():
     model.pos_embed.data.zero_()
     torch.testing.assert_close(patch_maps(model, x, [1])[0], embedded[0])
     model.blocks[0] = block
+
+
+def hiera():
+    model = Hiera(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 2, 1), num_classes=0,
+                  q_pool=2).eval()  # fmt: skip
+    how = {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    model.refiner_card = {"name": "hiera", "preprocessing": how}
+    return model
+
+
+def test_hieras_maps_are_those_of_its_blocks_in_their_places():
+    model, x = hiera(), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    maps = patch_maps(model, x, [1, 2, 3, 4])
+    assert [list(m.shape[1:]) for m in maps] == [[64, 16, 16], [64, 8, 8], [64, 8, 8], [64, 4, 4]]
+    means = refiner.extract(model, x, progress=False)["patch"]
+    torch.testing.assert_close(torch.stack([m.mean((2, 3)) for m in maps]), means)
+    model.blocks[0] = torch.nn.Identity()
+    embedded = model._pos_embed(model.patch_embed(preprocess(x, model.refiner_card)))
+    found = patch_maps(model, x, [1])[0]
+    torch.testing.assert_close(found[:, :16], embedded.mT.unflatten(2, (16, 16)))
+    assert not found[:, 16:].any()
+
+
+def test_a_hiera_segments():
+    small = halves()
+    x = F.interpolate(small.images.float(), (64, 64)).to(torch.uint8)
+    maps = F.interpolate(small.maps[:, None].float(), (64, 64))[:, 0].to(torch.uint8)
+    large = DenseSet(x, maps, small.classes, "halves", 0)
+    found = linear_segmentation(hiera(), large, large, blocks=(1, 3, -1), penalties=[1e-2])
+    assert found.blocks == (1, 3, 4) and (found.pixel_accuracy > 0.5).all()
 
 
 def test_features_at_pixels_are_those_of_the_interpolated_map():
@@ -142,6 +173,19 @@ def test_penalty_and_block_are_chosen_on_train_images_alone():
     assert not torch.equal(found.miou, other.miou)
 
 
+def test_one_image_at_least_is_fitted_on_and_one_chosen_with():
+    train, test = halves(4), halves(6, seed=1)
+    options = {"pixels": 8, "penalties": [1e-2, 1.0]}
+    most = linear_segmentation(encoder(), train, test, validation=1.0, **options)
+    three = linear_segmentation(encoder(), train, test, validation=0.75, **options)
+    assert torch.equal(most.miou, three.miou) and torch.equal(most.validation, three.validation)
+    train.maps[1:] = IGNORE
+    with pytest.raises(ValueError, match="only one train image has known pixels"):
+        linear_segmentation(encoder(), train, test, **options)
+    one = linear_segmentation(encoder(), train, test, pixels=8, penalties=[1e-2])
+    assert 0 <= one.miou <= 1
+
+
 def test_the_spread_shrinks_with_more_test_images():
     model, train = encoder(), halves(20)
     few, many = (
@@ -202,6 +246,17 @@ def test_a_flat_folder_lends_every_fifth(tmp_path):
     write(tmp_path, "", 10)
     sets = [load_dense(tmp_path, split=s, size=20, progress=False) for s in ("train", "test")]
     assert [len(s) for s in sets] == [8, 2]
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_with_one_split_folder_no_file_is_in_both_splits(part, tmp_path):
+    write(tmp_path, part, 10)
+    write(tmp_path, ".", 5, seed=1)  # files beside it belong to no split
+    train, test = (load_dense(tmp_path, split=s, size=20, progress=False) for s in
+                   ("train", "test"))  # fmt: skip
+    seen = {bytes(x) for x in train.images.numpy()}
+    assert (len(train), len(test), len(seen)) == (8, 2, 8)
+    assert not seen & {bytes(x) for x in test.images.numpy()}
 
 
 def test_what_is_missing_is_named(tmp_path):
