@@ -641,7 +641,17 @@ def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    return sorted(x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+    around = _around(folder)
+    return sorted(
+        x.name for x in folder.iterdir()
+        if x.is_dir() and not x.name.startswith(".") and os.path.realpath(x) not in around
+    )  # fmt: skip
+
+
+def _around(folder: Path) -> set[str]:
+    """A folder and those that it lies in: a link to one of them leads in a circle."""
+    home = Path(os.path.realpath(folder))
+    return {str(home), *map(str, home.parents)}
 
 
 def _list_folder(
@@ -702,9 +712,16 @@ def _warn_of_few(folder: Path, by_class: dict, classes: tuple[str, ...]) -> None
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Every image file below a folder, sorted, without hidden ones."""
+    """Every image file below a folder, sorted, without hidden ones.
+
+    Links are followed, but no folder is entered twice.
+    """
+    seen = _around(folder)
     for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = sorted((x for x in folders if not x.startswith(".")), reverse=True)
+        real = {os.path.realpath(Path(where, x)): x for x in inside}
+        folders[:] = sorted(real[path] for path in real.keys() - seen)
+        seen |= real.keys()
         for name in sorted(files):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield Path(where, name)
@@ -721,8 +738,9 @@ def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, 
         try:
             with Image.open(path) as image:  # reads the header only
                 yield image.size
-        except OSError:
-            continue  # named later, with the other broken ones
+        # As in read_files, which names them later, with the other broken ones.
+        except Exception:
+            continue
 
 
 def _common_size(paths: Sequence[Path]) -> int:
@@ -788,11 +806,26 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of gray; a plain convert would clip at 255
-        gray = np.asarray(image).astype(np.float64) / 257
+    if image.mode.startswith(("I", "F")):  # a plain convert would clip at 255
+        gray = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        gray = gray * _brightness_scale(image.mode, float(gray.max()))
         image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _brightness_scale(mode: str, top: float) -> float:
+    """What makes 0 to 255 of the gray values of a mode; in 32 bits, their maximum tells the range.
+
+    Args:
+        mode: of Pillow: "I;16" has 16 bits, "I" and "F" are integers and floats of 32.
+        top: the largest value.
+    """
+    if mode == "F" and top <= 1:
+        return 255.0
+    if not mode.startswith("I;16") and top <= 255:
+        return 1.0
+    return 1 / 257 if top <= 65535 else 255 / top

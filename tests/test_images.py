@@ -475,6 +475,24 @@ def test_every_mode_becomes_rgb(tmp_path):
     assert (read_one(tmp_path / "x.jpg", 4) < 5).all()
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.float32([[0, 0.5], [1, 0.25]]), [[0, 128], [255, 64]]),
+        (np.float32([[0, 90], [200.4, -3]]), [[0, 90], [200, 0]]),
+        (np.float32([[0, np.nan], [1, np.inf]]), [[0, 0], [255, 0]]),
+        (np.int32([[0, 90], [255, -3]]), [[0, 90], [255, 0]]),
+        (np.int32([[0, 257 * 90], [257 * 200, 300]]), [[0, 90], [200, 1]]),
+        (np.int32([[0, 10**6], [2 * 10**6, 0]]), [[0, 128], [255, 0]]),
+        (np.uint16([[0, 255], [257, 257 * 90]]), [[0, 1], [1, 90]]),
+    ],
+)
+def test_gray_of_more_than_8_bits_keeps_its_brightness(values, expected, tmp_path):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = read_one(tmp_path / "x.tif", 2)
+    assert (pixels == np.array(expected)[:, :, None]).all()
+
+
 def test_a_photo_is_turned_upright(tmp_path):
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:4] = 255  # bright half on top, as stored
@@ -516,6 +534,33 @@ def test_broken_images_are_left_out_counted_and_named(tmp_path):
     assert "3 of 5" in text and all(name in text for name in ("empty.jpg", "text.png", "cut.jpg"))
     assert sorted(images.labels.tolist()) == [0, 1]
     assert (images.images[:, :, 0, 0] - 200 <= 1).all()
+
+
+def test_a_picture_of_too_many_pixels_is_left_out_with_and_without_a_size(tmp_path, monkeypatch):
+    """Pillow's error for it is no OSError."""
+    save(tmp_path / "set" / "good.png", (200, 0, 0))
+    save(tmp_path / "set" / "large.png", (9, 0, 0), (300, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for size in (None, 8):
+        with pytest.warns(UserWarning, match="1 of 2 images cannot be read.*large.png"):
+            assert first_pixels(quiet(tmp_path / "set", size=size)) == [200]
+
+
+def test_links_in_a_circle_count_no_image_twice(tmp_path):
+    for i, name in enumerate(("a/0.png", "a/deep/1.png", "b/2.png")):
+        save(tmp_path / "set" / name, (i, 0, 0))
+    save(tmp_path / "other" / "3.png", (3, 0, 0))
+    for link, target in (
+        ("a/up", "set/a"), ("a/deep/root", "set"), ("b/itself", "set/b"), ("self", "set"),
+        ("b/linked", "other"), ("b/again", "other"),
+    ):  # fmt: skip
+        (tmp_path / "set" / link).symlink_to(tmp_path / target)
+    images = quiet(tmp_path / "set")
+    assert images.classes == ("a", "b")
+    found = sorted(zip(images.labels.tolist(), first_pixels(images), strict=True))
+    assert found == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert len(quiet(tmp_path / "link")) == 4
 
 
 def test_a_folder_of_only_broken_images_is_an_error(tmp_path):
