@@ -647,7 +647,7 @@ def clustering(
         ValueError: as :func:`kmeans`, or for labels or assignments that do not match.
     """
     _check(x)
-    check_labels(labels, x, "clustered")
+    labels = check_labels(labels, x, "clustered")
     if assignments is not None and assignments.shape != x.shape[:-1]:
         raise ValueError(
             f"assignments of {list(assignments.shape)} do not match features {list(x.shape)}"

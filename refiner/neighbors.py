@@ -463,10 +463,10 @@ def knn_report(
 
     Args:
         train_x: [N, D], or [L, N, D] for L blocks.
-        train_y: int64 [N], classes from 0.
+        train_y: integers [N], classes from 0.
         test_x: [Q, D] or [L, Q, D]. Without it the train images are classified by each other, none
             by itself (leave-one-out).
-        test_y: int64 [Q].
+        test_y: integers [Q].
         k: number of neighbors, or a list of numbers.
         temperature: of the votes; large values weigh all neighbors alike.
         standardize: shift and scale each feature by the train set's mean and standard deviation,
@@ -483,8 +483,8 @@ def knn_report(
     """
     test_y = _test_labels(train_y, test_x, test_y)
     ks, ascending = _several(k)
-    check_labels(test_y, train_x if test_x is None else test_x, "test")
-    check_labels(train_y, train_x, "train")
+    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
+    train_y = check_labels(train_y, train_x, "train")
     n_classes = int(max(train_y.max(), test_y.max())) + 1
     truth = test_y.cpu()
     found = []
@@ -536,7 +536,7 @@ def knn_accuracy(
     """
     test_y = _test_labels(train_y, test_x, test_y)
     ks, ascending = _several(k)
-    check_labels(test_y, train_x if test_x is None else test_x, "test")
+    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
     correct = []
     for indices, scores, labels in _block_neighbors(
         train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
@@ -601,7 +601,7 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, chunk, device, pr
     alone = test_x is None
     test_x = train_x if alone else test_x
     _check_features(test_x, train_x)
-    check_labels(train_y, train_x, "train")
+    train_y = check_labels(train_y, train_x, "train")
     _check_k(k, test_x, train_x, alone)
     device = device_for(device, test_x)
     blocks = [(train_x, test_x)] if train_x.ndim == 2 else zip(train_x, test_x, strict=True)
@@ -609,6 +609,8 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, chunk, device, pr
     for train, test in tqdm(blocks, total=total, desc="k-NN", unit="block", disable=not progress):
         train, test = train.to(device), test.to(device)
         how = mean_and_scale(train) if standardize else (None, None)
+        if standardize and not how[0].isfinite().all():  # it would make NaN of the queries
+            raise ValueError("the train features hold NaN or infinity")
         search = _Search(k, alone, chunk=chunk, mean=how[0], scale=how[1])
         yield *search(test, train), train_y.to(device)
 
@@ -658,15 +660,22 @@ def classify(indices, scores, labels, ascending, temperature: float, n_classes: 
     return torch.cat(votes, dim=1) if n_classes else None, torch.cat(predictions, dim=1)
 
 
-def check_labels(labels: Tensor, features: Tensor, name: str) -> None:
-    """Raises ValueError unless labels are whole numbers from 0, one a feature."""
+def check_labels(labels: Tensor, features: Tensor, name: str) -> Tensor:
+    """Labels as int64, where small integers would overflow; they may be an array or a list.
+
+    Raises:
+        ValueError: unless they are integers from 0, one a feature.
+    """
     if labels is None:
         raise ValueError(f"the {name} images have no labels")
-    n = features.shape[-2]
+    labels, n = torch.as_tensor(labels), features.shape[-2]
     if labels.shape != (n,):
         raise ValueError(f"{n} {name} features do not match labels of shape {list(labels.shape)}")
-    if labels.is_floating_point() or (n and int(labels.min()) < 0):
-        raise ValueError(f"the {name} labels must be whole numbers from 0")
+    if labels.is_floating_point() or (n and int(labels.long().min()) < 0):
+        raise ValueError(
+            f"the {name} labels must be whole numbers from 0, integers, not {labels.dtype}"
+        )
+    return labels.long()
 
 
 # ---------------------------------------------------------------- what a graph tells
@@ -705,7 +714,8 @@ def neighbor_accuracy(graph: Graph, labels: Tensor, query_labels: Tensor | None 
     Raises:
         ValueError: for labels that do not match the graph.
     """
-    query_labels = labels if query_labels is None else query_labels
+    labels = torch.as_tensor(labels)
+    query_labels = labels if query_labels is None else torch.as_tensor(query_labels)
     if len(query_labels) != graph.indices.shape[-2]:
         raise ValueError(
             f"{len(query_labels)} query labels do not match {graph.indices.shape[-2]} queries"

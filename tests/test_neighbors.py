@@ -9,6 +9,7 @@ from scipy.stats import hypergeom
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
+import refiner
 from refiner import neighbors as module
 from refiner import scan
 from refiner.neighbors import (
@@ -502,6 +503,31 @@ def test_a_report_loses_the_axes_that_were_not_asked_for():
         assert report.graph.indices.shape == (*x.shape[:-2], 60, 5)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [lambda y: y.to(torch.uint8), lambda y: y.to(torch.int16), lambda y: y.numpy(),
+     lambda y: y.numpy().astype(np.uint16), lambda y: y.tolist()],
+)  # fmt: skip
+def test_labels_of_every_kind_of_integer_give_the_same(kind):
+    """20 · 20 cells of the confusion matrix are more than 8 bits tell apart."""
+    x, z = normal(200, 6), normal(90, 6, seed=1)
+    y, t = torch.arange(200) % 20, torch.arange(90) % 20
+    expected, found = knn_report(x, y, z, t, k=5), knn_report(x, kind(y), z, kind(t), k=5)
+    assert torch.equal(found.confusion, expected.confusion)
+    assert torch.equal(found.votes, expected.votes)
+    assert knn_accuracy(x, kind(y), k=5) == knn_accuracy(x, y, k=5)
+    assert torch.equal(knn_predict(x, kind(y), z)[1], knn_predict(x, y, z)[1])
+    graph = nearest_neighbors(z, x, k=3)
+    assert neighbor_accuracy(graph, kind(y), kind(t)) == neighbor_accuracy(graph, y, t)
+    alone = [refiner.clustering(x[:, :2], labels, k=3)["acc"] for labels in (y, kind(y))]
+    assert alone[0] == alone[1]
+
+
+def test_yes_and_no_are_classes():
+    x, y = normal(50, 4), torch.arange(50) % 2
+    assert torch.equal(knn_report(x, y == 1).confusion, knn_report(x, y).confusion)
+
+
 def test_votes_are_counted_in_chunks(monkeypatch):
     arguments = problem()
     whole = knn_report(*arguments, k=[3, 9])
@@ -517,7 +543,9 @@ def test_votes_are_counted_in_chunks(monkeypatch):
         ({"train_y": torch.zeros(5, dtype=torch.int64)}, "120 train features do not match"),
         ({"test_y": torch.zeros(5, dtype=torch.int64)}, "60 test features do not match"),
         ({"test_y": None}, "test images have no labels"),
-        ({"train_y": torch.zeros(120)}, "whole numbers"),
+        ({"train_y": torch.zeros(120)}, "whole numbers.*not torch.float32"),
+        ({"train_y": [0.5] * 120}, "whole numbers"),
+        ({"train_x": torch.full((120, 10), torch.nan)}, "the train features hold NaN"),
         ({"train_y": torch.full((120,), -1)}, "whole numbers"),
         ({"k": 121}, "k=121 .* 120 keys"),
         ({"k": []}, "k must be"),
