@@ -268,8 +268,7 @@ def _linear(s: _Sides) -> dict:
 
 
 def _low_shot(s: _Sides) -> dict:
-    fewest = int(s.train.labels.unique(return_counts=True)[1].min())
-    shots = [k for k in s.settings.shots if k <= fewest]
+    shots = probes.possible_shots(s.settings.shots, s.settings.fractions, s.train.labels)
     found = probes.low_shot(
         *s.data, shots=shots, fractions=s.settings.fractions, draws=s.settings.draws,
         seed=s.settings.seed, device=s.device,

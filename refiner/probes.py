@@ -628,8 +628,25 @@ def _check_sizes(shots, fractions, draws: int, counts: list[int]) -> None:
         raise ValueError(
             f"shots must be from 1 to {fewest}, the images of the smallest class, not {list(shots)}"
         )
-    if any(not 0 < f <= 1 for f in fractions) or draws < 1 or not (*shots, *fractions):
+    if not (*shots, *fractions):
+        raise ValueError("give shots or fractions: there is no number of labels to draw")
+    if any(not 0 < f <= 1 for f in fractions) or draws < 1:
         raise ValueError("fractions must be above 0 and at most 1, and draws at least 1")
+
+
+def possible_shots(shots: Sequence[int], fractions: Sequence[float], labels: Tensor) -> list[int]:
+    """The shots that every class has images for.
+
+    Raises:
+        ValueError: where none is left, and no fractions either.
+    """
+    fewest = int(labels.unique(return_counts=True)[1].min())
+    possible = [k for k in shots if k <= fewest]
+    if shots and not possible and not fractions:
+        raise ValueError(
+            f"the smallest class has {fewest} train images, too few for {min(shots)} labels a class"
+        )
+    return possible
 
 
 # ---------------------------------------------------------------- what else is in the features

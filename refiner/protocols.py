@@ -255,13 +255,12 @@ def choose_probe(features: Features, labels: Tensor, *, count: int = 0, seed: in
     for poolings in kinds:
         for width in sorted({1, min(4, depth)}):
             lasts = [e for e in ends if e >= width - 1]
-            joined = [
+            x = torch.stack([
                 torch.cat([features[p][r] for r in range(e - width + 1, e + 1) for p in poolings],
                           dim=-1) for e in lasts
-            ]  # fmt: skip
+            ])  # fmt: skip
             # The last argument's labels only score what is not read here.
-            found = linear_probe(torch.stack(joined), labels, torch.stack(joined)[:, :1],
-                                 labels[:1], seed=seed, device=device)  # fmt: skip
+            found = linear_probe(x, labels, x[:, :1], labels[:1], seed=seed, device=device)
             for i, e in enumerate(lasts):
                 held = float(found.validation[:, i].max())
                 if held > best[0]:
@@ -296,8 +295,7 @@ def linear(s: Subject) -> list[dict]:
 def low_shot(s: Subject) -> list[dict]:
     """Linear classifiers that see a few labels, over several draws; last block."""
     (x, z), settings, scores = s.features, s.settings, []
-    fewest = int(s.train.labels.unique(return_counts=True)[1].min())
-    shots = [k for k in settings.shots if k <= fewest]
+    shots = probes.possible_shots(settings.shots, settings.fractions, s.train.labels)
     for pooling in s.poolings:
         found = probes.low_shot(
             x[pooling][-1], s.train.labels, z[pooling][-1], s.test.labels, shots=shots,

@@ -191,6 +191,13 @@ def test_k_above_the_number_of_train_images_through_the_command(models, tmp_path
     assert "14 train images have fewer neighbors than k = 20" in capsys.readouterr().out
 
 
+def test_shots_beyond_the_smallest_class_are_named(models, tmp_path):
+    root = folder_of_images(tmp_path / "data", 2, 10)
+    settings = Settings(parts=("low_shot",), shots=(50, 90))
+    found = probe(models[0], root, tmp_path / "out", settings=settings, progress=False)
+    assert "has 8 train images, too few for 50 labels a class" in found["left_out"][0]
+
+
 def test_the_command(models, tmp_path, capsys):
     code = main(["probe", "--model", models[0], "--n", "64", "--n-test", "32", "--parts", "knn",
                  "--k", "3", "--out", str(tmp_path / "out")])  # fmt: skip
