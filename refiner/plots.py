@@ -745,7 +745,7 @@ def factor_heatmap(
     """Which block knows which factor, one panel a model, all on one colour scale.
 
     Args:
-        scores: by name [L, F].
+        scores: by name [L, F]; NaN is left white, with a dash.
         factors: the F factors' names.
         label: what the numbers are, for the colour bar.
         limits: values at the ends of the colour scale.
@@ -772,8 +772,8 @@ def factor_heatmap(
         image = panel.imshow(table.T, aspect="auto", cmap="cividis", vmin=low, vmax=high)
         for (block, factor), value in np.ndenumerate(table):
             dark = value < low + 0.55 * (high - low)
-            panel.text(block, factor, f"{value:.2f}".lstrip("0") if value < 1 else "1", fontsize=7,
-                       ha="center", va="center", color="white" if dark else "black")  # fmt: skip
+            panel.text(block, factor, _short(value), fontsize=7, ha="center", va="center",
+                       color="white" if dark else "black")  # fmt: skip
         numbers = range(1, len(table) + 1) if blocks is None else blocks
         panel.set_xticks(range(len(table)), numbers)
         panel.set_yticks(range(len(factors)), factors if panel is axes[0] else [])
@@ -782,6 +782,13 @@ def factor_heatmap(
     axes[0].set_ylabel("factor")
     axes[0].figure.colorbar(image, ax=list(axes), label=label)
     return axes
+
+
+def _short(value: float) -> str:
+    """A share in few letters; a dash for what is not known."""
+    if np.isnan(value):
+        return "–"
+    return f"{value:.2f}".lstrip("0") if value < 1 else "1"
 
 
 # ---------------------------------------------------------------- the method

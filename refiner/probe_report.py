@@ -399,7 +399,9 @@ def _other_figures(report: dict, pooling: str):
         yield f"cka_{pooling}", f"Linear CKA: how similar are blocks? {where}", _cka_figure(found)
     if tables := _per_model(report, pooling, "factors"):
         names = list(next(iter(tables.values())))
-        scores = {model: np.array([t[f] for f in names]).T for model, t in tables.items()}
+        scores = {
+            model: np.array([t[f] for f in names], dtype=float).T for model, t in tables.items()
+        }
         axes = plots.factor_heatmap(scores, names, label="R²; pattern and class: accuracy")
         yield f"factors_{pooling}", f"What can be read from a block, {where}", axes[0].figure
 

@@ -343,6 +343,12 @@ def test_factor_heatmap_has_factors_down_and_blocks_across():
         plots.factor_heatmap({"before": before}, ["a", "b", "c"])
 
 
+def test_factor_heatmap_shows_a_dash_where_nothing_is_known():
+    scores = torch.tensor([[0.5, torch.nan], [-0.25, 1.0]])
+    (ax,) = plots.factor_heatmap({"model": scores}, ["hue", "yaw"])
+    assert sorted(texts(ax)) == sorted([".50", "–", "-0.25", "1"])
+
+
 def test_a_spider_closes_its_outlines_and_keeps_one_scale():
     values = {"before": [0.2, 0.5, 0.9, 0.4], "after": np.array([0.4, 0.6, 0.8, 0.4])}
     ax = plots.spider(values, ["k-NN", "linear", "clusters", "dense"])
