@@ -309,7 +309,11 @@ def linear_cka(x: Tensor, y: Tensor | None = None, *, debiased: bool = False) ->
 
 def _centred(x_ND: Tensor) -> Tensor:
     """float32, centred, and scaled such that no square overflows."""
-    x_ND = x_ND.double() - x_ND.double().mean(0)
+    x_ND = x_ND.double()
+    largest_D = x_ND.abs().amax(0)
+    x_ND = x_ND - x_ND.mean(0)
+    # The mean of a constant feature is rounded; what is left of it would become a direction.
+    x_ND[:, x_ND.abs().amax(0) <= 1e-12 * largest_D] = 0
     return (x_ND / x_ND.norm().clamp_min(1e-300)).float()
 
 

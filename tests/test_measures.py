@@ -226,7 +226,19 @@ def test_cka_of_different_images_is_refused():
         linear_cka(normal(9, 3), normal(8, 3))
     with pytest.raises(ValueError, match="at least 4"):
         linear_cka(normal(3, 3), debiased=True)
-    assert linear_cka(torch.ones(9, 3), normal(9, 3)).isnan()
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cka_of_constant_features_is_not_known(dtype, debiased):
+    """0.1 has no exact mean: what rounding leaves must not count as features."""
+    y = normal(9, 3).to(dtype)
+    for value in (0, 0.1, 0.3, 1):
+        x = torch.full((9, 3), value, dtype=dtype)
+        assert linear_cka(x, y, debiased=debiased).isnan()
+        beside = torch.cat([1e6 * x, 1e-6 * y], dim=1)
+        expected = float(linear_cka(y, y, debiased=debiased))
+        assert float(linear_cka(beside, y, debiased=debiased)) == pytest.approx(expected, abs=1e-5)
 
 
 # ---------------------------------------------------------------- intrinsic dimension
