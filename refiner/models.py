@@ -106,7 +106,7 @@ def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
     Raises:
         ValueError: for a model that neither :func:`build_vit` nor :func:`load_model` made.
     """
-    card = model.refiner_card
+    card = getattr(model, "refiner_card", {})
     if "architecture" in card:
         twin = build_vit(**card["architecture"], seed=seed)
     elif "timm" in card:

@@ -62,6 +62,12 @@ def test_random_like_is_the_same_architecture_with_other_weights():
     assert not torch.equal(model.patch_embed.proj.weight, twin.patch_embed.proj.weight)
 
 
+def test_random_like_says_what_it_needs_of_a_plain_model():
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match="random_like needs a model of build_vit or load_model"):
+        models.random_like(timm.create_model("vit_tiny_patch16_224", **options))
+
+
 def test_the_model_card_tells_recipe_and_figures(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
     model.refiner_card |= {"name": "mine", "method": "MIM-Refiner", "refine_recipe": {"lr": 0.5},
