@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -138,14 +138,15 @@ def preprocessing_card(model: Encoder) -> dict:
     known = getattr(model, "pretrained_cfg", None) or {}
     known = known if isinstance(known, dict) else known.to_dict()
     built_for = getattr(model.patch_embed, "img_size", None)
-    return {
-        "preprocessing": {
-            "size": built_for[0] if built_for else known["input_size"][-1],
-            "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
-            "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
-            "interpolation": known.get("interpolation") or "bicubic",
-        }
+    how = {
+        "size": built_for[0] if built_for else known["input_size"][-1],
+        "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
+        "interpolation": known.get("interpolation") or "bicubic",
     }
+    if known.get("crop_pct"):
+        how["crop_pct"] = known["crop_pct"]
+    return {"preprocessing": how}
 
 
 # ---------------------------------------------------------------- extraction
@@ -219,7 +220,8 @@ def extract(
         for batch in _ahead(_batches(images, batch_size)):
             x = batch.to(device, non_blocking=True)
             x = preprocess(x, card) if x.dtype == torch.uint8 else x
-            with torch.autocast(device.type, dtype) if autocast else nullcontext():
+            # Turned off, it is so inside of somebody else's autocast too.
+            with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
                 pooled = _pooled_pass(model, x.to(own), numbers, pools)
             for kind, value in pooled.items():
                 store.put(kind, value.float().cpu())

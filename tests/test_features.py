@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -199,6 +200,15 @@ def test_low_precision_is_close_and_still_returned_in_float32():
     assert 0 < error < 0.05
 
 
+def test_float32_turns_an_outer_autocast_off():
+    model, x = tiny(), pixels(4)
+    expected = quiet(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, None):
+            found = quiet(model, x, dtype=dtype)
+            assert all(torch.equal(found[kind], expected[kind]) for kind in expected)
+
+
 def test_not_finite_features_name_the_block():
     model = tiny()
     model.blocks[1].mlp.fc2.bias.data[0] = torch.nan
@@ -321,3 +331,6 @@ def test_a_model_without_a_card_falls_back_to_timm_and_imagenet():
     how = preprocessing_card(model)["preprocessing"]
     assert (how["mean"], how["interpolation"]) == ([0.1, 0.2, 0.3], "bilinear")
     assert torch.isfinite(quiet(model, pixels(3, size=20))["final"]).all()
+    known = timm.create_model("vit_tiny_patch16_224", depth=1)
+    config = timm.data.resolve_data_config(model=known)  # as load_model's card
+    assert preprocessing_card(known)["preprocessing"]["crop_pct"] == config["crop_pct"] < 1
