@@ -164,7 +164,9 @@ def pretrain_command(args: argparse.Namespace) -> int:
     """Trains and writes model, decoder, card and history."""
     from refiner.images import load_images
     from refiner.mae import MAERecipe, pretrain, recipe_for, start_from
+    from refiner.parallel import check_device
 
+    check_device(args.device)
     recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings)
     start = start_from(args.start, recipe) if args.start else None
     check_out(args.out)
@@ -331,8 +333,10 @@ def add_probe(subparsers, common: argparse.ArgumentParser) -> None:
 
 def probe_command(args: argparse.Namespace) -> int:
     """Probes and writes the report."""
+    from refiner.parallel import check_device
     from refiner.probe_report import Settings, probe
 
+    check_device(args.device)
     names = ("parts", "k", "shots", "fractions", "draws", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -386,8 +390,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     from refiner.evaluate import evaluate
     from refiner.evaluate_report import findings
+    from refiner.parallel import check_device
     from refiner.protocols import EvaluationSettings
 
+    check_device(args.device)
     on_gpu = (args.device or "cuda").startswith("cuda") and torch.cuda.is_available()
     preset = getattr(EvaluationSettings, args.preset or ("gpu" if on_gpu else "cpu"))()
     settings = changed(preset, args.settings)

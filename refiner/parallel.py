@@ -44,8 +44,7 @@ def join(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: for a device that is not here, and for processes that were not started.
     """
-    if device is not None and not _is_here(str(device)):
-        raise ValueError(f"there is no device {str(device)!r} here; leave it out")
+    check_device(device)
     cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
     started = [int(os.environ[name]) for name in WORLD_SIZES if name in os.environ]
     if not started and "MASTER_ADDR" in os.environ and os.environ.get(CPU_ONLY) == "True":
@@ -60,11 +59,22 @@ def join(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cpu" if cpu else device or "cuda")
 
 
+def check_device(device: str | torch.device | None) -> None:
+    """Does nothing for a device that is here, or None.
+
+    Raises:
+        ValueError: for another, where torch's errors would be of several types and long.
+    """
+    if device is not None and not _is_here(str(device)):
+        raise ValueError(f"there is no device {str(device)!r} here; leave it out")
+
+
 def _is_here(device: str) -> bool:
-    if device.startswith("cuda"):  # asked without touching one, as that would take its memory
-        return torch.cuda.is_available()
     try:
-        torch.empty(0, device=device)
+        asked = torch.device(device)
+        if asked.type == "cuda":  # asked without touching one, as that would take its memory
+            return torch.cuda.is_available() and (asked.index or 0) < torch.cuda.device_count()
+        torch.empty(0, device=asked)
     except (RuntimeError, AssertionError, NotImplementedError):
         return False
     return True

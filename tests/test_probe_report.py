@@ -215,6 +215,8 @@ def test_the_command(models, tmp_path, capsys):
         (["--model", "no_such_model"], "no_such_model"),
         (["--data", "no_such_folder"], "no_such_folder"),
         (["--n", "0"], "n must be at least 1"),
+        (["--device", "foo"], "there is no device 'foo' here; leave it out"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message, models, tmp_path, capsys):

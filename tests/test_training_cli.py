@@ -105,6 +105,8 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
     (["refine", "--set", "blocks=(5,)"], "a head on block 5 trains nothing when 6 blocks are"),
     (["refine", "--device", "gpu"], "there is no device 'gpu' here"),
+    (["pretrain", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
+    (["evaluate", "--device", "gpu"], "there is no device 'gpu' here"),
     (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
     (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 0 to 11"),
     (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
