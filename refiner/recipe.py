@@ -41,6 +41,8 @@ class Recipe:
         steps: steps of stage 3 (encoder and heads).
         head_lr, lr: peak learning rates of the two stages for a batch of 256; scaled linearly.
         layer_decay: factor on the learning rate from each block to the one before it.
+        decay_last: the last block is one factor below the heads and the final norm already, as in
+            the published runs. Without it, it learns at their rate.
         weight_decay, head_weight_decay: of the encoder's and the heads' matrices in stage 3.
         warmup: share of each stage's steps.
         head_warmup: the share in stage 2, where it is another one.
@@ -82,6 +84,7 @@ class Recipe:
     head_lr: float = 2e-4
     lr: float = 4e-4
     layer_decay: float = 0.65
+    decay_last: bool = False
     weight_decay: float = 0.05
     head_weight_decay: float = 1e-5
     warmup: float = 0.15
@@ -165,7 +168,7 @@ class Recipe:
         local = 96 if name.endswith("/16") else 98  # a multiple of the patch
         views = tuple(replace(v, size=local) if v.size == 96 else v for v in cls().views)
         base = cls(views=views, head_steps=20 * per_epoch, steps=epochs * per_epoch,
-                   head_warmup=4 / 20, warmup=4 / epochs, **facts)  # fmt: skip
+                   head_warmup=4 / 20, warmup=4 / epochs, decay_last=True, **facts)  # fmt: skip
         return replace(base, **changes)
 
     @classmethod
@@ -204,6 +207,7 @@ class Recipe:
             head_steps=20 * per_epoch, steps=30 * per_epoch, head_warmup=4 / 20, warmup=4 / 30,
             top_k=max(1, round(20 * math.sqrt(queue / 65_536))),
             temperature=_temperature(width), ema=min(0.9999, 1 - 4 / (30 * per_epoch)),
+            decay_last=True,
         )  # fmt: skip
         return replace(base, **changes)
 

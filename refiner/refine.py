@@ -698,8 +698,29 @@ def _full_optimizer(run: Refined) -> torch.optim.Optimizer:
         no_weight_decay_list=model.no_weight_decay(),
     )  # fmt: skip
     kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
+    if recipe.decay_last:
+        kept = _below_the_norm(model, kept, recipe.layer_decay)
     heads = {"params": list(run.heads.parameters()), "weight_decay": recipe.head_weight_decay}
     return torch.optim.AdamW([*kept, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _below_the_norm(model: Encoder, groups: list[dict], decay: float) -> list[dict]:
+    """Everything but the final norm one decay lower.
+
+    The authors count the final norm as the last layer (``LayerwiseLrDecayModifier`` in
+    ml-jku/MIM-Refiner, after BEiT); timm counts it to the last block.
+    """
+    final = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+    ids = {id(p) for module in final if module is not None for p in module.parameters()}
+    found = []
+    for group in groups:
+        norm = [p for p in group["params"] if id(p) in ids]
+        below = [p for p in group["params"] if id(p) not in ids]
+        if norm:
+            found.append(group | {"params": norm, "lr_scale": 1.0})
+        if below:
+            found.append(group | {"params": below, "lr_scale": group["lr_scale"] * decay})
+    return found
 
 
 def freeze_first(model: Encoder, blocks: int) -> None:

@@ -47,6 +47,7 @@ def test_paper_presets(name, depth, heads, temperature, batch, epochs, frozen, l
     assert (recipe.temperature, recipe.batch, recipe.frozen_blocks) == (temperature, batch, frozen)
     assert (recipe.head_steps, recipe.steps) == (20 * per_epoch, epochs * per_epoch)
     assert (recipe.head_lr, recipe.lr, recipe.layer_decay) == (2e-4, 4e-4, 0.65)
+    assert recipe.decay_last and not Recipe.cpu().decay_last
     assert (recipe.weight_decay, recipe.head_weight_decay) == (0.05, 1e-5)
     assert (recipe.queue, recipe.top_k, recipe.ema) == (65_536, 20, 0.9999)
     assert (recipe.hidden, recipe.predictor_hidden, recipe.out) == (2048, 4096, 256)
@@ -94,7 +95,8 @@ def shaped(width, *, size=224, patch=16, depth=24):
 def test_fitted_to_imagenet_and_a_large_model_is_nearly_the_papers():
     fitted, paper = Recipe.fitted(shaped(1024), 1_281_167), Recipe.paper("L/16")
     same = ("views", "batch", "queue", "top_k", "temperature", "hidden", "predictor_hidden", "out",
-            "head_steps", "steps", "warmup", "head_warmup", "lr", "blocks")  # fmt: skip
+            "head_steps", "steps", "warmup", "head_warmup", "lr", "layer_decay", "decay_last",
+            "blocks")  # fmt: skip
     for name in same:
         assert getattr(fitted, name) == getattr(paper, name), name
     assert fitted.ema == pytest.approx(paper.ema, abs=1e-5)

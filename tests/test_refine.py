@@ -130,8 +130,10 @@ def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, imag
     assert torch.allclose(step.loss.double(), loss, rtol=1e-6)
 
 
-def test_layer_decay_is_a_power_of_the_depth(model, images):
-    recipe = R.complete_recipe(replace(TINY, frozen_blocks=0, layer_decay=0.5), model, images)
+@pytest.mark.parametrize("decay_last", [False, True])
+def test_layer_decay_is_a_power_of_the_depth(model, images, decay_last):
+    recipe = replace(TINY, frozen_blocks=0, layer_decay=0.5, decay_last=decay_last)
+    recipe = R.complete_recipe(recipe, model, images)
     heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
     run = R.Refined(model, heads, R.NeighborQueue(8, 8, heads=2), recipe)
     scale = {}
@@ -139,11 +141,14 @@ def test_layer_decay_is_a_power_of_the_depth(model, images):
         for parameter in group["params"]:
             scale[id(parameter)] = group.get("lr_scale", 1.0)
     names = dict(model.named_parameters())
-    # Layers from the top: block 2 with the final norm, block 1, block 0, embedding.
-    powers = {"norm.weight": 0, "blocks.2.mlp.fc1.weight": 0, "blocks.0.mlp.fc1.weight": 2,
-              "patch_embed.proj.weight": 3}  # fmt: skip
+    assert set(scale) >= {id(p) for p in model.parameters()}
+    # Layers from the top: block 2 with the final norm, block 1, block 0, embedding. In the authors'
+    # code the norm is a layer of its own: scales decay ** (blocks + 1 - i), embedding first.
+    powers = {"blocks.2.mlp.fc1.weight": 0, "blocks.1.norm1.bias": 1, "blocks.0.mlp.fc1.weight": 2,
+              "patch_embed.proj.weight": 3, "cls_token": 3}  # fmt: skip
     for name, power in powers.items():
-        assert scale[id(names[name])] == pytest.approx(0.5**power), name
+        assert scale[id(names[name])] == pytest.approx(0.5 ** (power + decay_last)), name
+    assert scale[id(names["norm.weight"])] == scale[id(names["norm.bias"])] == 1.0
     assert scale[id(heads.projector[0].weight)] == 1.0
 
 
