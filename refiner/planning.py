@@ -108,6 +108,7 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     if isinstance(images, ImageStream):
         images = images.sample(recipe.batch)
     if available is None:
+        _free(device)  # what earlier runs of this process have left is there for this one
         available = float(parallel.average(torch.tensor(_available(device), device=device)))
     memory, changes = memory_needed(model, images, recipe, device), {}
 

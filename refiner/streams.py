@@ -280,6 +280,9 @@ class StreamBatches:
         for pool in (self.reader, self.decoders):
             if pool:
                 pool.shutdown(cancel_futures=True)
+        # The generator knows this object: a cycle, which would keep batches on the device.
+        self.samples = None
+        self.coming.clear()
 
     def _take(self) -> tuple[Tensor, Tensor]:
         ids, encoded = zip(*islice(self.samples, self.batch), strict=True)

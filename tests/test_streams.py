@@ -1,10 +1,12 @@
 """Streams: every image once an epoch, the same ids in any order, exact resuming, clear errors."""
 
+import gc
 import io
 import os
 import subprocess
 import sys
 import tarfile
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -115,6 +117,20 @@ def test_processes_have_their_own_shards(stream):
     assert {i // SHARD for i in ids[0]} == {0, 2} and {i // SHARD for i in ids[1]} == {1}
     with pytest.raises(ValueError, match="3 shards .* cannot be shared by 4 processes"):
         StreamBatches(stream, 3, CPU, world=4, steps=1)
+
+
+def test_a_closed_stream_leaves_no_batches_behind(stream):
+    """Not even without the garbage collector: they would lie on a GPU."""
+    batches = StreamBatches(stream, 3, CPU, steps=16)
+    there = [weakref.ref(batches), weakref.ref(batches[0][0])]
+    gc.collect()
+    gc.disable()
+    try:
+        batches.close()
+        del batches
+        assert [x() for x in there] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 6, 7, 8, 13])
