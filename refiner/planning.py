@@ -110,10 +110,10 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     if available is None:
         _free(device)  # what earlier runs of this process have left is there for this one
         available = float(parallel.average(torch.tensor(_available(device), device=device)))
-    memory, changes = memory_needed(model, images, recipe, device), {}
+    memory, changes = _memory(model, images, recipe, device), {}
 
     def needed(other: Recipe) -> float:
-        return NOT_COUNTED * sum(memory_needed(model, images, other, device).values())
+        return NOT_COUNTED * sum(_memory(model, images, other, device).values())
 
     fits = lambda batch: True  # noqa: E731
     if NOT_COUNTED * sum(memory.values()) > available:
@@ -246,6 +246,18 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
         "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
         "lookup": 4.0 * t * g * own * recipe.queue,
     }
+
+
+def _memory(model: Encoder, images, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """As :func:`memory_needed`; where the device is too small even to look, it looks on the CPU."""
+    try:
+        return memory_needed(model, images, recipe, device)
+    except torch.OutOfMemoryError:
+        if parallel.world() > 1:  # the others wait for this process in the midst of a step
+            raise
+    _free(device)
+    found = memory_needed(model, images, recipe, torch.device("cpu"))
+    return found | {"images": _resident(images, device)}
 
 
 def _resident(images, device: torch.device) -> float:

@@ -134,6 +134,18 @@ def test_images_that_are_copied_to_the_device_are_counted(images):
     assert planning._resident(images, CPU) == planning._resident(["a.png"], CPU) == 0
 
 
+def test_memory_is_counted_elsewhere_if_the_device_is_too_small_to_look(model, images, monkeypatch):
+    def full(model, recipe, device):
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return begin(model, recipe, device)
+
+    monkeypatch.setattr(planning, "begin", full)
+    recipe = complete_recipe(TINY, model, images)
+    found = planning._memory(model, images, recipe, torch.device("cuda"))
+    assert found == memory_needed(model, images, recipe, CPU) | {"images": images.nbytes}
+
+
 # ---------------------------------------------------------------- time
 
 
