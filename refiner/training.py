@@ -267,7 +267,7 @@ def origin(images, model: nn.Module | None = None, *, start: str | None = None) 
         "start": start,
     }
     if model is not None:
-        sums = [v.detach().double().abs().sum() for v in model.state_dict().values()]
+        sums = [v.detach().cpu().double().abs().sum() for v in model.state_dict().values()]
         found["weights"] = torch.stack(sums).tolist()
     return found
 
