@@ -47,8 +47,8 @@ from refiner.training import (
     cosine_schedule,
     load_state,
     origin,
-    remove_states,
     save_state,
+    set_states_aside,
     step_generator,
     whole_numbers,
 )
@@ -233,8 +233,8 @@ def finetune(
         model: the encoder; it stays as it is.
         images: train images with labels.
         recipe: default :meth:`FinetuneRecipe.cpu` on a CPU, else :meth:`FinetuneRecipe.gpu`.
-        out: a folder for the training state; without it nothing is written. A state of an earlier
-            run there is removed.
+        out: a folder for the training state; without it nothing is written. The state of an
+            earlier run there becomes ``finetune.old.pt``.
         resume: go on from the state in ``out``, with the same model and images.
         save_every: steps between saved states.
         device: default CUDA if there is one, else the CPU. On CUDA products are bf16.
@@ -258,7 +258,7 @@ def finetune(
     if resume:
         run.restore()
     elif out:
-        remove_states(run.out / "finetune.pt")
+        set_states_aside(run.out / "finetune.pt")
     with tqdm(total=run.steps, initial=run.done, desc="fine-tuning", unit="step",
               leave=None, disable=not progress) as bar:  # fmt: skip
         run.train(bar, save_every)

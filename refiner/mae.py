@@ -34,8 +34,8 @@ from refiner.training import (
     load_state,
     machine,
     origin,
-    remove_states,
     save_state,
+    set_states_aside,
     step_generator,
     take,
     whole_numbers,
@@ -313,7 +313,7 @@ def pretrain(
         recipe: a :class:`MAERecipe`; the default is the embedded checkpoint's.
         start: continue from this autoencoder (it is trained in place) instead of fresh weights.
         out: folder for the model, ``history.json`` and the training state, of which the last two
-            are kept; states of an earlier run there are removed. None keeps nothing.
+            are kept; that of an earlier run there becomes ``state.old.pt``. None keeps nothing.
         resume: go on from the state in ``out``, with the same images and start. The result is that
             of an uninterrupted run.
         save_every: steps between saved states.
@@ -352,7 +352,7 @@ def pretrain(
     if resume:
         first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe, began_with)
     elif out:
-        remove_states(Path(out) / "state.pt")
+        set_states_aside(Path(out) / "state.pt")
     forward = torch.compile(mae, dynamic=False) if recipe.compile else mae
 
     began = time.monotonic()

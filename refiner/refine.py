@@ -68,9 +68,9 @@ from refiner.training import (
     load_state,
     machine,
     origin,
-    remove_states,
     repeated_indices,
     save_state,
+    set_states_aside,
     step_generator,
 )
 from refiner.views import make_views
@@ -343,7 +343,8 @@ def refine(
             are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
         out: folder for the refined model, heads, ``history.json`` and the training state, of which
-            the last two are kept. States of an earlier run there are removed.
+            the last two are kept. The state of an earlier run there becomes
+            ``state.old.pt``.
         resume: go on from the state in ``out``, with the same model and images; ``lr``,
             ``head_lr``, ``clip``, ``checkpoint`` and ``compile`` may be others than before.
         evaluate: called with the averaged encoder; its dict of numbers goes into the history
@@ -369,6 +370,8 @@ def refine(
         refiner.watch.Collapse: when all projections became the same. Both keep the saved states.
     """
     device = parallel.join(device)
+    if evaluate_every and evaluate is None:
+        raise ValueError("evaluate_every needs an evaluate, such as refiner.watch.online_knn makes")
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
     run = begin(model, recipe, device)
     if out:
@@ -381,7 +384,7 @@ def refine(
         for rest in Path(out).glob(".state*"):  # half a state, of a run that was killed
             rest.unlink()
         if not resume:
-            remove_states(Path(out) / "state.pt")
+            set_states_aside(Path(out) / "state.pt")
     if resume:
         trainer.restore()
     total = recipe.head_steps + recipe.steps

@@ -246,10 +246,24 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def remove_states(path: str | Path) -> None:
-    """Removes the states of an earlier run, so that nobody goes on from them by mistake."""
-    for old in (Path(path), previous_state(Path(path))):
-        old.unlink(missing_ok=True)
+def set_states_aside(path: str | Path) -> None:
+    """Takes the states of an earlier run out of the way, so that nobody goes on from them.
+
+    The last one is kept as ``*.old.pt``: a forgotten ``resume`` should not cost a long run.
+    """
+    path = Path(path)
+    states = [p for p in (path, previous_state(path)) if p.is_file()]
+    if not states:
+        return
+    old = path.with_name(f"{path.stem}.old{path.suffix}")
+    states[0].replace(old)
+    for rest in states[1:]:
+        rest.unlink()
+    warnings.warn(
+        f"{path.parent} held the state of an earlier run, now {old.name}: to go on from it, rename "
+        f"it to {path.name} and resume",
+        stacklevel=3,
+    )
 
 
 def origin(images, model: nn.Module | None = None, *, start: str | None = None) -> dict:

@@ -191,7 +191,7 @@ def test_only_the_same_images_and_start_go_on(pixels, tmp_path):
     assert M.pretrain(pixels, start=start, resume=True, **options).history[-1]["step"] == 12
 
 
-def test_a_fresh_start_leaves_no_state_of_an_earlier_run(pixels, tmp_path, monkeypatch):
+def test_a_fresh_start_sets_the_state_of_an_earlier_run_aside(pixels, tmp_path, monkeypatch):
     M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False)
 
     def interrupt(*_):
@@ -202,6 +202,7 @@ def test_a_fresh_start_leaves_no_state_of_an_earlier_run(pixels, tmp_path, monke
         M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, progress=False)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, resume=True)
+    assert (tmp_path / "state.old.pt").is_file()
 
 
 def test_saved_folder_loads_as_encoder_and_as_autoencoder(pixels, tmp_path):

@@ -224,16 +224,20 @@ def test_states_of_older_versions_still_load(model, images, whole, tmp_path):
     assert_same(whole, run(model, images, tmp_path))
 
 
-def test_a_fresh_start_leaves_no_state_of_an_earlier_run(model, images, tmp_path, monkeypatch):
+def test_a_fresh_start_sets_the_state_of_an_earlier_run_aside(
+    model, images, whole, tmp_path, monkeypatch
+):
     """Or an interruption before the first save would go on with that run's weights."""
     run(model, images, tmp_path)
     other = build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=1)
     with monkeypatch.context() as patch:
-        mortal(patch, 1)
-        with pytest.raises(Killed):
+        mortal(patch, 3)
+        with pytest.raises(Killed), pytest.warns(UserWarning, match="now state.old.pt"):
             run(other, images, tmp_path, resume=False)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         run(other, images, tmp_path, resume=True)
+    (tmp_path / "state.old.pt").rename(tmp_path / "state.pt")  # it was a mistake
+    assert_same(whole, run(model, images, tmp_path, resume=True))
 
 
 def test_a_refused_start_leaves_the_states(model, images, whole, tmp_path):
