@@ -22,9 +22,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only their owner can read
     try:
         yield Path(temporary)
+        # mkstemp and safetensors make files that only their owner can read.
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

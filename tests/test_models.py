@@ -1,6 +1,7 @@
 """Building, saving and loading encoders."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -100,6 +101,18 @@ def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
     models.save_model(found, tmp_path / "again")
     again = models.load_model(tmp_path / "again")
     assert torch.equal(again.forward_features(x), found.forward_features(x))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for permissions as on Linux and macOS")
+def test_saved_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    """Whatever the library that writes them would choose: a team shares its models."""
+    old = os.umask(0o022)
+    try:
+        models.save_model(models.build_vit(**SMALL), tmp_path / "m")
+    finally:
+        os.umask(old)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
+    assert set(modes.values()) == {0o644}, modes
 
 
 def test_the_weights_of_a_saved_folder_are_loaded_as_the_folder(tmp_path):
