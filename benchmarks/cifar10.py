@@ -17,7 +17,7 @@ k-NN in two conventions, over every block and both poolings: lightly's benchmark
 and NNCLR has 0.892) and this course's (k=10, 0.07, standardised). Finished rungs are kept in
 ``runs/cifar10`` and used again; an interrupted one goes on. ``--embedded`` takes the MAE of the cpu
 preset and seed 0 from ``data/`` (``mae_cifar10``, made by this script). Results of rungs that were
-not asked for stay in the file.
+not asked for stay in the file, and a figure of all blocks is drawn beside it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from measured import features_of, header, rounded
 
 import refiner
+from refiner import plots
 from refiner.files import write_json
 from refiner.mae import MAERecipe, load_mae, pretrain
 from refiner.models import build_vit
@@ -44,6 +46,9 @@ RUNS = Path("runs/cifar10")
 TIMED = 12  # steps timed of each training
 LONGER = 8  # times the steps, for the rungs named "long"
 EMBEDDED = "mae_cifar10"
+DRAWN = {"mae": "MAE", "long_mae": "MAE, longer (control)", "mae_longer": "MAE, longer (control)",
+         "from_scratch": "NNA without MAE, short (control)", "all_heads": "refined",
+         "long_heads": f"refined, {LONGER} times the steps"}  # fmt: skip
 LONG_RUNGS = ("long_heads", "long_mae", "long_scratch")
 RUNGS = ("mae", "all_heads", "one_head", "swap_both", "mae_longer", "from_scratch", *LONG_RUNGS)
 
@@ -237,6 +242,26 @@ def merged(out: Path, found: dict) -> dict:
     return found
 
 
+def draw(cells: list[dict], path: Path) -> None:
+    """k-NN (k=10) of every block, a panel a pooling; the first seed and the longest control."""
+    first = {c["rung"]: c for c in cells if c["seed"] == min(c["seed"] for c in cells)}
+    left_out = {"mae_longer"} if "long_mae" in first else set()
+    shown = [rung for rung in DRAWN if rung in first and rung not in left_out]
+    with plots.style():
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+        for ax, (pooling, name) in zip(axes, (("cls", "class token"), ("patch", "patch mean")),
+                                       strict=True):  # fmt: skip
+            for i, rung in enumerate(shown):
+                y = torch.tensor(first[rung][pooling]["k10"]) * 100
+                ax.plot(range(1, 1 + len(y)), y, label=DRAWN[rung], markersize=5,
+                        **plots.curve_style(i))  # fmt: skip
+            ax.set(title=f"CIFAR-10, {name}", xlabel="block")
+        axes[0].set_ylabel("k-NN accuracy, %")
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+        fig.savefig(path, dpi=90)
+        plt.close(fig)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -274,7 +299,9 @@ def main() -> None:
     out = args.out or RESULTS / f"{name}.json"
     command = f"python benchmarks/cifar10.py --preset {args.preset} --split {args.split}"
     sizes = {"train": len(train), "bank": len(bank), "queries": len(queries), "split": args.split}
-    write_json(out, merged(out, {**header(command), **sizes, "cells": cells}))
+    found = merged(out, {**header(command), **sizes, "cells": cells})
+    write_json(out, found)
+    draw(found["cells"], out.with_suffix(".png"))
     print(f"wrote {out}")
 
 

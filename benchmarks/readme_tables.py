@@ -26,6 +26,9 @@ CIFAR = {
     "swap_both": "refined, NNCLR's swap of both roles",
     "one_head": "refined, NNA, 1 head",
     "all_heads": "refined, NNA, 4 heads",
+    "long_mae": "MAE, longer by the time of the next row (control)",
+    "long_heads": "refined, NNA, 4 heads, 8 times the steps",
+    "long_scratch": "NNA without MAE, same total time as the row before (control)",
 }
 
 

@@ -109,6 +109,9 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     assert cards["swap_both"]["refine_recipe"]["swap"] == "both"
     found = cifar.measure(ladder.train("mae")[0], images[:200], images[200:])
     assert len(found["cls"]["k200"]) == len(found["patch"]["k10"]) == 3
+    cells = [{"rung": rung, "seed": 0, **found} for rung in cifar.RUNGS]
+    cifar.draw(cells, tmp_path / "blocks.png")
+    assert (tmp_path / "blocks.png").stat().st_size > 10_000
 
 
 def test_cifar_takes_the_embedded_mae_for_its_own_recipe_only(scripts):
