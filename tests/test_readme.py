@@ -206,8 +206,12 @@ def test_the_evaluation_of_cifar_in_words_is_its_report():
     verdicts = [entry["verdict"] for entry in comparison(report)]
     better, worse = verdicts.count("better"), verdicts.count("worse")
     text = " ".join(README.split())
-    assert f"of {len(verdicts)} figures {better} is better by more than two spreads" in text
-    assert f"and {worse} are worse ([figure]" in text
+    assert f"of {len(verdicts)} figures {better} are better by more than two spreads, all" in text
+    assert f"and {worse} are worse, clusters of the patch mean" in text
+    gained = {e["name"] for e in comparison(report) if e["verdict"] == "better"}
+    lost = {e["name"] for e in comparison(report) if e["verdict"] == "worse"}
+    assert not any("patch mean" in name or "linear" in name for name in gained)
+    assert lost == {"ACC, patch mean", "ARI, patch mean"}
     seconds = sum(e["cpu_seconds"] for row in report["rows"].values() for e in row.values())
     assert f"{seconds / 60:.1f} minutes of processor time): of" in text
 
