@@ -493,7 +493,7 @@ def cases():
         (lambda x: None, "not solved yet"),
         (lambda x: (_ for _ in ()).throw(NotImplementedError), "not solved yet"),
         (lambda x: x.nothing, "raises AttributeError: 'Tensor' object has no attribute"),
-        (lambda x: "four", "type str, not Tensor"),
+        (lambda x: "four", "type str; a tensor"),
         (lambda x: x.sum(0), r"shape \[4\], not \[3, 4\]"),
         (lambda x: x**2 + (x == x.max()) * 0.1, r"is [\d.e+-]+ at \[\d, \d\] where .* is right"),
         (lambda x: x**2 * float("nan"), "holds NaN"),
