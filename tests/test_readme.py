@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -196,6 +197,27 @@ def test_no_cell_of_the_study_loses_its_last_blocks():
     assert len(curves) == 9 * 4 and "compares nine encoders and decoders" in text
     assert max(max(curve) - curve[-1] for curve in curves) < 0.03
     assert "no last block is more than 3 points below the best" in text
+
+
+def test_cifar_in_words_is_its_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "cifar10_cpu.json").read_text())
+    cells = {cell["rung"]: cell for cell in result["cells"]}
+    last = {
+        rung: {p: 1000 * c[p]["k10"][-1] for p in ("cls", "patch")} for rung, c in cells.items()
+    }
+
+    def gain(rung, over, pooling="cls"):  # test images are 2,000: a half is a tenth of a point
+        return f"{int(last[rung][pooling] - last[over][pooling] + 1e-6) / 10:.1f}"
+
+    text = " ".join(README.split())
+    assert f"class token by {gain('long_heads', 'mae')} points (k = 10), which is" in text
+    assert f"which is {gain('long_heads', 'long_mae')} more than an MAE reaches" in text
+    assert f"which has no head, gains {gain('long_heads', 'mae', 'patch')}." in text
+    curve = cells["long_heads"]["cls"]["k10"]
+    assert all(a < b for a, b in pairwise(curve[7:])), "rises over all blocks with a head"
+    assert min(last, key=lambda rung: last[rung]["cls"]) == "from_scratch"
+    short = last["all_heads"]["cls"] - last["mae_longer"]["cls"]
+    assert 0 < short < 10, "little more"  # points
 
 
 def test_the_evaluation_of_cifar_in_words_is_its_report():
