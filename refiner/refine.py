@@ -373,6 +373,8 @@ def refine(
     if evaluate_every and evaluate is None:
         raise ValueError("evaluate_every needs an evaluate, such as refiner.watch.online_knn makes")
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    if not recipe.head_steps + recipe.steps:
+        raise ValueError("head_steps and steps are both 0: there is nothing to train")
     run = begin(model, recipe, device)
     if out:
         check_savable(run.model)

@@ -328,6 +328,13 @@ def test_swap_ramp():
     assert R.swap_chance(R.Recipe.cpu(swap_from=0.0, swap_full=0.0), 0) == 1.0
 
 
+def test_runs_without_anything_to_do_are_refused(model, images):
+    with pytest.raises(ValueError, match="both 0: there is nothing to train"):
+        R.refine(model, images, recipe=replace(TINY, head_steps=0, steps=0), progress=False)
+    with pytest.raises(ValueError, match="evaluate_every needs an evaluate"):
+        R.refine(model, images, recipe=TINY, progress=False, evaluate_every=2)
+
+
 def test_evaluation_sees_the_average_and_does_not_disturb_the_run(model, images):
     seen = []
 
