@@ -221,14 +221,14 @@ def _probe_model(model, found: dict, train: ImageSet, test: ImageSet, settings: 
     if all(part in found.get("done", []) for part in wanted):
         bar.update(_total(settings))
         return
-    bar.set_description("features")
+    bar.set_description_str("features")
     keys, queries = (
         extract(model, images, device=device, progress=False) for images in (train, test)
     )
     found["blocks"] = list(keys.blocks)
     bar.update(COST["features"])
     for part in settings.parts:
-        bar.set_description(part.replace("_", "-"))
+        bar.set_description_str(part.replace("_", "-"))
         if part in wanted and part not in found.get("done", []):
             for pooling in (p for p in poolings if p in keys):
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
