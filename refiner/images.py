@@ -549,7 +549,7 @@ def load_holdout(
 def _files_of(folder: Path, split: str) -> tuple[list[Path], Tensor | None, tuple[str, ...], Path]:
     """A split's files, labels, classes and folder; see :func:`_list_folder`."""
     root, present = _find_splits(folder)
-    folder = split_folder(folder, split)
+    folder = split_folder(root, split)
     return *_list_folder(folder, [root / name for name in present.values()]), folder
 
 

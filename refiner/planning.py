@@ -115,9 +115,12 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     def needed(other: Recipe) -> float:
         return NOT_COUNTED * sum(_memory(model, images, other, device).values())
 
-    fits = lambda batch: True  # noqa: E731
-    if NOT_COUNTED * sum(memory.values()) > available:
-        fits = lambda batch: needed(replace(recipe, batch=batch)) <= available  # noqa: E731
+    too_large = NOT_COUNTED * sum(memory.values()) > available
+
+    def fits(batch: int) -> bool:
+        return not too_large or needed(replace(recipe, batch=batch)) <= available
+
+    if too_large:
         changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
     return Plan(
         recipe=recipe, images=count,
