@@ -1,4 +1,4 @@
-"""An embedded pair under every protocol: README's table, notebook 09's numbers, and figures.
+"""An embedded pair under every protocol: the tables of results and notebook 09, and figures.
 
     python benchmarks/evaluate_pair.py toybox|cifar10 [--preset cpu|gpu] [--data FOLDER]
 

@@ -92,7 +92,7 @@ def first_view() -> dict:
 
 
 def table(result: dict) -> list[str]:
-    """README's table."""
+    """The table of docs/results.md."""
     head = ("images × 12 blocks × 2 models", "a step of the slider, processor ms",
             "opening, s", "peak memory, MB")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]

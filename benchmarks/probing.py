@@ -376,7 +376,7 @@ def print_sides(title: str, taken: dict[str, dict]) -> None:
 
 
 def table(result: dict) -> list[str]:
-    """README's table, from the committed JSON: processor seconds by library, one row a task."""
+    """The table of docs/results.md: processor seconds by library, one row a task."""
     searches = (*result["knn"]["rows"], *result.get("knn_full", {"rows": []})["rows"])
     names = ["refiner", "faiss", "scikit-learn", "lightly"]
     names += [FLOOR] if any(FLOOR in row["sides"] for row in searches) else []

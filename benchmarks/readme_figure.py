@@ -1,4 +1,4 @@
-"""Draws README's figure from committed results and checkpoints.
+"""Draws the figure of README and docs/results.md from committed results and checkpoints.
 
     python benchmarks/readme_figure.py
 

@@ -42,8 +42,9 @@ def main() -> int:
 
 
 def collect(source: Path, notebooks: Path) -> None:
-    """Puts pages, settings, the schematic and the notebooks into one folder."""
+    """Puts pages, settings, figures and the notebooks into one folder."""
     source.mkdir(parents=True)
+    shutil.copytree(ROOT / "benchmarks" / "results", source / "benchmarks" / "results")
     shutil.copy(ROOT / "docs" / "conf.py", source)
     shutil.copy(ROOT / "docs" / "schematic.png", source)
     paths = sorted(notebooks.glob("*.ipynb"))
@@ -72,7 +73,8 @@ def prepared(notebook, names: list[str]):
 
 
 def linked(text: str, names: list[str]) -> str:
-    """Text in which every notebook's name leads to its page."""
+    """Text in which every notebook's name leads to its page, and every file to its copy."""
+    text = text.replace("](../notebooks/", "](").replace("](../benchmarks/", "](benchmarks/")
     known = "|".join(map(re.escape, names))
     return re.sub(rf"(?<!\[)`({known})`", r"[\1](\1.ipynb)", text)
 

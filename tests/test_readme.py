@@ -1,4 +1,4 @@
-"""README's numbers are those of the committed result files."""
+"""The numbers of docs/results.md and README are those of the committed result files."""
 
 import json
 import re
@@ -6,9 +6,16 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+import pytest
+from PIL import Image
+
+import refiner
+
 SEEDS = {1: "one seed", 2: "mean of two seeds", 3: "mean of three seeds"}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "refine_controls.json").read_text())
 PROBING = json.loads((ROOT / "benchmarks" / "results" / "probing.json").read_text())
 
@@ -30,14 +37,15 @@ def expected_rows() -> dict[str, list[str]]:
     }
 
 
-def test_results_table_is_the_json():
+@pytest.mark.parametrize("page", [README, PAGE], ids=["README", "results"])
+def test_results_table_is_the_json(page):
     names = {"before": "before", "mae_same_steps": "more MAE training", "refined": "refined"}
     rows = expected_rows()
     for key, name in names.items():
-        line = next(x for x in README.splitlines() if x.startswith("|") and name in x)
+        line = next(x for x in page.splitlines() if x.startswith("|") and name in x)
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        assert cells[1:] == rows[key], f"README says {cells[1:]}, the JSON {rows[key]}"
-    assert RESULTS["command"] in README
+        assert cells[1:] == rows[key], f"the page says {cells[1:]}, the JSON {rows[key]}"
+    assert RESULTS["command"] in page
 
 
 def test_refining_beats_both_controls_on_every_seed():
@@ -50,9 +58,9 @@ def test_refining_beats_both_controls_on_every_seed():
 
 def test_tables_of_the_studies_are_their_files(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from readme_tables import filled
+    from results_tables import filled
 
-    assert filled(README) == README, "run: python benchmarks/readme_tables.py"
+    assert filled(PAGE) == PAGE, "run: python benchmarks/results_tables.py"
 
 
 def test_probing_table_is_the_json(monkeypatch):
@@ -62,7 +70,7 @@ def test_probing_table_is_the_json(monkeypatch):
     lines = table(PROBING)
     parts = ("knn", "knn_full", "kmeans")
     assert len(lines) == 2 + sum(len(PROBING[part]["rows"]) for part in parts)
-    assert "\n".join(lines) in README
+    assert "\n".join(lines) in PAGE
 
 
 def test_probing_claims_hold_on_the_committed_measurement():
@@ -80,7 +88,7 @@ def test_probing_claims_hold_on_the_committed_measurement():
         {name: side["cpu_seconds"] for name, side in row["sides"].items()}
         for row in PROBING["knn_full"]["rows"]
     )
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     for taken in (narrow, wide):
         assert taken["refiner"] < taken["faiss"] and 3 * taken["refiner"] < taken["lightly"]
     times = [taken["scikit-learn"] / taken["refiner"] for taken in (narrow, wide)]
@@ -94,7 +102,7 @@ def test_probing_claims_hold_on_the_committed_measurement():
         inertia = {name: side["inertia"] for name, side in row["sides"].items()}
         assert inertia["refiner"] <= 1.001 * min(inertia.values())
     ratio = PROBING["extract"]["rows"][0]["cpu"]["ratio"]
-    assert ratio <= 1.05 and f"{ratio:.2f} times timm's" in README
+    assert ratio <= 1.05 and f"{ratio:.2f} times timm's" in PAGE
 
 
 def test_linear_probes_are_ten_times_faster_to_the_same_objective():
@@ -102,7 +110,7 @@ def test_linear_probes_are_ten_times_faster_to_the_same_objective():
     ours, exact, default = result["processor_seconds"].values()
     assert len(result["blocks"]) == 12 and len(result["penalties"]) == 8
     assert exact > 10 * ours and result["above_lowest_objective"]["refiner"]["max"] < 1e-4
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert f"8 penalties take {ours:.1f} s, scikit-learn one by one {exact:.1f} s" in text
     above = result["above_lowest_objective"]["scikit-learn, tol=1e-4 (default)"]["max"]
     assert f"{default:.1f} s with its default tolerance, up to {100 * above:.0f} %" in text
@@ -114,9 +122,9 @@ def test_costs_of_a_step_are_the_files():
     columns = ("loop", "fused optimiser", "compiled", "products only")
     for size, cells in ladder["cells"].items():
         row = " | ".join(f"{cells[name]['milliseconds']:.0f}" for name in columns)
-        assert f"| {size} | {row} |" in README
+        assert f"| {size} | {row} |" in PAGE
         assert cells["loop"]["milliseconds"] < 5 * cells["products only"]["milliseconds"]
-    part, text = ladder["cpu_preset"], " ".join(README.split())
+    part, text = ladder["cpu_preset"], " ".join(PAGE.split())
     encoder = part["encoder, forward"] + part["encoder, backward"]
     assert f"spends {encoder:.0f} ms in the encoder's blocks" in text
     kept, drawn = part["step of stage 2, features kept"], part["step of stage 2"]
@@ -130,7 +138,7 @@ def test_costs_of_a_step_are_the_files():
 
 
 def test_the_plans_memory_is_the_simulated_one():
-    """What README says of memory, and that the plan is on the safe side by less than a quarter."""
+    """What is said of memory, and that the plan is on the safe side by less than a quarter."""
     result = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
     for cell in result["cells"]:
         assert 1 <= cell["foretold_GB"] / cell["simulated_GB"] < 1.25, cell
@@ -140,17 +148,17 @@ def test_the_plans_memory_is_the_simulated_one():
         f"{batch['checkpointing', 80]}; 141 GB hold {batch['plain', 141]} and "
         f"{batch['checkpointing', 141]:,}"
     )
-    assert words in " ".join(README.split())
+    assert words in " ".join(PAGE.split())
 
 
 def test_the_evaluation_in_words_is_its_report():
-    """What README says of all protocols, and that every one of them was measured."""
+    """What the page says of all protocols, and that every one of them was measured."""
     from refiner.evaluate import ROWS, comparison
 
     report = json.loads((ROOT / "benchmarks" / "results" / "evaluate_toybox.json").read_text())
     assert set(ROWS) < set(report["rows"]) and report["failed"] == report["left_out"] == {}
     assert all(set(row) == {"before", "after"} for row in report["rows"].values())
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert report["command"] in text
     verdicts = [entry["verdict"] for entry in comparison(report)]
     better, worse = verdicts.count("better"), verdicts.count("worse")
@@ -166,7 +174,7 @@ def test_the_evaluation_in_words_is_its_report():
 def test_the_missing_decoder_in_words_is_its_file():
     """The drop of the last blocks, its control, and what refining mends."""
     result = json.loads((ROOT / "benchmarks" / "results" / "no_decoder.json").read_text())
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
 
     def curves(arm, steps, when, pooling):  # one a seed
         return [c[when][pooling]["knn"] for c in result["cells"]
@@ -193,7 +201,7 @@ def test_no_cell_of_the_study_loses_its_last_blocks():
     study = json.loads((ROOT / "benchmarks" / "results" / "small_vit_study.json").read_text())
     kinds = [f"{what}_{pooling}" for what in ("knn", "linear") for pooling in ("cls", "patch")]
     curves = [cell[kind] for cell in study["cells"] for kind in kinds]
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert len(curves) == 9 * 4 and "compares nine encoders and decoders" in text
     assert max(max(curve) - curve[-1] for curve in curves) < 0.03
     assert "no last block is more than 3 points below the best" in text
@@ -209,7 +217,7 @@ def test_cifar_in_words_is_its_result():
     def gain(rung, over, pooling="cls"):  # test images are 2,000: a half is a tenth of a point
         return f"{int(last[rung][pooling] - last[over][pooling] + 1e-6) / 10:.1f}"
 
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert f"class token by {gain('long_heads', 'mae')} points (k = 10), which is" in text
     assert f"which is {gain('long_heads', 'long_mae')} more than an MAE reaches" in text
     assert f"which has no head, gains {gain('long_heads', 'mae', 'patch')}." in text
@@ -227,7 +235,7 @@ def test_the_evaluation_of_cifar_in_words_is_its_report():
     assert report["failed"] == {} and set(report["left_out"]) == {"shifts", "segmentation"}
     verdicts = [entry["verdict"] for entry in comparison(report)]
     better, worse = verdicts.count("better"), verdicts.count("worse")
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert f"of {len(verdicts)} figures {better} are better by more than two spreads, all" in text
     assert f"and {worse} are worse, clusters of the patch mean" in text
     gained = {e["name"] for e in comparison(report) if e["verdict"] == "better"}
@@ -239,8 +247,33 @@ def test_the_evaluation_of_cifar_in_words_is_its_report():
 
 
 def test_every_linked_file_exists():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).is_file(), link
+    for folder, page in ((ROOT, README), (ROOT / "docs", PAGE), (ROOT / "docs", GUIDE)):
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert link.startswith("http") or (folder / link).is_file(), link
+
+
+def test_readme_is_short_and_leads_to_the_other_pages():
+    assert len(README.splitlines()) <= 120
+    assert "](docs/results.md)" in README and "](docs/guide.md)" in README
+    screen = "\n".join(README.splitlines()[:40])  # what is seen before the first scroll
+    assert all(words in screen for words in ("![", "make course", "make lab", "import refiner"))
+
+
+def test_ones_own_model_is_probed_in_three_lines(tmp_path, monkeypatch):
+    """README's lines do what they say, with a model's folder and a folder of images."""
+    code = re.search(r"^```python\n(import refiner\n.*?)^```", README, re.S | re.M)[1]
+    assert len(code.replace("\n\n", "\n").splitlines()) == 3
+    images = refiner.load_images("toybox", n=48)
+    for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        path = tmp_path / "path" / "to" / "images" / str(int(label) % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    refiner.save_model(refiner.load_model("mae_toybox"), tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    assert len(found["report"]["models"]["path/to/model"]["cls"]["knn"]["accuracy"][0]) == 12
+    assert (tmp_path / "runs" / "probe" / "index.html").is_file()
 
 
 def test_the_explorers_table_is_the_json_and_a_step_is_instant(monkeypatch):
@@ -248,8 +281,8 @@ def test_the_explorers_table_is_the_json_and_a_step_is_instant(monkeypatch):
     from benchmarks.explorer import table
 
     result = json.loads((ROOT / "benchmarks" / "results" / "explorer.json").read_text())
-    assert "\n".join(table(result)) in README
+    assert "\n".join(table(result)) in PAGE
     assert [row["images"] for row in result["sizes"]] == [10_000, 100_000]
     assert result["sizes"][0]["step_cpu_milliseconds"] < 150
     assert result["first_view"]["map"] == "umap" and result["first_view"]["cpu_seconds"] < 5
-    assert f"{result['first_view']['cpu_seconds']:.1f} processor seconds" in README
+    assert f"{result['first_view']['cpu_seconds']:.1f} processor seconds" in PAGE

@@ -1,8 +1,8 @@
-"""Writes README's tables of the training studies from their result files and the cards.
+"""Writes the tables of docs/results.md from their result files and the cards.
 
-    python benchmarks/readme_tables.py
+    python benchmarks/results_tables.py
 
-Each table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares README with what
+Each table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares the page with what
 this would write.
 """
 
@@ -130,7 +130,7 @@ def _best_and_last(reports: list[dict]) -> list[str]:
     return found
 
 
-EVALUATED = {  # row → which of its figures README shows, and the words for them
+EVALUATED = {  # row → which of its figures the page shows, and the words for them
     "knn": {"last block, class token": "k-NN", "last block, patch mean": "k-NN, patch mean"},
     "linear": {"chosen probe": "linear probe, chosen on train images"},
     "few": {"1 label a class, class token": "1 label a class",
@@ -180,17 +180,17 @@ TABLES = {"cards": cards, "ladder": ladder, "maturity": maturity, "cifar": cifar
 
 
 def filled(text: str) -> str:
-    """README's text with every table as the files have it."""
+    """The page's text with every table as the files have it."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
         text, count = pattern.subn(lambda _: f"<!-- {name} -->\n{make()}\n<!-- end -->", text)  # noqa: B023
         if count != 1:
-            raise ValueError(f"README has {count} places for the table {name!r}, expected one")
+            raise ValueError(f"{count} places for the table {name!r} in docs/results.md, not 1")
     return text
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
-    print("wrote README.md")
+    page = ROOT / "docs" / "results.md"
+    page.write_text(filled(page.read_text()))
+    print(f"wrote {page.relative_to(ROOT)}")
