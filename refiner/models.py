@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import timm
@@ -49,8 +50,9 @@ FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
 def data_folder() -> Path:
     """Where the embedded checkpoints lie: in the installed package, or in the repository."""
-    installed = Path(__file__).parent / "data"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "data"
+    package = Path(str(files("refiner")))
+    installed = package / "_data"  # see setup.py
+    return installed if installed.is_dir() else package.parent / "data"
 
 
 def embedded_models() -> list[str]:
