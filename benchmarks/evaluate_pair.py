@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from refiner import plots
 from refiner.evaluate import comparison, evaluate

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # refiner need not be installed
+
 import refiner
 from refiner.training import machine
 
@@ -55,6 +62,15 @@ def block_report(model, bank, test) -> dict:
             found["factors"] = {name: rounded(v) for name, v in scores.items()}
         report[pooling] = found
     return report
+
+
+@lru_cache
+def installed(package: str) -> bool:
+    """Whether another library is here to be measured; says so where it is not."""
+    here = importlib.util.find_spec(package) is not None
+    if not here:
+        print(f"{package} is left out: it is not installed", flush=True)
+    return here
 
 
 def header(command: str) -> dict:

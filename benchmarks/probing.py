@@ -10,8 +10,9 @@ the fair one. Peak memory is that of a process of its own. Writes ``probing.json
 ``probing.png`` into benchmarks/results (with ``--quick``: ``runs/probing-quick.*``), keeping the
 parts that are not run again.
 
-On a GPU (``--device cuda``) k-NN and k-means run beside what else runs there, extraction is that of
-a ViT-B, and the result is ``probing_gpu.json``.
+On a GPU (``--device cuda``) k-NN runs beside what else runs there and k-means beside scikit-learn's
+on the processor, extraction is that of a ViT-B, and the result is ``probing_gpu.json``. Libraries
+that are not installed are left out by name; plain torch (``matmul`` and ``topk``) is always there.
 
 k-NN: accuracy for k = 1, 10, 20, 100, 200 from features as extracted, so each side standardises and
 normalises. faiss and scikit-learn search once for the largest k and get our votes; lightly's
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.extract import compare as compare_extraction  # noqa: E402
+from benchmarks.measured import installed  # noqa: E402
 from refiner.files import write_json  # noqa: E402
 from refiner.layout import umap_embedding  # noqa: E402
 from refiner.measures import kmeans  # noqa: E402
@@ -53,6 +55,7 @@ from refiner.neighbors import (  # noqa: E402
 )
 from refiner.training import machine  # noqa: E402
 
+PEERS = ("faiss", "lightly")  # left out where they are not installed
 KS = [1, 10, 20, 100, 200]
 FLOOR = "products alone"
 CLASSES = 100
@@ -139,11 +142,17 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
 
     def voted(similarities, indices):
         scores = torch.as_tensor(similarities).double()
-        return classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1]
+        return classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1].cpu()
 
     def refiner():
         return knn_report(train_x, train_y, test_x, test_y, k=ks, keep_votes=False,
                           device=device).predictions  # fmt: skip
+
+    def plain_torch():
+        """What anyone would write: products, then the largest, some queries at a time."""
+        keys, queries = unit()
+        found = [(some @ keys.T).topk(ks[-1], dim=1) for some in queries.split(1024)]
+        return voted(*(torch.cat(part) for part in zip(*found, strict=True)))
 
     def faiss():
         import faiss
@@ -159,8 +168,8 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
 
         keys, queries = unit()
         search = NearestNeighbors(n_neighbors=ks[-1], algorithm="brute", metric="cosine")
-        distances, indices = search.fit(keys.numpy()).kneighbors(queries.numpy())
-        return voted(1 - distances, indices)
+        distances, indices = search.fit(keys.cpu().numpy()).kneighbors(queries.cpu().numpy())
+        return voted(*(torch.as_tensor(x, device=device) for x in (1 - distances, indices)))
 
     def lightly():
         from lightly.utils.benchmarking import knn_predict
@@ -173,9 +182,12 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
             for k in ks
         ]).cpu()  # fmt: skip
 
-    sides = {"refiner": refiner, "faiss": faiss, "scikit-learn": scikit_learn}
-    sides = sides if device == "cpu" else {"refiner": refiner}
-    return sides | ({"lightly": lightly} if version("lightly") else {})
+    sides = {"refiner": refiner, "torch": plain_torch, "faiss": faiss,
+             "scikit-learn": scikit_learn, "lightly": lightly}  # fmt: skip
+    there = {name: side for name, side in sides.items() if name not in PEERS or installed(name)}
+    if device == "cuda":  # these search on the CPU
+        there = {name: there[name] for name in there if name not in ("faiss", "scikit-learn")}
+    return there
 
 
 def products_alone(train_x, test_x) -> Callable:
@@ -263,8 +275,8 @@ def kmeans_part(quick: bool, rounds: int, device: str) -> list[dict]:
             found.train(x.numpy())  # noqa: B023
             inertia["faiss"] = float(found.obj[-1])  # noqa: B023
 
-        taken = interleaved({"refiner": refiner, "scikit-learn": scikit_learn, "faiss": faiss},
-                            rounds)  # fmt: skip
+        sides = {"refiner": refiner, "scikit-learn": scikit_learn}
+        taken = interleaved(sides | ({"faiss": faiss} if installed("faiss") else {}), rounds)
         for name in taken:
             taken[name]["inertia"] = round(inertia[name], 2)
         rows.append({"images": n, "dim": dim, "clusters": k, "restarts": 5, "sides": taken})
@@ -312,7 +324,7 @@ def extract_part(quick: bool, rounds: int, device: str) -> list[dict]:
 
 
 def growth(quick: bool, rounds: int) -> list[dict]:
-    """k-NN of the refiner and of faiss where one of N, D, L and k changes."""
+    """k-NN of the refiner, of plain torch and of faiss where one of N, D, L and k changes."""
     base = {"keys": 10_000, "dim": 192, "blocks": 1, "k": 20}
     queries = 100 if quick else 500
     values = {"keys": [5_000, 10_000, 20_000, 40_000], "dim": [48, 96, 192, 384, 768],
@@ -325,8 +337,8 @@ def growth(quick: bool, rounds: int) -> list[dict]:
                               *features(queries, how["dim"], 1), ks=[how["k"]])  # fmt: skip
             calls = {
                 n: lambda n=n, sides=sides, how=how: [sides[n]() for _ in range(how["blocks"])]
-                for n in ("refiner", "faiss")
-            }
+                for n in ("refiner", "torch", "faiss") if n in sides
+            }  # fmt: skip
             taken = interleaved(calls, rounds)
             rows.append({"grows": name, "queries": queries, **how, "sides": taken})
             print_sides(f"growth, {name} = {value}", taken)
@@ -344,9 +356,10 @@ def draw_growth(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), sharey=True, layout="constrained")
     for ax, (key, label) in zip(axes, names.items(), strict=True):
         some = [row for row in rows if row["grows"] == key]
-        for side, marker in (("refiner", "o"), ("faiss", "s")):
-            ax.loglog([row[key] for row in some],
-                      [row["sides"][side]["cpu_seconds"] for row in some],
+        for side, marker in (("refiner", "o"), ("torch", "^"), ("faiss", "s")):
+            there = [row for row in some if side in row["sides"]]
+            ax.loglog([row[key] for row in there],
+                      [row["sides"][side]["cpu_seconds"] for row in there],
                       marker=marker, label=side)  # fmt: skip
         ax.set_xlabel(label)
         ax.set_xticks([row[key] for row in some], [f"{row[key]:,}" for row in some])
@@ -378,7 +391,8 @@ def print_sides(title: str, taken: dict[str, dict]) -> None:
 def table(result: dict) -> list[str]:
     """The table of docs/results.md: processor seconds by library, one row a task."""
     searches = (*result["knn"]["rows"], *result.get("knn_full", {"rows": []})["rows"])
-    names = ["refiner", "faiss", "scikit-learn", "lightly"]
+    names = ["refiner", "torch", "faiss", "scikit-learn", "lightly"]
+    names = [n for n in names if any(n in row["sides"] for row in searches)]
     names += [FLOOR] if any(FLOOR in row["sides"] for row in searches) else []
     rows = [["processor seconds", *names]]
     for row in searches:

@@ -7,7 +7,8 @@ A ladder for the encoders' widths of Ti, S, B and L: one loop per head and pair 
 torch's own layers; the stacked heads and one product for all pairs, with a queue that is normalised
 at every lookup; the queue stored normalised; AdamW fused; the step compiled. A step is: heads,
 lookup of neighbors, loss, backward, optimiser, push. Features are given; the encoder is no part of
-it. Last comes the floor: the matrix products of a step and its backward pass and nothing else.
+it. Last comes the floor: the matrix products of a step and its backward pass and nothing else. On a
+GPU the heads of every rung run in bfloat16 and the rest in float32, as in training.
 
 Every round runs all rungs once, in changing order; medians of the rounds are reported, on a CPU of
 processor time, as others may use the machine. Launches are the operations that reach the device
@@ -39,7 +40,7 @@ from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Trainer, batch_features, begin, view_features
-from refiner.training import step_generator
+from refiner.training import autocast, step_generator
 from refiner.views import make_views
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,9 +92,11 @@ class Loop:
             self.heads, self.queues, x_TVBD, strict=True
         ):
             v, b, _ = x_VBD.shape
-            z = projector(x_VBD.flatten(0, 1))
-            p = F.normalize(predictor(z), dim=-1).reshape(v, b, -1)
-            z = F.normalize(z.detach(), dim=-1).reshape(v, b, -1)
+            with autocast(x_VBD.device):
+                z = projector(x_VBD.flatten(0, 1))
+                p = predictor(z)
+            p = F.normalize(p.float(), dim=-1).reshape(v, b, -1)
+            z = F.normalize(z.detach().float(), dim=-1).reshape(v, b, -1)
             self.pushed.append(z[0])
             count = GLOBAL * (v - 1)
             for g in range(GLOBAL):
@@ -137,10 +140,11 @@ class Stacked:
         self.forward = torch.compile(self.compute, dynamic=False) if compiled else self.compute
 
     def compute(self, x_TVBD, ids):
-        z, p = self.heads(x_TVBD)
-        targets = z[:, :GLOBAL].detach()
+        with autocast(x_TVBD.device):
+            z, p = self.heads(x_TVBD)
+        targets = z[:, :GLOBAL].detach().float()
         found = self.queue.lookup(targets.flatten(1, 2), ids, k=1)
-        return nna_loss(p, targets, found.vectors.reshape(targets.shape)), targets[:, 0]
+        return nna_loss(p.float(), targets, found.vectors.reshape(targets.shape)), targets[:, 0]
 
     def loss(self, x_TVBD, ids):
         loss, self.pushed = self.forward(x_TVBD, ids)
@@ -163,18 +167,20 @@ class Products:
     @torch.no_grad()
     def step(self, x_TVBD, ids) -> None:
         flowing, inputs = x_TVBD.flatten(1, 2), []
-        for layer, weight in enumerate(self.weights):
-            inputs.append(flowing)
-            flowing = torch.bmm(flowing, weight)
-            if layer == 2:  # the projection
-                z = flowing[:, : self.targets]
+        with autocast(x_TVBD.device):
+            for layer, weight in enumerate(self.weights):
+                inputs.append(flowing)
+                flowing = torch.bmm(flowing, weight)
+                if layer == 2:  # the projection
+                    z = flowing[:, : self.targets].float()
         torch.bmm(z, self.queue.mT)
-        logits = torch.bmm(z, flowing.mT)
+        logits = torch.bmm(z, flowing.float().mT)
         gradient = torch.bmm(logits.mT, z)
-        for layer in reversed(range(len(self.weights))):
-            torch.bmm(inputs[layer].mT, gradient)
-            if layer:
-                gradient = torch.bmm(gradient, self.weights[layer].mT)
+        with autocast(x_TVBD.device):
+            for layer in reversed(range(len(self.weights))):
+                torch.bmm(inputs[layer].mT, gradient)
+                if layer:
+                    gradient = torch.bmm(gradient, self.weights[layer].mT)
 
 
 def rungs(dim: int, shape: Shape, device: str, *, compiled: bool) -> dict:

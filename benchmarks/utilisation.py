@@ -5,16 +5,19 @@
 
 A step is all of stage 3: views, encoder, heads, lookup, loss, backward pass, optimiser, average.
 Its arithmetic is counted by torch's FlopCounterMode (products, convolutions and attention, both
-ways; what checkpointing computes twice is counted once) and divided by the time it takes. The
-ceiling is a large matrix product in the same precision (bfloat16 on a GPU), timed in the same
-rounds. ``--largest`` looks for the largest batch that the GPU's memory holds, with and without
-checkpointing. Writes ``benchmarks/results/utilisation-<device>.json``.
+ways; what checkpointing computes twice is counted once) at a batch of four, scaled to the batch
+and divided by the time it takes. The ceiling is a large matrix product in the same precision
+(bfloat16 on a GPU), timed in the same rounds. On a GPU the memory that the step held is put beside
+the plan's.
+``--largest`` takes the largest batch that fits by the plan, with and without checkpointing, tries
+it, and tries one a sixth larger. Writes ``benchmarks/results/utilisation-<device>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import refiner
 from refiner.files import write_json
 from refiner.models import build_vit
+from refiner.planning import GB, NOT_COUNTED, memory_needed
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Trainer, begin
 
@@ -36,11 +40,12 @@ SHAPES = {
     "L": {"size": 224, "patch": 16, "dim": 1024, "depth": 24, "heads": 16},
 }
 BATCH = {"toybox": 128, "B": 128, "L": 64}
+COUNTED = 4  # images of the batch whose arithmetic is counted
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
 
 
-def trainer_of(name: str, batch: int, device: str, **changes) -> Trainer:
-    """A refinement that is ready to take steps, on images of noise."""
+def setup_of(name: str, batch: int, **changes):
+    """Model, images of noise and recipe of a refinement."""
     shape = SHAPES[name]
     if shape:
         model = build_vit(**shape, seed=0)
@@ -51,8 +56,13 @@ def trainer_of(name: str, batch: int, device: str, **changes) -> Trainer:
     size = shape["size"] if shape else 32
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2 * batch, 3, size, size), generator=generator).byte()
-    run = begin(model, complete_recipe(recipe, model, images), torch.device(device))
-    return Trainer(run, images, device=device)
+    return model, images, complete_recipe(recipe, model, images)
+
+
+def trainer_of(name: str, batch: int, device: str, **changes) -> Trainer:
+    """A refinement that is ready to take steps."""
+    model, images, recipe = setup_of(name, batch, **changes)
+    return Trainer(begin(model, recipe, torch.device(device)), images, device=device)
 
 
 def step(trainer: Trainer) -> None:
@@ -61,28 +71,38 @@ def step(trainer: Trainer) -> None:
     trainer.one_step(3, 0, 1000, None)
 
 
-def arithmetic(trainer: Trainer) -> int:
-    """Floating-point operations of a step."""
+def arithmetic(name: str, batch: int, device: str, **changes) -> int:
+    """Floating-point operations of a step, counted at a small batch and scaled to this one."""
+    trainer = trainer_of(name, COUNTED, device, **changes)
     # Of attention kernels on a CPU the counter knows nothing; written out, it is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(trainer)
     trainer.batches.close()
-    return counter.get_total_flops()
+    recipe = trainer.run.recipe
+
+    def pairs(b: int) -> int:
+        """The loss's products of all samples with all, forwards and back: they grow with b²."""
+        views = recipe.global_views * len(recipe.views)
+        return 2 * 2 * len(recipe.blocks) * views * b**2 * recipe.out
+
+    return (counter.get_total_flops() - pairs(COUNTED)) * batch // COUNTED + pairs(batch)
 
 
 def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> dict:
     """Arithmetic and time of a step, beside a large product in the same rounds."""
     trainer = trainer_of(name, batch, device, **changes)
+    planned = planned_memory(name, device, **changes)(batch)
     side = SIDE[device]
     x = torch.randn(side, side, device=device,
                     dtype=torch.bfloat16 if device == "cuda" else torch.float32)  # fmt: skip
+    # Counted without checkpointing: what is computed twice is no work of the model's.
+    flops = arithmetic(name, batch, device, **changes | {"checkpoint": False, "compile": False})
+    seconds, ceiling = [], []
     for _ in range(2):
         step(trainer)  # warm up, compile, make the optimiser's averages
         x @ x
-    # Counted without checkpointing: what is computed twice is no work of the model's.
-    plain = trainer_of(name, batch, device, **changes | {"checkpoint": False, "compile": False})
-    flops, seconds, ceiling = arithmetic(plain), [], []
-    del plain
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(rounds):
         ceiling.append(2 * side**3 / timed(lambda: x @ x, device))
         seconds.append(timed(lambda: step(trainer), device))
@@ -94,23 +114,53 @@ def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> d
         "gigaflop_a_second": round(flops / took / 1e9, 1),
         "ceiling_gigaflop_a_second": round(limit / 1e9, 1),
         "utilisation": round(flops / took / limit, 3),
+        "planned_GB": round(planned / GB, 2), "measured_GB": peak_GB(device),
     }  # fmt: skip
 
 
-def fits(name: str, batch: int, **changes) -> bool:
-    """Whether two steps of this batch run in the GPU's memory."""
+def planned_memory(name: str, device: str, **changes) -> Callable[[int], float]:
+    """Bytes that the plan foretells, as a function of the batch: two plans give all others."""
+    small, twice = (
+        memory_needed(*setup_of(name, n, **changes), torch.device(device)) for n in (8, 16)
+    )
+
+    def needed(batch: int) -> float:
+        pairs = small["pairs of views"] * (batch / 8) ** 2
+        rest = ((small[k], (twice[k] - small[k]) / 8) for k in small if k != "pairs of views")
+        return NOT_COUNTED * (pairs + sum(at + slope * (batch - 8) for at, slope in rest))
+
+    return needed
+
+
+def peak_GB(device: str) -> float | None:
+    """The most memory that torch held on the GPU since its count began."""
+    return round(torch.cuda.max_memory_allocated() / GB, 2) if device == "cuda" else None
+
+
+def fits(name: str, batch: int, **changes) -> float | None:
+    """The GB that two steps of this batch held on the GPU; None if they do not fit."""
     trainer = None
     try:
+        torch.cuda.reset_peak_memory_stats()
         trainer = trainer_of(name, batch, "cuda", **changes)
         step(trainer), step(trainer)
-        return True
+        return peak_GB("cuda")
     except torch.OutOfMemoryError:
-        return False
+        return None
     finally:
         if trainer is not None:
             trainer.batches.close()
         del trainer
         torch.cuda.empty_cache()
+
+
+def largest_batch(name: str, room: float, **changes) -> dict:
+    """The largest batch by the plan in ``room`` bytes, whether it runs, and one a sixth larger."""
+    planned = planned_memory(name, "cuda", **changes)
+    foretold = largest(lambda n: planned(n) <= room)
+    tried = {n: fits(name, n, **changes) for n in (foretold, foretold * 7 // 96 * 16) if n}
+    return {"room_GB": round(room / GB, 1), "foretold": foretold,
+            "held_GB": {str(n): held for n, held in tried.items()}}  # fmt: skip
 
 
 def largest(works, start: int = 32, grain: int = 16) -> int:
@@ -143,8 +193,9 @@ def main() -> None:
         cells[name] = utilisation(name, BATCH[name], device, args.rounds, **options)
         print(f"{name:7}", "  ".join(f"{k} {v}" for k, v in cells[name].items()), flush=True)
     for name in args.largest:
+        room = float(torch.cuda.mem_get_info()[0])
         batches[name] = {
-            way: largest(lambda n: fits(name, n, checkpoint=way == "checkpointing"))  # noqa: B023
+            way: largest_batch(name, room, checkpoint=way == "checkpointing")
             for way in ("plain", "checkpointing")
         }
         print(f"{name:7} largest batch {batches[name]}", flush=True)

@@ -10,7 +10,8 @@ jitter in random order and clamp in between, and turn the hue in HSV; ours is on
 
 Every round runs all sides once, in changing order, in one process; the median of five rounds
 counts, on a CPU of processor time, as others may use the machine. Writes
-``benchmarks/results/views-<device>.json``. ``pip install '.[bench]'`` brings kornia.
+``benchmarks/results/views-<device>.json``. ``pip install '.[bench]'`` brings kornia; without it,
+its side is left out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import kornia.augmentation as K
 import torch
-from measured import header
+from measured import header, installed
 from torch import nn
 from torchvision.transforms import v2
 
@@ -51,6 +51,8 @@ def jitter_of(view: View) -> list[float]:
 
 def kornias(view: View) -> nn.Module:
     """The view as kornia makes it, on float [B, 3, H, W]."""
+    import kornia.augmentation as K
+
     size, blur = (view.size, view.size), blur_of(view)
     steps = [
         K.RandomResizedCrop(size, scale=view.scale, ratio=view.ratio, cropping_mode="resample"),
@@ -82,7 +84,9 @@ def torchvisions(view: View) -> nn.Module:
 
 def sides(pixels: torch.Tensor, views: tuple[View, ...]) -> dict[str, Callable[[], list]]:
     """What is measured: a list of float [B, 3, S, S] each."""
-    theirs, theirs_tv = [kornias(v) for v in views], [torchvisions(v) for v in views]
+    has_kornia = installed("kornia")
+    theirs = [kornias(v) for v in views] if has_kornia else []
+    theirs_tv = [torchvisions(v) for v in views]
 
     def with_kornia() -> list[torch.Tensor]:
         x = pixels.float() / 255
@@ -90,7 +94,7 @@ def sides(pixels: torch.Tensor, views: tuple[View, ...]) -> dict[str, Callable[[
 
     return {
         "refiner": lambda: make_views(pixels, views),
-        "kornia": with_kornia,
+        **({"kornia": with_kornia} if has_kornia else {}),
         "torchvision, image by image": lambda: [
             torch.stack([view(image) for image in pixels]) for view in theirs_tv
         ],

@@ -226,7 +226,8 @@ def class_token_of(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
         [B, 1, D], or [B, T, D] where everything ran.
     """
     attn = getattr(block, "attn", None)
-    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention and attn.gate is None
+    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention
+    plain = plain and getattr(attn, "gate", None) is None  # timm knows gates from 1.0.28 on
     if not plain or context:
         return run_block(block, x_BTD, context)
     first_B1D = x_BTD[:, :1]

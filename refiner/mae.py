@@ -613,7 +613,8 @@ def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0
     to make a picture, as in the paper's figures.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        mae: on any device.
+        images: uint8 [B, 3, H, W], on any device; the results lie beside them.
 
     Returns:
         ``original``, ``masked`` (hidden patches gray) and ``painted`` (hidden patches predicted),
@@ -621,24 +622,24 @@ def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0
         hidden patches in the units of the target, a scalar.
     """
     card = mae.encoder.refiner_card
-    x = preprocess(images, card)
-    visible, mask = random_masking(
-        len(x), mae.patches, mask_ratio, torch.Generator().manual_seed(seed)
-    )
-    loss, prediction = mae(x, visible.to(x.device), mask.to(x.device))
+    home, device = images.device, mae.mask_token.device
+    x = preprocess(images.to(device), card)
+    generator = torch.Generator().manual_seed(seed)  # the same masks on every device
+    visible, mask = random_masking(len(x), mae.patches, mask_ratio, generator)
+    loss, prediction = mae(x, visible.to(device), mask.to(device))
     _, mean, std = mae.targets(x)
-    hidden = mask[:, :, None].to(x.device)
+    hidden = mask[:, :, None].to(device)
     true = patchify(x, mae.patch)
     pre = card["preprocessing"]
     scale, shift = (torch.tensor(pre[k])[:, None, None].to(x) for k in ("std", "mean"))
 
     def picture(patches: Tensor) -> Tensor:
-        return (unpatchify(patches, mae.patch) * scale + shift).clamp(0, 1)
+        return (unpatchify(patches, mae.patch) * scale + shift).clamp(0, 1).to(home)
 
     return {
         "original": picture(true),
         "masked": picture(torch.where(hidden, torch.zeros(()).to(x), true)),
         "painted": picture(torch.where(hidden, prediction * std + mean, true)),
-        "mask": mask,
-        "loss": loss,
+        "mask": mask.to(home),
+        "loss": loss.to(home),
     }

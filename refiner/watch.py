@@ -180,9 +180,13 @@ class LiveFigure:
     def draw(self, history: list[dict]) -> None:
         """Draws now; call it once more after training for the last steps."""
         import matplotlib.pyplot as plt
-        from IPython.display import display
 
         from refiner import plots
+
+        try:
+            from IPython.display import display
+        except ModuleNotFoundError:  # then this is no notebook either
+            return
 
         self.figure = plots.history(history)[0].figure
         if self.handle is None:

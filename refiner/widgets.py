@@ -117,7 +117,7 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     """Lets an autoencoder paint chosen patches of one image.
 
     Args:
-        mae: in eval mode.
+        mae: in eval mode, on any device, where the results will be too.
         image: uint8 [3, H, W].
         hidden: bool [N], row by row; at least one patch hidden and one visible.
 
@@ -135,7 +135,7 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     if hidden.all() or not hidden.any():
         raise ValueError("hide at least one patch and leave at least one visible")
     card = mae.encoder.refiner_card
-    x = preprocess(image[None], card)
+    x = preprocess(image[None].to(mae.mask_token.device), card)
     visible = (~hidden).nonzero()[:, 0][None].to(x.device)
     mask = hidden[None].to(x.device)
     error, prediction = mae(x, visible, mask)
@@ -256,7 +256,8 @@ def attention_maps(model: VisionTransformer, image: Tensor) -> Tensor:
     """
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"attention is read from a VisionTransformer, not {type(model).__name__}")
-    x_BTD, context = embed(model, preprocess(image[None], preprocessing_card(model)))
+    image = image[None].to(next(model.parameters()).device)
+    x_BTD, context = embed(model, preprocess(image, preprocessing_card(model)))
     maps = []
     for block in model.blocks:
         inside = x_BTD if isinstance(block, PostNormBlock) else block.norm1(x_BTD)
@@ -425,10 +426,11 @@ def project(model, heads: IDHeads, recipe, images: Tensor, *, view: View | None 
     if view is not None:
         made = make_view(images, view, torch.Generator().manual_seed(seed))
         images = (255 * made).round().to(torch.uint8)
-    x = preprocess(images, preprocessing_card(model))
+    x = preprocess(images.to(next(model.parameters()).device), preprocessing_card(model))
     pooling = recipe.pooling or "cls"
     pooled = [head_features(model, part, recipe.blocks, pooling=pooling) for part in x.split(256)]
-    return heads(torch.cat(pooled, dim=1)[:, None])[0][:, 0]
+    pooled_TBD = torch.cat(pooled, dim=1).to(next(heads.parameters()).device)
+    return heads(pooled_TBD[:, None])[0][:, 0].to(images.device)
 
 
 def queue_candidates(queue: NeighborQueue, z_TO: Tensor, sample_id: int, *, k: int = 20,

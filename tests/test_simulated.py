@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from refiner import decoders, measures
+from refiner import decoders, measures, widgets
 from refiner import mae as masked
 from refiner.features import extract, preprocess
 from refiner.images import ImageSet
-from refiner.mae import MAERecipe, parameter_groups
+from refiner.mae import MAERecipe, parameter_groups, reconstruct
 from refiner.models import build_vit
 from refiner.neighbors import knn_accuracy, knn_predict, nearest_neighbors
 from refiner.planning import NOT_COUNTED
@@ -20,6 +20,7 @@ from refiner.probes import fit_logistic
 from refiner.recipe import Recipe, complete_recipe
 from refiner.refine import Trainer, begin
 from refiner.views import View
+from refiner.watch import online_knn
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch knows no CUDA devices"
@@ -195,6 +196,30 @@ PROBING = {  # what it gives, and where that has to lie
         *[features(3, 60, 16, device=at)] * 2), CPU),
     "LiDAR": lambda at: (measures.lidar(features(2, 60, 5, 16, device=at)), CPU),
 }  # fmt: skip
+
+
+LOOKING = {  # what notebooks ask of a model on the GPU, about images on the host
+    "reconstruct": lambda t: reconstruct(t["mae"], t["images"], seed=0)["painted"],
+    "the loss of reconstruct": lambda t: reconstruct(t["mae"], t["images"])["loss"],
+    "attention": lambda t: widgets.attention_maps(t["model"], t["images"][0]).cpu(),
+    "project": lambda t: widgets.project(t["model"], t["heads"], t["recipe"], t["images"]),
+    "online k-NN": lambda t: online_knn(t["set"], t["set"], k=3)(t["model"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOOKING)
+def test_what_notebooks_look_at_comes_back_to_the_images(tools, what):
+    mae = MAERecipe(dim=48, depth=4, decoder_dim=24, decoder_heads=2).build().eval()
+    recipe = Recipe.gpu(size=32, patch=4, batch=4, blocks=(2, 3), pooling="cls", views=VIEWS)
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    run = begin(mae.encoder, complete_recipe(recipe, mae.encoder, pixels), CPU)
+    things = {"mae": mae, "model": mae.encoder, "heads": run.heads.eval(), "recipe": recipe}
+    with tools.answering(), tools.simulated(tools.GPU), tools.no_backward(mae):
+        tools.hollow(mae, run.heads, device=tools.GPU)
+        images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
+        labelled = ImageSet(images, torch.empty(8, dtype=torch.int64), ("a", "b"))
+        found = LOOKING[what](things | {"images": images, "set": labelled, "at": tools.GPU})
+        assert not isinstance(found, torch.Tensor) or found.device == CPU
 
 
 @pytest.mark.parametrize("what", PROBING)

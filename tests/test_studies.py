@@ -162,8 +162,7 @@ def test_arithmetic_of_a_step_grows_with_what_is_trained(scripts):
     """Counted by torch, so frozen blocks and local views have to show."""
     script = scripts["utilisation"]
     all_trained, half_frozen = (
-        script.arithmetic(script.trainer_of("toybox", 32, "cpu", frozen_blocks=frozen))
-        for frozen in (0, 6)
+        script.arithmetic("toybox", 32, "cpu", frozen_blocks=frozen) for frozen in (0, 6)
     )
     # Products of a block at T tokens: 12 D² T, and attention's 2 T² D; multiply and add. Of the
     # large views half of the patches are left, small ones have 16.
@@ -172,6 +171,21 @@ def test_arithmetic_of_a_step_grows_with_what_is_trained(scripts):
     # The backward pass takes two for one; the embedding of patches has no input to go on to.
     entry = sum(3 * 4 * 4 * dim * (t - 1) for t in tokens)
     assert all_trained - half_frozen == pytest.approx(twice * (6 * 2 * block + entry), rel=0.005)
+
+
+def test_arithmetic_of_a_small_batch_tells_that_of_a_large_one(scripts, monkeypatch):
+    script = scripts["utilisation"]
+    scaled = script.arithmetic("toybox", 16, "cpu")
+    monkeypatch.setattr(script, "COUNTED", 16)
+    assert script.arithmetic("toybox", 16, "cpu") == scaled
+
+
+def test_two_plans_tell_the_memory_of_every_batch(scripts):
+    script = scripts["utilisation"]
+    for batch in (24, 64):
+        parts = script.memory_needed(*script.setup_of("toybox", batch), torch.device("cpu"))
+        whole = script.NOT_COUNTED * sum(parts.values())
+        assert script.planned_memory("toybox", "cpu")(batch) == pytest.approx(whole, rel=1e-6)
 
 
 def test_every_result_tells_its_command_and_machine():
