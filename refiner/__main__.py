@@ -138,8 +138,7 @@ def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
     add("--resume", action="store_true", help="go on from the state in --out")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--save-every", type=int, metavar="STEPS",
-        help="steps between saved states; default: 500 for pretrain; 100 for refine, if the last "
-        "was a minute ago")  # fmt: skip
+        help="steps between saved states; default: 100, if the last was a minute ago")  # fmt: skip
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="change a value of the recipe; repeatable")  # fmt: skip
 
@@ -151,7 +150,7 @@ def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="train a masked autoencoder",
         description="Trains a masked autoencoder with the recipe of the embedded checkpoint. "
-        "Ctrl-C loses at most a few hundred steps; go on with --resume.",
+        "Ctrl-C loses a minute or two; go on with --resume.",
     )
     parser.add_argument("--start", metavar="NAME",
                         help="a checkpoint to train on: its encoder, and its decoder where it has "

@@ -45,6 +45,7 @@ from refiner.training import (
     check_origin,
     constant,
     cosine_schedule,
+    keep_on,
     load_state,
     origin,
     save_state,
@@ -295,7 +296,7 @@ class _Run:
         self.labels = y_N.to(device)
         # Not self.index: a cycle would keep the weights of finished runs on the device.
         index = partial(_indices, len(images), self.batch, recipe.seed)
-        self.batches = Batches(images.images, index, device, steps=self.steps)
+        self.batches = Batches(keep_on(device, images.images), index, device, steps=self.steps)
         self.history: list[dict] = []
         self.origin: dict | None = None  # what tells another model or other images
         self.done, self.before, self.began = 0, 0.0, time.monotonic()

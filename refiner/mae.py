@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,20 +27,27 @@ from refiner.files import write_json
 from refiner.models import build_vit, check_savable, read_checkpoint, save_model
 from refiner.training import (
     EMA,
+    Stop,
     all_finite,
     autocast,
     batch_indices,
     check_origin,
+    compile_blocks,
+    constant,
     cosine_schedule,
+    keep_on,
     load_state,
     machine,
     origin,
+    save_is_due,
     save_state,
     set_states_aside,
     step_generator,
+    stopper,
     take,
     whole_numbers,
 )
+from refiner.views import View, make_view
 
 Tensor = torch.Tensor
 
@@ -214,14 +222,16 @@ class MAERecipe:
         decoder_dim, decoder_depth, decoder_heads, normalize_targets: the decoder; see
             :class:`MaskedAutoencoder`.
         mask_ratio: share of hidden patches.
+        crop: range of a random crop's share of the area, such as MAE's (0.2, 1.0) for photographs;
+            None takes the whole image, as the Toybox's are small and many.
+        flip: whether half of the images are mirrored.
         batch: images a step. Small, because on two cores the number of steps counts.
         steps: optimiser steps of the whole run.
         lr: peak learning rate of AdamW (betas 0.9, 0.95), not scaled by the batch.
         weight_decay: on matrices; vectors (biases, norms, tokens, positions) have none.
         warmup: share of the steps.
         ema: decay of the averaged weights that are kept.
-        compile: fuse the network with torch.compile, about 1.5 times faster on two cores; needs a
-            C++ compiler.
+        compile: fuse each block with torch.compile; needs a C++ compiler.
         seed: of weights, batches and masks.
     """
 
@@ -235,6 +245,8 @@ class MAERecipe:
     decoder_heads: int = 3
     normalize_targets: bool = False
     mask_ratio: float = 0.75
+    crop: tuple[float, float] | None = None
+    flip: bool = False
     batch: int = 64
     steps: int = 11_000
     lr: float = 3e-3
@@ -271,10 +283,12 @@ class Pretrained:
     Attributes:
         mae: the autoencoder with averaged weights, in eval mode.
         history: one dict per logged step: step, loss, lr, seconds.
+        steps: taken; fewer than the recipe's where the run was stopped.
     """
 
     mae: MaskedAutoencoder
     history: list[dict] = field(default_factory=list)
+    steps: int = 0
 
     @property
     def model(self) -> VisionTransformer:
@@ -301,8 +315,9 @@ def pretrain(
     start: MaskedAutoencoder | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    save_every: int = 500,
+    save_every: int | None = None,
     log_every: int = 50,
+    stop: Stop = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Pretrained:
@@ -316,8 +331,12 @@ def pretrain(
             are kept; that of an earlier run there becomes ``state.old.pt``. None keeps nothing.
         resume: go on from the state in ``out``, with the same images and start. The result is that
             of an uninterrupted run.
-        save_every: steps between saved states.
+        save_every: steps between saved states; by default every 100th, if the last was a minute
+            ago. The last step is always saved.
         log_every: steps averaged into one entry of the history.
+        stop: ends the run before its last step: a function that is asked before each step and says
+            True to stop, or a moment of ``time.monotonic()``. What is returned and saved then is
+            the average of that moment; ``resume`` goes on from there.
         device: default CUDA if there is one, else CPU.
         progress: show a bar with loss and remaining time.
 
@@ -326,9 +345,8 @@ def pretrain(
 
     Raises:
         ValueError: for a recipe that does not work, fewer images than a batch, a size that is not
-            the recipe's and, with
-            ``out``, an encoder that cannot be saved; to resume with another recipe, other images or
-            another start.
+            the recipe's and, with ``out``, an encoder that cannot be saved; to resume with another
+            recipe, other images or another start.
         FileNotFoundError: to resume where nothing was saved.
         FloatingPointError: when the loss or a weight is no longer finite; saved states are kept.
     """
@@ -336,8 +354,7 @@ def pretrain(
     pixels = getattr(images, "images", images)
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(pixels, Tensor):
-        pixels = pixels.to(device)  # uint8: small enough to stay there
+    pixels = keep_on(device, pixels)
     mae = (start or recipe.build()).to(device).train()
     card = mae.encoder.refiner_card
     if out:
@@ -353,21 +370,25 @@ def pretrain(
         first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe, began_with)
     elif out:
         set_states_aside(Path(out) / "state.pt")
-    forward = torch.compile(mae, dynamic=False) if recipe.compile else mae
-
-    began = time.monotonic()
+    if recipe.compile:
+        compile_blocks([*mae.encoder.blocks, *mae.decoder_blocks])
+    is_over, done = stopper(stop), first
+    began = saved = time.monotonic()
     before = run.history[-1]["seconds"] if run.history else 0.0
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="pretraining",
                unit="step", disable=not progress, mininterval=1.0)  # fmt: skip
     for step in bar:
+        if is_over():
+            if out:
+                _save(Path(out), mae, optimizer, ema, run, recipe, began_with, done, losses)
+            break
         lr = cosine_schedule(
             step, total=recipe.steps, warmup=int(recipe.warmup * recipe.steps), peak=recipe.lr
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = batch_indices(len(pixels), recipe.batch, seed=recipe.seed, step=step)
-        x = preprocess(take(pixels, index, device), card)
-        losses.append(_one_step(mae, forward, optimizer, x, recipe, step))
+        losses.append(_one_step(mae, optimizer, take(pixels, index, device), recipe, step))
         ema.update(mae)
         done = step + 1
         if done % log_every == 0 or done == recipe.steps:
@@ -378,27 +399,50 @@ def pretrain(
             seconds = round(before + time.monotonic() - began, 3)
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
-        if out and (done % save_every == 0 or done == recipe.steps):
+        if out and save_is_due(done, recipe.steps, save_every, saved):
             _save(Path(out), mae, optimizer, ema, run, recipe, began_with, done, losses)
+            saved = time.monotonic()
     ema.copy_to(mae)
-    mae.eval()
+    run.mae = (deepcopy(mae) if recipe.compile else mae).eval()  # a copy is not compiled
+    run.steps = done
     if out:
         save_pretrained(run, out, recipe=recipe)
     return run
 
 
-def _one_step(mae: MaskedAutoencoder, forward, optimizer, x: Tensor, recipe: MAERecipe,
-              step: int) -> Tensor:  # fmt: skip
-    """Masks, predicts, and learns from one batch; its loss, still on the device."""
+def _one_step(
+    mae: MaskedAutoencoder, optimizer, pixels: Tensor, recipe: MAERecipe, step: int
+) -> Tensor:
+    """Crops, masks, predicts, and learns from one batch; its loss, still on the device."""
     # Drawn where the images are: on a GPU the host would have to wait for a copy of the masks.
-    generator = step_generator(recipe.seed, step, x.device)
-    visible, mask = random_masking(len(x), mae.patches, recipe.mask_ratio, generator, x.device)
-    with autocast(x.device):
-        loss, _ = forward(x, visible, mask)
+    device = pixels.device
+    generator = step_generator(recipe.seed, step, device)
+    x = _views(pixels, recipe, mae.encoder.refiner_card, generator)
+    visible, mask = random_masking(len(x), mae.patches, recipe.mask_ratio, generator, device)
+    with autocast(device):
+        loss, _ = mae(x, visible, mask)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Generator) -> Tensor:
+    """Normalised images [B, 3, H, W], cropped and mirrored as the recipe says."""
+    if recipe.crop is None and not recipe.flip:
+        return preprocess(pixels, card)
+    whole = recipe.crop is None
+    view = View(
+        size=recipe.size,
+        scale=(1.0, 1.0) if whole else recipe.crop,
+        ratio=(1.0, 1.0) if whole else View.ratio,
+        flip=0.5 if recipe.flip else 0.0,
+        jitter=0.0,
+        gray=0.0,
+    )
+    how = card["preprocessing"]
+    mean, std = (constant(tuple(how[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
+    return (make_view(pixels, view, generator) - mean) / std
 
 
 def _checked(recipe: MAERecipe) -> MAERecipe:
@@ -407,6 +451,13 @@ def _checked(recipe: MAERecipe) -> MAERecipe:
     for name, low in {"batch": 1, "steps": 1, "seed": 0}.items():
         if getattr(recipe, name) < low:
             raise ValueError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
+    if recipe.crop is not None:
+        low, high = recipe.crop
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop is {recipe.crop}; it needs to be two shares of the area above 0 and up to "
+                "1, the smaller one first"
+            )
     patches = (recipe.size // max(1, recipe.patch)) ** 2
     if not 0 < recipe.mask_ratio <= 1 or round(patches * (1 - recipe.mask_ratio)) == patches:
         raise ValueError(
@@ -452,8 +503,9 @@ def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecip
 def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
              began_with: dict) -> tuple[int, list[Tensor]]:  # fmt: skip
     state = load_state(out / "state.pt")
-    if state["recipe"] != asdict(recipe):
-        changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
+    saved = asdict(MAERecipe(**state["recipe"]))  # what an older one lacks has its default
+    if saved != asdict(recipe):
+        changed = [k for k, v in asdict(recipe).items() if saved[k] != v]
         raise ValueError(
             f"cannot resume {out}: the recipe changed in {', '.join(changed)}; "
             "use the same values, or start again without --resume"
@@ -489,9 +541,11 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
         "method": METHODS[recipe.decoder_depth > 0],
         "recipe": asdict(recipe),
         "machine": machine(),
-        "seconds": run.history[-1]["seconds"],
-        "loss": run.history[-1]["loss"],
+        "seconds": run.history[-1]["seconds"] if run.history else 0.0,
+        "loss": run.history[-1]["loss"] if run.history else None,
     }
+    if run.steps < recipe.steps:
+        encoder.refiner_card["stopped_after_steps"] = run.steps
     save_model(encoder, out, extra=decoder_state(run.mae))
     write_json(Path(out) / "history.json", run.history)
 

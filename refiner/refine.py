@@ -59,9 +59,11 @@ from refiner.streams import ImageStream, StreamBatches
 from refiner.training import (
     EMA,
     Batches,
+    Stop,
     autocast,
     batch_indices,
     check_origin,
+    compile_blocks,
     constant,
     cosine_schedule,
     draw,
@@ -69,9 +71,11 @@ from refiner.training import (
     machine,
     origin,
     repeated_indices,
+    save_is_due,
     save_state,
     set_states_aside,
     step_generator,
+    stopper,
 )
 from refiner.views import make_views
 from refiner.watch import Guard, plain_numbers
@@ -85,7 +89,6 @@ __all__ = [
 Tensor = torch.Tensor
 # What a resumed run may do otherwise than before, as after a loss that was not finite.
 CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
-SAVE_EVERY, SAVE_SECONDS = 100, 60.0  # by default, both have to be over
 
 
 # ---------------------------------------------------------------- features of the views
@@ -307,6 +310,7 @@ class Refined:
             :class:`Step`) and neighbor_accuracy per head (None without labels), lr, seconds, and
             what ``evaluate`` returned.
         recipe: with blocks and pooling filled in.
+        steps: taken in both stages together; fewer than the recipe's where the run was stopped.
     """
 
     model: Encoder
@@ -314,6 +318,7 @@ class Refined:
     queue: NeighborQueue
     recipe: Recipe
     history: list[dict] = field(default_factory=list)
+    steps: int = 0
 
 
 def refine(
@@ -328,6 +333,9 @@ def refine(
     watch: Sequence[Callable[[list[dict]], None]] = (),
     save_every: int | None = None,
     log_every: int = 10,
+    stop: Stop = None,
+    heads: IDHeads | None = None,
+    queue: NeighborQueue | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Refined:
@@ -354,8 +362,15 @@ def refine(
         watch: each is called with the history after every logged step
             (:class:`refiner.watch.LiveFigure`, :class:`refiner.watch.TensorBoard`).
         save_every: steps between saved states; by default every 100th, if the last was a minute
-            ago: a state is large, and a GPU waits while it is written.
+            ago: a state is large, and a GPU waits while it is written. The last step is always
+            saved.
         log_every: steps.
+        stop: ends the run before its last step: a function that is asked before each step and says
+            True to stop, or a moment of ``time.monotonic()``. What is returned and saved then is
+            the average of that moment; ``resume`` goes on from there. Of several processes the
+            first is asked.
+        heads, queue: trained ones to go on from, such as :func:`load_heads` gives, instead of fresh
+            heads and an empty queue; they are copied.
         device: default CUDA if there is one, else CPU.
         progress: show a bar with the loss, the neighbors' accuracy and the remaining time.
 
@@ -363,8 +378,8 @@ def refine(
         A :class:`Refined`.
 
     Raises:
-        ValueError: for data or recipes that do not fit and, with ``out``, for a model that cannot
-            be saved, before training starts.
+        ValueError: for data, recipes, heads or a queue that do not fit and, with ``out``, for a
+            model that cannot be saved, before training starts.
         TypeError: when ``evaluate`` returns other things than numbers.
         FloatingPointError: when the loss is no longer finite.
         refiner.watch.Collapse: when all projections became the same. Both keep the saved states.
@@ -375,11 +390,13 @@ def refine(
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
     if not recipe.head_steps + recipe.steps:
         raise ValueError("head_steps and steps are both 0: there is nothing to train")
-    run = begin(model, recipe, device)
+    run = begin(model, recipe, device, heads=heads, queue=queue)
+    check_ids(run.queue, images)
     if out:
         check_savable(run.model)
-    trainer = Trainer(run, images, out, evaluate, evaluate_every, save_every, log_every, device,
-                      watch)  # fmt: skip
+    trainer = Trainer(
+        run, images, out, evaluate, evaluate_every, save_every, log_every, device, watch, stop
+    )
     if out or resume:
         trainer.origin = origin(images, model)
     if out and parallel.rank() == 0:
@@ -394,6 +411,7 @@ def refine(
               disable=not progress or parallel.rank() > 0) as bar:  # fmt: skip
         trainer.train(bar)
     trainer.ema.copy_to(run.model)
+    run.steps = trainer.done
     run.model = copy_model(run.model) if recipe.compile else run.model  # a copy is not compiled
     run.model.eval()
     if out and parallel.rank() == 0:
@@ -402,31 +420,77 @@ def refine(
     return run
 
 
-def begin(model: Encoder, recipe: Recipe, device: torch.device) -> Refined:
-    """A run before its first step: a copy of the encoder, fresh heads, an empty queue."""
+def begin(
+    model: Encoder,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    heads: IDHeads | None = None,
+    queue: NeighborQueue | None = None,
+) -> Refined:
+    """A run before its first step: copies of the encoder and of the heads and queue, if given.
+
+    Without them the heads are fresh and the queue is empty.
+
+    Raises:
+        ValueError: for heads or a queue of other sizes than the recipe's.
+    """
     student = allow_any_size(copy_model(model)).to(device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        heads = IDHeads(
-            len(recipe.blocks), student.embed_dim, hidden=recipe.hidden,
-            predictor_hidden=recipe.predictor_hidden, out=recipe.out,
-        ).to(device).train()  # fmt: skip
+        new_heads = IDHeads(
+            len(recipe.blocks),
+            student.embed_dim,
+            hidden=recipe.hidden,
+            predictor_hidden=recipe.predictor_hidden,
+            out=recipe.out,
+        )
+    new_queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+    for name, new, given in (("heads", new_heads, heads), ("queue", new_queue, queue)):
+        if given is not None:
+            _copy_weights(name, given, new)
     if recipe.compile:
-        for block in student.blocks:
-            block.compile()
-    queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks)).to(device)
-    return Refined(student, heads, queue, recipe)
+        compile_blocks(student.blocks)
+    return Refined(student, new_heads.to(device).train(), new_queue.to(device), recipe)
+
+
+def _copy_weights(name: str, given: nn.Module, new: nn.Module) -> None:
+    """Weights and averages of the heads or the queue, if they have the recipe's sizes."""
+    theirs, ours = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (given, new))
+    if theirs != ours:
+        key = next(k for k in ours if theirs.get(k) != ours[k])
+        raise ValueError(
+            f"the {name} given do not fit the recipe and the model: {key} is {theirs.get(key)}, "
+            f"not {ours[key]}; use the recipe that they were made with"
+        )
+    new.load_state_dict(given.state_dict())
+
+
+def check_ids(queue: NeighborQueue, images) -> None:
+    """Refuses a queue of other images, whose ids would have no labels here.
+
+    Raises:
+        ValueError: for an id that no image has.
+    """
+    pixels = getattr(images, "images", images)
+    largest = int(queue.ids.max())
+    if not isinstance(pixels, ImageStream) and largest >= len(pixels):
+        raise ValueError(
+            f"the queue given holds image {largest}, but there are only {len(pixels)} images; "
+            "give the images that it was filled with, or no queue"
+        )
 
 
 class Trainer:
     """The loop's state: what one step hands to the next, and what a checkpoint holds."""
 
     def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=None,
-                 log_every=10, device="cpu", watch=()):  # fmt: skip
+                 log_every=10, device="cpu", watch=(), stop=None):  # fmt: skip
         self.run, self.out = run, Path(out) if out else None
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.save_every, self.log_every, self.device = save_every, log_every, torch.device(device)
         self.watch, self.guard = watch, Guard(run.recipe, self.out)
+        self.is_over = stopper(stop)
         recipe = run.recipe
         first, count = parallel.rows(recipe.batch)
         self.mine = slice(first, first + count)
@@ -472,12 +536,13 @@ class Trainer:
 
     def train(self, bar) -> None:
         try:
-            self.run_stage(2, bar)
-            self.run_stage(3, bar)
+            if self.run_stage(2, bar):
+                self.run_stage(3, bar)
         finally:
             self.batches.close()
 
-    def run_stage(self, stage: int, bar) -> None:
+    def run_stage(self, stage: int, bar) -> bool:
+        """Takes the stage's steps; False when it was stopped before the last of them."""
         recipe = self.run.recipe
         first = 0 if stage == 2 else recipe.head_steps
         steps = recipe.head_steps if stage == 2 else recipe.steps
@@ -485,22 +550,17 @@ class Trainer:
             self.optimizers.pop(2, None)  # its averages are as large as the heads, twice
             self.kept_KNTVD = None
         for step in range(max(self.done - first, 0), steps):
+            if self.is_over():
+                if self.out:
+                    self.save()
+                return False
             self.one_step(stage, step, steps, bar)
             self.done = first + step + 1
             bar.update()
-            if self.out and self.save_is_due():
+            if self.out and save_is_due(self.done, self.total, self.save_every, self.saved):
                 self.save()
                 self.saved = time.monotonic()
-
-    def save_is_due(self) -> bool:
-        """After so many steps; by default also only if the last save is long enough ago."""
-        if self.save_every is not None:
-            return self.done % self.save_every == 0
-        if self.done % SAVE_EVERY:
-            return False
-        waited = torch.tensor(time.monotonic() - self.saved, device=self.device)
-        # All processes have to come to the same decision.
-        return self.done == self.total or float(parallel.average(waited)) >= SAVE_SECONDS
+        return True
 
     def one_step(self, stage: int, step: int, steps: int, bar) -> None:
         run, recipe = self.run, self.run.recipe
@@ -753,6 +813,8 @@ def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
         "machine": machine(),
         "seconds": run.history[-1]["seconds"] if run.history else 0.0,
     }
+    if run.steps < run.recipe.head_steps + run.recipe.steps:
+        card["stopped_after_steps"] = run.steps
     save_model(run.model, out)
     state = {f"heads.{k}": v for k, v in run.heads.state_dict().items()}
     state |= {f"queue.{k}": v for k, v in run.queue.state_dict().items()}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -21,9 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from refiner import parallel
 from refiner.files import replacing
 
 Tensor = torch.Tensor
+SAVE_EVERY, SAVE_SECONDS = 100, 60.0  # by default, both have to be over
+Stop = Callable[[], bool] | float | None
 
 
 def cosine_schedule(step: int, *, total: int, warmup: int, peak: float, floor: float = 1e-6):
@@ -105,6 +109,18 @@ def take(pixels, index: Tensor, device: torch.device) -> Tensor:
     return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen
 
 
+def keep_on(device: torch.device, pixels):
+    """Images as they are, or on the GPU where they take at most half of its free memory.
+
+    Only tensors move; what is read from files stays there.
+    """
+    if not isinstance(pixels, Tensor) or pixels.device.type == device.type:
+        return pixels
+    if device.type == "cuda" and 2 * pixels.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return pixels
+    return pixels.to(device)
+
+
 class Batches:
     """The images of each step; files are decoded ahead of it by a thread.
 
@@ -164,6 +180,51 @@ def whole_numbers(recipe):
 def autocast(device: torch.device):
     """bf16 products on a GPU, nothing on a CPU, where they would be slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Fuses each block by torch.compile, for every shape that it meets.
+
+    Blocks share their code: one of them takes seconds, the others none. Shapes are fixed, as a
+    graph for all sizes would be slower at each. Every size of the views, with and without
+    gradients, is one of the graphs that torch would by default stop at eight of.
+    """
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def stopper(stop: Stop) -> Callable[[], bool]:
+    """The question for before each step whether to stop; the first process answers for all.
+
+    Args:
+        stop: None for never, a function that says True to stop, or a moment of
+            ``time.monotonic()``.
+    """
+    if stop is None:
+        return lambda: False
+    ask = stop if callable(stop) else lambda: time.monotonic() >= stop
+    return lambda: parallel.first_decides(bool(ask()))
+
+
+def save_is_due(done: int, total: int, every: int | None, saved: float) -> bool:
+    """Whether to save after so many steps; the first process answers for all.
+
+    Args:
+        done, total: steps taken, and steps of the whole run; after the last one is always saved.
+        every: steps between two saves. None saves after every 100th if the last was a minute ago:
+            a state is large, and a GPU waits while it is written.
+        saved: the moment of the last save, by ``time.monotonic()``.
+    """
+    if done == total:
+        return True
+    if every is not None:
+        return done % every == 0
+    if done % SAVE_EVERY:
+        return False
+    return parallel.first_decides(time.monotonic() - saved >= SAVE_SECONDS)
 
 
 def all_finite(*modules: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refiner
 from refiner.finetune import (
@@ -23,7 +24,7 @@ from refiner.finetune import (
 )
 from refiner.images import ImageSet
 from refiner.models import build_vit
-from refiner.training import load_state
+from refiner.training import keep_on, load_state
 
 PLAIN = FinetuneRecipe(epochs=1, batch=8, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
                        crop=(1.0, 1.0), flip=0.0, jitter=0.0, ema=0.0)  # fmt: skip
@@ -297,6 +298,20 @@ def test_a_broken_weight_is_never_saved(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="weight is no longer finite at step 6"):
         finetune(encoder(), coloured(), save_every=3, **options)
     assert load_state(tmp_path / "finetune.pt")["done"] == 3
+
+
+@pytest.mark.parametrize("free, home", [(2, "cuda"), (1, "cpu")])
+def test_pixels_move_to_a_gpu_that_has_room_for_them_twice(monkeypatch, free, home):
+    """On tensors without numbers; what lies in files stays there."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch knows no CUDA devices")
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        pixels = torch.empty(100, 3, 8, 8, dtype=torch.uint8)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * pixels.nbytes, 0))
+        assert keep_on(gpu, pixels).device.type == home
+        assert keep_on(torch.device("cpu"), pixels) is pixels
+    assert keep_on(gpu, "files") == "files"
 
 
 def test_a_finished_run_leaves_nothing_behind(monkeypatch):

@@ -1,16 +1,21 @@
 """Masked autoencoder: masking, loss, decoder against plain versions; exact resuming."""
 
 import json
+import time
 from dataclasses import replace
+from functools import partialmethod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from refiner import mae as M
+from refiner import training
 from refiner.models import load_model
 from refiner.toybox import render
 from refiner.training import load_state, save_state
+from refiner.views import crop, crop_boxes
 
 TINY = M.MAERecipe(dim=16, depth=2, heads=2, decoder_dim=12, decoder_heads=2, batch=8, steps=12)
 
@@ -158,12 +163,115 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monk
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
 
 
+def test_stopped_and_resumed_is_the_uninterrupted_run(pixels, tmp_path):
+    """What a stopped run returns is the average of that moment, as the shadow in its state."""
+    options = {"recipe": TINY, "out": tmp_path, "progress": False, "log_every": 3}
+    whole = M.pretrain(pixels, **options | {"out": None})
+    asked = []
+    stopped = M.pretrain(pixels, stop=lambda: asked.append(1) or len(asked) > 5, **options)
+    assert stopped.steps == 5 and [e["step"] for e in stopped.history] == [3]
+    state = load_state(tmp_path / "state.pt")
+    assert state["step"] == 5
+    for key, value in stopped.mae.state_dict().items():
+        assert torch.equal(value, state["ema"]["shadow"][key]), key
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["stopped_after_steps"] == 5
+    resumed = M.pretrain(pixels, resume=True, **options)
+    assert resumed.steps == 12 and "stopped_after_steps" not in resumed.model.refiner_card
+    for key, value in whole.mae.state_dict().items():
+        assert torch.equal(value, resumed.mae.state_dict()[key]), key
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+
+
+def test_a_deadline_that_is_over_leaves_the_weights_of_the_start(pixels, tmp_path):
+    run = M.pretrain(pixels, recipe=TINY, stop=time.monotonic(), out=tmp_path, progress=False)
+    assert run.steps == 0 and run.history == []
+    for key, value in TINY.build().state_dict().items():
+        assert torch.equal(value, run.mae.state_dict()[key]), key
+    assert M.load_mae(tmp_path).patches == 64
+    later = M.pretrain(pixels, recipe=TINY, stop=time.monotonic() + 600, progress=False)
+    assert later.steps == 12
+
+
+def test_by_default_states_are_saved_a_minute_apart(pixels, tmp_path, monkeypatch):
+    """A step takes 25 seconds of this clock: three of them are more than a minute."""
+    step, taken, saved = M._one_step, [], []
+    clock = SimpleNamespace(monotonic=lambda: 25.0 * len(taken))
+    for module in (M, training):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    monkeypatch.setattr(M, "_one_step", lambda *a: taken.append(1) or step(*a))
+    monkeypatch.setattr(M, "save_state", lambda *_, **__: saved.append(len(taken)))
+    M.pretrain(pixels, recipe=replace(TINY, steps=11), out=tmp_path, progress=False)
+    assert saved == [4, 8, 11], "the last one, too"
+
+
+def test_crops_are_the_views_of_the_step_and_mirrors_the_half(pixels):
+    """A crop against torchvision's crop and resize; whole images are only mirrored."""
+    card = TINY.build().encoder.refiner_card
+    plain = M._views(pixels, TINY, card, None)
+    flipped = M._views(pixels, replace(TINY, flip=True), card, torch.Generator().manual_seed(0))
+    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, flipped, strict=True)]
+    mirrored = [
+        torch.allclose(a.flip(2), b, atol=1e-5) for a, b in zip(plain, flipped, strict=True)
+    ]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert 8 < sum(mirrored) < 32
+    recipe = replace(TINY, crop=(0.2, 0.6))
+    x = M._views(pixels, recipe, card, torch.Generator().manual_seed(1))
+    boxes = crop_boxes(40, 32, 32, (0.2, 0.6), (3 / 4, 4 / 3), torch.Generator().manual_seed(1))
+    wanted = (crop(pixels.float() / 255, boxes, 32) - 0.5) / 0.25
+    assert x.shape == plain.shape and torch.allclose(x, wanted, atol=1e-5)
+
+
+def test_a_run_with_crops_repeats_and_differs(pixels):
+    recipe = replace(TINY, crop=(0.2, 1.0), flip=True)
+    one, two, plain = (
+        [e["loss"] for e in M.pretrain(pixels, recipe=r, progress=False, log_every=1).history]
+        for r in (recipe, recipe, TINY)
+    )
+    assert one == two and one != plain
+
+
+def test_states_of_older_versions_know_no_crops(pixels, tmp_path):
+    options = {"recipe": TINY, "out": tmp_path, "progress": False}
+    whole = M.pretrain(pixels, save_every=6, **options)
+    state = load_state(tmp_path / "state.previous.pt")
+    del state["recipe"]["crop"], state["recipe"]["flip"]
+    save_state(tmp_path / "state.pt", state)
+    resumed = M.pretrain(pixels, resume=True, **options)
+    assert torch.equal(whole.mae.mask_token, resumed.mae.mask_token)
+    with pytest.raises(ValueError, match="recipe changed in flip"):
+        M.pretrain(pixels, resume=True, **options | {"recipe": replace(TINY, flip=True)})
+
+
+def test_compiling_fuses_blocks_and_changes_no_number(pixels, monkeypatch):
+    """One graph for the blocks of each network, whatever the depth; torch's own, uncompiled."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    torch._dynamo.reset()
+    run = M.pretrain(pixels, recipe=replace(TINY, depth=4, compile=True), progress=False)
+    assert len(graphs) == 2, "one of width 16 for the encoder, one of width 12 for the decoder"
+    plain = M.pretrain(pixels, recipe=replace(TINY, depth=4), progress=False)
+    for key, value in plain.mae.state_dict().items():
+        assert torch.allclose(value, run.mae.state_dict()[key], atol=1e-5), key
+    run.mae(torch.randn(3, 3, 32, 32), *M.random_masking(3, 64, 0.75))
+    assert len(graphs) == 2, "what is returned is not compiled"
+    torch._dynamo.reset()
+
+
 def test_a_broken_weight_is_never_saved(pixels, tmp_path, monkeypatch):
     """Between two looks at the loss; the last two states stay."""
     step = M._one_step
 
-    def broken(mae, forward, optimizer, x, recipe, number):
-        loss = step(mae, forward, optimizer, x, recipe, number)
+    def broken(mae, optimizer, pixels, recipe, number):
+        loss = step(mae, optimizer, pixels, recipe, number)
         if number == 9:
             torch.nn.init.constant_(mae.decoder_pred.weight, float("nan"))
         return loss
@@ -266,6 +374,8 @@ def test_clear_errors(pixels, tmp_path):
     ({"mask_ratio": 0.0}, "mask_ratio is 0.0; it needs to hide at least one of 64 patches"),
     ({"mask_ratio": 0.001}, "at least one of 64 patches"),
     ({"mask_ratio": 1.5}, "at most 1"),
+    ({"crop": (0.0, 1.0)}, r"crop is \(0.0, 1.0\); it needs to be two shares of the area above 0"),
+    ({"crop": (0.9, 0.2)}, "the smaller one first"),
     ({"decoder_dim": 12, "decoder_heads": 5}, "decoder_dim of 12 does not suit 5 heads"),
     ({"decoder_dim": 6}, "decoder_dim of 6 does not suit 2 heads; choose a multiple of"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import importlib
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -291,6 +292,60 @@ def test_heads_come_back_with_their_queue(model, images, tmp_path):
     assert all(torch.equal(v, run.queue.state_dict()[k]) for k, v in queue.state_dict().items())
     with pytest.raises(FileNotFoundError, match="no heads"):
         R.load_heads("mae_toybox")
+
+
+def test_a_run_goes_on_from_given_heads_and_queue(model, images):
+    """They are copied; without a step the run has exactly these."""
+    first = R.refine(model, images, recipe=TINY, progress=False)
+    before = copy.deepcopy((first.heads.state_dict(), first.queue.state_dict()))
+    options = {"recipe": TINY, "heads": first.heads.eval(), "queue": first.queue, "progress": False}
+    same = R.refine(first.model, images, stop=lambda: True, **options)
+    for ours, theirs in zip(
+        before, (same.heads.state_dict(), same.queue.state_dict()), strict=True
+    ):
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    run = R.refine(first.model, images, log_every=1, **options)
+    fresh = R.refine(first.model, images, recipe=TINY, progress=False, log_every=1)
+    assert run.history[0]["age"][0] > 0 == fresh.history[0]["age"][0], "neighbors from the start"
+    assert run.heads.training and not first.heads.training
+    for ours, module in zip(before, (first.heads, first.queue), strict=True):
+        assert all(torch.equal(value, module.state_dict()[key]) for key, value in ours.items())
+
+
+def test_heads_and_queues_of_other_sizes_are_refused(model, images):
+    run = R.refine(model, images, recipe=TINY, progress=False)
+    options = {"recipe": replace(TINY, hidden=8), "progress": False}
+    with pytest.raises(ValueError, match=r"the heads given.*is \[2, 16, 16\], not \[2, 16, 8\]"):
+        R.refine(model, images, heads=run.heads, **options)
+    options["recipe"] = replace(TINY, queue=30)
+    with pytest.raises(ValueError, match=r"the queue given.*use the recipe that they were made"):
+        R.refine(model, images, queue=run.queue, **options)
+    options["recipe"] = TINY
+    with pytest.raises(ValueError, match="holds image [0-9]+, but there are only 8 images"):
+        R.refine(model, images[:8], queue=run.queue, **options)
+
+
+def test_compiled_blocks_share_one_graph_for_each_size_and_change_no_number(
+    model, images, monkeypatch
+):
+    """Shapes are fixed: none of the graphs is for all sizes. The last block's shortcut has none."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    compiled = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    torch._dynamo.reset()
+    recipe = replace(TINY, frozen_blocks=0, pooling="patch")
+    run = R.refine(model, images, recipe=replace(recipe, compile=True), progress=False)
+    # Two sizes of views, without gradients in stage 2 and with them in stage 3.
+    assert len(graphs) == 4 and all(isinstance(n, int) for g in graphs for s in g for n in s)
+    plain = R.refine(model, images, recipe=recipe, progress=False)
+    for key, value in plain.model.state_dict().items():
+        assert torch.allclose(value, run.model.state_dict()[key], atol=1e-4), key
+    torch._dynamo.reset()
 
 
 def test_embedded_heads_know_the_embedded_encoder():

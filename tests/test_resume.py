@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 
 from refiner import training
 from refiner.images import ImageSet
-from refiner.models import build_vit
+from refiner.models import build_vit, load_model
 from refiner.recipe import Recipe
 from refiner.views import View
 
@@ -115,8 +116,9 @@ def test_by_default_states_are_saved_a_minute_apart(model, images, whole, tmp_pa
         return step(*args, **kwargs)
 
     monkeypatch.setattr(R, "refine_step", counted)
-    monkeypatch.setattr(R, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(taken)))
-    monkeypatch.setattr(R, "SAVE_EVERY", 2)
+    for module in (R, training):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(taken)))
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
     save = R.Trainer.save
     monkeypatch.setattr(R.Trainer, "save", lambda self: (saved.append(self.done), save(self)))
     options = {"recipe": TINY, "out": tmp_path, "log_every": 1, "progress": False}
@@ -132,6 +134,29 @@ def test_by_default_the_last_step_is_saved_however_short_the_run(model, images, 
     R.refine(model, images, recipe=recipe, out=tmp_path, progress=False)
     assert training.load_state(tmp_path / "state.pt")["done"] == 100
     assert not (tmp_path / "state.previous.pt").exists()
+
+
+@pytest.mark.parametrize("at", [0, 3, 8, 13])
+def test_stopped_and_resumed_is_the_uninterrupted_run(model, images, whole, tmp_path, at):
+    """In stage 2, between the stages and in stage 3; the average of that moment is returned."""
+    asked = []
+    options = {"recipe": TINY, "out": tmp_path, "log_every": 1, "progress": False}
+    stopped = R.refine(model, images, stop=lambda: asked.append(1) or len(asked) > at, **options)
+    state = training.load_state(tmp_path / "state.pt")
+    assert stopped.steps == state["done"] == len(stopped.history) == at
+    for key, value in stopped.model.state_dict().items():
+        assert torch.equal(value, state["ema"]["shadow"][key]), key
+    assert load_model(tmp_path).refiner_card["stopped_after_steps"] == at
+    resumed = R.refine(model, images, resume=True, **options)
+    assert_same(whole, resumed)
+    assert "stopped_after_steps" not in resumed.model.refiner_card
+
+
+def test_a_deadline_that_is_over_leaves_the_weights_of_the_start(model, images):
+    run = R.refine(model, images, recipe=TINY, stop=time.monotonic(), progress=False)
+    assert run.steps == 0 and run.history == []
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, run.model.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("error", [

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from refiner import decoders, measures, widgets
 from refiner import mae as masked
-from refiner.features import extract, preprocess
+from refiner.features import extract
 from refiner.images import ImageSet
 from refiner.mae import MAERecipe, parameter_groups, reconstruct
 from refiner.models import build_vit
@@ -137,8 +137,9 @@ def test_the_measured_parts_of_a_step_run_on_a_gpu(tools, scripts, monkeypatch):
     assert len(parts) == 2 * len(found) > 0
 
 
-def test_a_step_of_pretraining_never_makes_the_host_wait(tools):
-    recipe = MAERecipe(batch=16)
+@pytest.mark.parametrize("changes", [{}, {"crop": (0.2, 1.0), "flip": True}], ids=str)
+def test_a_step_of_pretraining_never_makes_the_host_wait(tools, changes):
+    recipe = MAERecipe(batch=16, **changes)
     mae = recipe.build()
     with tools.simulated(tools.GPU):
         tools.hollow(mae, device=tools.GPU)
@@ -147,8 +148,7 @@ def test_a_step_of_pretraining_never_makes_the_host_wait(tools):
         with tools.no_backward(mae):
             for step in range(2):
                 with tools.Waits() as waits:
-                    x = preprocess(pixels, mae.encoder.refiner_card)
-                    loss = masked._one_step(mae, mae, optimizer, x, recipe, step)
+                    loss = masked._one_step(mae, optimizer, pixels, recipe, step)
         assert waits.found == [] and loss.device == tools.GPU
 
 
