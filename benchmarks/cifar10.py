@@ -84,7 +84,7 @@ PRESETS = {
                       batch=1024, steps=16_000, lr=1.5e-3,
                       normalize_targets=True, compile=True),
         refine=Recipe(
-            blocks=(7, 8, 9, 10, 11), hidden=1024, predictor_hidden=2048, out=256,
+            blocks=(8, 9, 10, 11, 12), hidden=1024, predictor_hidden=2048, out=256,
             views=_views(2, 4), batch=512, head_steps=400, steps=7_000, head_lr=1e-3, lr=1e-3,
             layer_decay=0.8, queue=16_384, top_k=10, ema=0.999, warmup=0.1,
             swap_from=0.2, swap_full=0.7,

@@ -343,7 +343,10 @@ def block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
         return tuple(range(1, depth + 1))
     numbers = tuple(int(b) + depth + 1 if b < 0 else int(b) for b in blocks)
     if not numbers or not all(1 <= number <= depth for number in numbers):
-        raise ValueError(f"blocks must be among 1 to {depth} (or -{depth} to -1), not {blocks}")
+        raise ValueError(
+            f"blocks count from 1: choose among 1 to {depth} (or -{depth} to -1, from the end), "
+            f"not {blocks}"
+        )
     return numbers
 
 

@@ -149,8 +149,7 @@ class Classifier(nn.Module):
 
     def pooled(self, x_BCHW: Tensor) -> Tensor:
         """What the head sees of normalised images, [B, D]."""
-        last = len(self.encoder.blocks) - 1
-        return head_features(self.encoder, x_BCHW, (last,), pooling=self.pooling)[0]
+        return head_features(self.encoder, x_BCHW, (-1,), pooling=self.pooling)[0]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B, C] of normalised images."""

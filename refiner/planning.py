@@ -132,7 +132,7 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
 
 def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
     """What to change to need less memory, the mildest first; all of it at last."""
-    blocks, half = recipe.blocks, min(depth // 2, recipe.blocks[0])  # heads stay above it
+    blocks, half = recipe.blocks, min(depth // 2, recipe.blocks[0] - 1)  # heads stay above it
     fewer = blocks[::-2][::-1] if len(blocks) > 1 else blocks  # every other, with the last
     changes: dict[str, dict] = {"checkpoint=True": {"checkpoint": True}}
     if recipe.frozen_blocks < half:
@@ -150,8 +150,8 @@ def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
 
 def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     """The recipe as lines of text."""
-    n, last = _count(images), len(model.blocks) - 1
-    where = [str(b) if b < last else f"{b} (the final output)" for b in recipe.blocks]
+    n, depth = _count(images), len(model.blocks)
+    where = [str(b) if b < depth else f"{b} (the final output)" for b in recipe.blocks]
     sizes = [v.size for v in recipe.views]
     views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
 
@@ -163,7 +163,7 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     frozen = f", first {recipe.frozen_blocks} blocks frozen" if recipe.frozen_blocks else ""
     many = parallel.world()
     return [
-        f"model    {model.refiner_card.get('name', 'unnamed')}: {last + 1} blocks of width "
+        f"model    {model.refiner_card.get('name', 'unnamed')}: {depth} blocks of width "
         f"{model.embed_dim}",
         f"data     {_data(images)}; views: {views}",
         f"heads    on blocks {', '.join(where)}; pooling {recipe.pooling}",

@@ -30,8 +30,8 @@ class Recipe:
     """Everything that decides a refinement. Defaults follow the paper; presets adapt them.
 
     Attributes:
-        blocks: which blocks get a head, counted from 0; None is the last third. The last block's
-            head reads the encoder's output, after the final norm.
+        blocks: which blocks get a head, counted from 1, negative from the end; None is the last
+            third. The last block's head reads the encoder's output, after the final norm.
         pooling: "cls", "patch" (mean), one of them for each block of ``blocks``, or None for the
             class token where there is one.
         hidden, predictor_hidden, out: widths of the heads, see :class:`refiner.heads.IDHeads`.
@@ -117,7 +117,7 @@ class Recipe:
             **changes: other values for any attribute.
         """
         base = cls(
-            blocks=(8, 9, 10, 11), hidden=256, predictor_hidden=512, out=128,
+            blocks=(9, 10, 11, 12), hidden=256, predictor_hidden=512, out=128,
             views=_toy_views(size, keep=0.5), batch=128, head_steps=20, steps=160, head_lr=4e-3,
             lr=6e-3, layer_decay=0.75, frozen_blocks=6, queue=4096, top_k=5, ema=0.98, warmup=0.1,
         )  # fmt: skip
@@ -201,7 +201,7 @@ class Recipe:
         queue = min(_power(n / 4), 65_536)
         per_epoch = max(1, n // batch)
         base = cls(
-            blocks=tuple(range(depth - max(1, round(depth / 3)), depth)),
+            blocks=_last_third(depth),
             hidden=min(2048, 2 * width), predictor_hidden=min(4096, 4 * width),
             views=_fitted_views(size, model.patch_embed.patch_size[0]), batch=batch, queue=queue,
             head_steps=20 * per_epoch, steps=30 * per_epoch, head_warmup=4 / 20, warmup=4 / 30,
@@ -212,11 +212,11 @@ class Recipe:
         return replace(base, **changes)
 
 
-# Blocks from 0, the last of them the final output; epochs of stage 3 where not 30.
+# The last of the blocks is the final output; epochs of stage 3 where not 30.
 _PAPER = {
-    "L/16": {"blocks": tuple(range(16, 24)), "temperature": 0.2, "batch": 1024},
-    "H/14": {"blocks": tuple(range(20, 32)), "temperature": 0.3, "batch": 512},
-    "2B/14": {"blocks": tuple(range(16, 24)), "temperature": 0.35, "batch": 512,
+    "L/16": {"blocks": tuple(range(17, 25)), "temperature": 0.2, "batch": 1024},
+    "H/14": {"blocks": tuple(range(21, 33)), "temperature": 0.3, "batch": 512},
+    "2B/14": {"blocks": tuple(range(17, 25)), "temperature": 0.35, "batch": 512,
               "frozen_blocks": 6, "epochs": 20},
 }  # fmt: skip
 
@@ -293,15 +293,29 @@ def head_loss_weights(recipe: Recipe, step: int) -> list[float] | None:
 
 
 def recipe_dict(recipe: Recipe) -> dict:
-    """The recipe as plain JSON types."""
-    return json.loads(json.dumps(asdict(recipe)))
+    """The recipe as plain JSON types, with a mark that its blocks count from 1."""
+    return json.loads(json.dumps(asdict(recipe) | {"blocks_from": 1}))
 
 
 def recipe_from(values: dict) -> Recipe:
-    """The recipe that :func:`recipe_dict` wrote down; what an older one lacks has its default."""
+    """The recipe that :func:`recipe_dict` wrote down.
+
+    What an older one lacks has its default; without the mark ``blocks_from``, its blocks count
+    from 0 and are converted.
+    """
+    values = dict(values)
+    if values.pop("blocks_from", 0) == 0:
+        values["blocks"] = _one_higher(values.get("blocks"))
     pair = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
     views = tuple(View(**{k: pair(v) for k, v in view.items()}) for view in values["views"])
     return Recipe(**{k: pair(v) for k, v in values.items() if k != "views"}, views=views)
+
+
+def _one_higher(blocks):
+    """Blocks counted from 0 as blocks counted from 1; from the end they count alike."""
+    if isinstance(blocks, Integral):
+        return blocks + 1 if blocks >= 0 else blocks
+    return None if blocks is None else [_one_higher(b) for b in blocks]
 
 
 # ---------------------------------------------------------------- checks
@@ -339,22 +353,27 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
 
 
 def _given_blocks(blocks, depth: int) -> tuple[int, ...]:
-    """The blocks in the order given, counted from 0; by default the last third."""
+    """The blocks in the order given, counted from 1; by default the last third."""
     if blocks is None:
-        return tuple(range(depth - max(1, round(depth / 3)), depth))
+        return _last_third(depth)
     several = blocks if isinstance(blocks, list | tuple) else (blocks,)
     if not all(isinstance(b, Integral) for b in several):
-        raise ValueError(f"heads on blocks {blocks!r}: give whole numbers from 0 to {depth - 1}")
-    return tuple(int(depth + b if b < 0 else b) for b in several)
+        raise ValueError(f"heads on blocks {blocks!r}: give whole numbers from 1 to {depth}")
+    return tuple(int(depth + 1 + b if b < 0 else b) for b in several)
+
+
+def _last_third(depth: int) -> tuple[int, ...]:
+    return tuple(range(depth - max(1, round(depth / 3)) + 1, depth + 1))
 
 
 def _checked_blocks(given: tuple[int, ...], recipe: Recipe, depth: int) -> tuple[int, ...]:
     blocks = tuple(sorted(given))
-    if not blocks or len(set(blocks)) < len(blocks) or blocks[0] < 0 or blocks[-1] >= depth:
+    if not blocks or len(set(blocks)) < len(blocks) or blocks[0] < 1 or blocks[-1] > depth:
         raise ValueError(
-            f"heads on blocks {list(blocks)}: choose different blocks from 0 to {depth - 1}"
+            f"heads on blocks {list(blocks)}: blocks count from 1, choose different blocks from 1 "
+            f"to {depth}"
         )
-    if blocks[0] < recipe.frozen_blocks and recipe.steps:
+    if blocks[0] <= recipe.frozen_blocks and recipe.steps:
         raise ValueError(
             f"a head on block {blocks[0]} trains nothing when {recipe.frozen_blocks} blocks are "
             "frozen; freeze fewer blocks or move the head up"

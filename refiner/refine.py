@@ -37,6 +37,7 @@ from refiner.encoders import (
     pool,
     run_block,
 )
+from refiner.features import block_numbers
 from refiner.files import write_json
 from refiner.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.models import (
@@ -102,30 +103,32 @@ def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
     Args:
         model: an encoder that takes any size (:func:`refiner.models.allow_any_size`).
         x_BCHW: normalised views of one size.
-        blocks: indices from 0, ascending; the last block's is read after the final norm.
+        blocks: counted from 1, ascending; the last block's is read after the final norm.
         pooling: "cls" or "patch", or one for each of ``blocks``.
         kept_BK: int64 [B, K], the patches that stay; None keeps all.
         frozen_blocks: the embedding and this many blocks run without gradient.
         recompute: run the other blocks again in the backward pass instead of storing activations.
     """
-    poolings = [pooling] * len(blocks) if isinstance(pooling, str) else pooling
-    reads = dict(zip(blocks, poolings, strict=True))
+    depth = len(model.blocks)
+    numbers = block_numbers(blocks, depth)
+    poolings = [pooling] * len(numbers) if isinstance(pooling, str) else pooling
+    reads = dict(zip(numbers, poolings, strict=True))
     with torch.no_grad() if frozen_blocks else nullcontext():
         x_BND, context = embed(model, x_BCHW)
         if kept_BK is not None:
             x_BND, context = keep_patches(model, x_BND, context, kept_BK)
     pooled = []
-    last, top = len(model.blocks) - 1, max(blocks)
-    for i, block in enumerate(model.blocks[: top + 1]):
-        run = class_token_of if i == top and reads[i] == "cls" else run_block
-        with torch.no_grad() if i < frozen_blocks else nullcontext():
-            if recompute and i >= frozen_blocks and torch.is_grad_enabled():
+    top = max(numbers)
+    for number, block in enumerate(model.blocks[:top], start=1):
+        run = class_token_of if number == top and reads[number] == "cls" else run_block
+        with torch.no_grad() if number <= frozen_blocks else nullcontext():
+            if recompute and number > frozen_blocks and torch.is_grad_enabled():
                 x_BND = checkpoint(run, block, x_BND, context, use_reentrant=False)
             else:
                 x_BND = run(block, x_BND, context)
-        if i in reads:
-            take_out = final_features if i == last else pool
-            pooled.append(take_out(model, x_BND, reads[i]))
+        if number in reads:
+            take_out = final_features if number == depth else pool
+            pooled.append(take_out(model, x_BND, reads[number]))
     return torch.stack(pooled)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from refiner.encoders import Encoder, Hiera, width
-from refiner.features import borrowed, default_batch, preprocess, preprocessing_card
+from refiner.features import block_numbers, borrowed, default_batch, preprocess, preprocessing_card
 from refiner.images import ImageSet, image_files, read_files
 from refiner.neighbors import device_for, full_precision
 from refiner.probes import PENALTIES, PenaltyChoice, Scaling, penalty_grid
@@ -267,10 +267,7 @@ def linear_segmentation(
             block that the model does not have.
     """
     device = device_for(device, next(model.parameters()))
-    depth = len(model.blocks)
-    numbers = tuple(b if b > 0 else depth + 1 + b for b in blocks)
-    if not numbers or not all(1 <= b <= depth for b in numbers):
-        raise ValueError(f"blocks must be among 1 to {depth} (or -{depth} to -1), not {blocks}")
+    numbers = block_numbers(blocks, len(model.blocks))
     with (
         borrowed(model, device),
         tqdm(total=len(train) + len(test), desc="segmentation", unit="image",

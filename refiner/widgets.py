@@ -485,19 +485,20 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20,
     view, n = replace(recipe.views[0], keep=1.0), len(pixels)
     queue = NeighborQueue(n, heads_out(heads), heads=len(recipe.blocks))
     queue.push(project(model, heads, recipe, pixels[:], view=view, seed=seed), torch.arange(n))
-    blocks = [(f"block {b + 1}", i) for i, b in enumerate(recipe.blocks)]
+    blocks = [(f"block {number}", number) for number in recipe.blocks]
     controls = {
         "image": _image_slider(pixels),
         "k": _slider("candidates", min(k, n - 1), 1, min(40, n - 1)),
-        "block": w.Dropdown(options=blocks, value=len(blocks) - 1, description="head of"),
+        "block": w.Dropdown(options=blocks, value=recipe.blocks[-1], description="head of"),
         "seed": _slider("draw", seed, 0, 99),
     }
 
     def draw(image, k, block, seed):
         query = pixels[int(image)][None]
         z_TO = project(model, heads, recipe, query, view=view, seed=seed + 1)[:, 0]
-        found = queue_candidates(queue, z_TO, int(image), k=k, head=block, seed=seed)
-        return _queue_figure(pixels, int(image), found, labels, classes, blocks[block][0])
+        head = recipe.blocks.index(block)
+        found = queue_candidates(queue, z_TO, int(image), k=k, head=head, seed=seed)
+        return _queue_figure(pixels, int(image), found, labels, classes, f"block {block}")
 
     return Panel(draw, controls)
 

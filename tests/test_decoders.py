@@ -115,7 +115,7 @@ def test_a_model_without_a_class_token(pixels):
     [
         ({"batch": 200}, "96 train and 8 test images are too few"),
         ({"decoder_dim": 6}, "multiple of 4"),
-        ({"blocks": [4]}, "blocks must be among 1 to 3"),
+        ({"blocks": [4]}, "choose among 1 to 3"),
     ],
 )
 def test_what_cannot_be_is_refused(model, pixels, options, message):

@@ -162,7 +162,7 @@ def test_features_are_the_tokens_pooled(model):
 
 
 TINY = Recipe(
-    blocks=(1, 2), hidden=16, predictor_hidden=16, out=8, batch=4, head_steps=1, steps=2, queue=8,
+    blocks=(2, 3), hidden=16, predictor_hidden=16, out=8, batch=4, head_steps=1, steps=2, queue=8,
     views=(View(size=32, keep=0.5), View(size=32), View(size=16)), layer_decay=0.7, ema=0.5,
     lr=1e-2, frozen_blocks=1,
 )  # fmt: skip
@@ -176,7 +176,7 @@ def test_refining_trains_what_is_not_frozen_and_takes_small_crops(model):
     assert not [k for k in moved if k.startswith(("patch_embed", "blocks.0."))]
     assert [k for k in moved if k.startswith("blocks.1.")]
     x = torch.randn(2, 3, 16, 16)
-    pooled = head_features(run.model, x, (1, 2), pooling="patch")
+    pooled = head_features(run.model, x, (2, 3), pooling="patch")
     assert pooled.shape == (2, 2, 24) and pooled.isfinite().all()
 
 

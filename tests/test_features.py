@@ -152,7 +152,7 @@ def test_chosen_blocks_are_those_blocks_in_the_asked_order():
     assert torch.equal(some["patch"], every["patch"][[2, 0]])
     assert torch.equal(some["final"], every["final"])
     for bad in ([0], [4], [-4], []):
-        with pytest.raises(ValueError, match="blocks must be among 1 to 3"):
+        with pytest.raises(ValueError, match="blocks count from 1: choose among 1 to 3"):
             quiet(model, images, blocks=bad)
 
 

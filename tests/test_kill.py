@@ -69,7 +69,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(which, tmp_path):
 # ---------------------------------------------------------------- twenty kills at random moments
 
 SMALL = Recipe.cpu(
-    batch=4, head_steps=15, steps=45, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    batch=4, head_steps=15, steps=45, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)), cached_views=1,
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from refiner.refine import refine
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
                             "OMP_NUM_THREADS": "1"}  # fmt: skip
-SMALL = ["batch=16", "head_steps=2", "steps=3", "blocks=(1,2)", "frozen_blocks=1", "hidden=16",
+SMALL = ["batch=16", "head_steps=2", "steps=3", "blocks=(2,3)", "frozen_blocks=1", "hidden=16",
          "predictor_hidden=16", "out=8", "queue=32"]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from refiner.views import View, make_views
 ROOT = Path(__file__).parent.parent
 TINY = Recipe.cpu(
     batch=8, head_steps=5, steps=6, hidden=16, predictor_hidden=16, out=8, queue=24, top_k=3,
-    cached_views=1, frozen_blocks=1, blocks=(1, 2), head_lr=1e-2, lr=1e-2, clip=1.0, ema=0.5,
+    cached_views=1, frozen_blocks=1, blocks=(2, 3), head_lr=1e-2, lr=1e-2, clip=1.0, ema=0.5,
     views=(View(size=16, blur=0.7, keep=0.5), View(size=16, solarize=0.5), View(size=8, blur=0.5)),
 )  # fmt: skip
 

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
 TINY = Recipe.cpu(
     batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
-    blocks=(1, 2, 3), frozen_blocks=0, views=(View(size=16), View(size=8)),
+    blocks=(2, 3, 4), frozen_blocks=0, views=(View(size=16), View(size=8)),
     swap_from=0.3, swap_full=0.9,
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_plan_says_what_how_long_and_how_much(model, images):
     assert made.fits and not made.changes
     text = str(made)
     for part in ("4 blocks of width 16", "16 images of 16×16; views: 1 of 16 px, 1 of 8 px",
-                 "blocks 1, 2, 3 (the final output)", "10 steps, 5 epochs of batch 8",
+                 "blocks 2, 3, 4 (the final output)", "10 steps, 5 epochs of batch 8",
                  "20 steps, 10 epochs", "growing from 30% to 90%", "time     about",
                  "GB:"):  # fmt: skip
         assert part in text, part
@@ -75,7 +75,7 @@ def test_a_sudden_swap_is_said_in_words(model, images):
 def test_what_does_not_fit_comes_with_changes_that_need_less(model, images):
     made = plan(model, images, recipe=TINY, device="cpu", available=1000)
     assert not made.fits and "will probably not fit" in str(made)
-    assert list(made.changes) == ["checkpoint=True", "frozen_blocks=1", "blocks=(1, 3)", "batch=4",
+    assert list(made.changes) == ["checkpoint=True", "frozen_blocks=1", "blocks=(2, 4)", "batch=4",
                                   "all of these"]  # fmt: skip
     assert all(size < made.bytes for size in made.changes.values())
     assert made.changes["all of these"] == min(made.changes.values())

@@ -1,5 +1,6 @@
 """Presets are the paper's, scaled by the stated rules; bad input is refused; schedules by hand."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from refiner.recipe import (
 from refiner.refine import Trainer
 from refiner.views import View
 
-TINY = Recipe.cpu(batch=8, blocks=(1, 2), frozen_blocks=1, queue=24)
+TINY = Recipe.cpu(batch=8, blocks=(2, 3), frozen_blocks=1, queue=24)
 
 
 def pixels(n=16, size=32, seed=0):
@@ -36,14 +37,14 @@ def model():
 
 
 @pytest.mark.parametrize("name, depth, heads, temperature, batch, epochs, frozen, local", [
-    ("L/16", 24, [16, 17, 18, 19, 20, 21, 22, 23], 0.2, 1024, 30, 0, 96),
-    ("H/14", 32, [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], 0.3, 512, 30, 0, 98),
-    ("2B/14", 24, [16, 17, 18, 19, 20, 21, 22, 23], 0.35, 512, 20, 6, 98),
+    ("L/16", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.2, 1024, 30, 0, 96),
+    ("H/14", 32, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32], 0.3, 512, 30, 0, 98),
+    ("2B/14", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.35, 512, 20, 6, 98),
 ])  # fmt: skip
 def test_paper_presets(name, depth, heads, temperature, batch, epochs, frozen, local):
     recipe = Recipe.paper(name)
     per_epoch = 1_281_167 // batch
-    assert list(recipe.blocks) == heads and heads[-1] == depth - 1, "the last is the final output"
+    assert list(recipe.blocks) == heads and heads[-1] == depth, "the last is the final output"
     assert (recipe.temperature, recipe.batch, recipe.frozen_blocks) == (temperature, batch, frozen)
     assert (recipe.head_steps, recipe.steps) == (20 * per_epoch, epochs * per_epoch)
     assert (recipe.head_lr, recipe.lr, recipe.layer_decay) == (2e-4, 4e-4, 0.65)
@@ -110,7 +111,7 @@ def test_fitted_keeps_its_rules(n, size, patch):
     recipe = Recipe.fitted(shaped(384, size=size, patch=patch, depth=12), n)
     assert recipe.batch <= n / 32 and math.log2(recipe.batch) % 1 == 0
     assert n / 8 < recipe.queue <= n / 4
-    assert recipe.steps == 30 * (n // recipe.batch) and recipe.blocks == (8, 9, 10, 11)
+    assert recipe.steps == 30 * (n // recipe.batch) and recipe.blocks == (9, 10, 11, 12)
     assert recipe.top_k == max(1, round(20 * (recipe.queue / 65_536) ** 0.5))
     for view in recipe.views:
         assert view.size % patch == 0 and view.size <= size
@@ -142,6 +143,18 @@ def test_recipes_survive_json_and_older_ones_get_defaults():
     assert recipe_from(old) == Recipe.cpu()
 
 
+@pytest.mark.parametrize("blocks, converted", [
+    ([8, 9, 10, 11], (9, 10, 11, 12)), ([0, -1], (1, -1)), (11, 12), (-2, -2), (None, None),
+])  # fmt: skip
+def test_blocks_of_older_recipes_count_from_0_and_are_converted(blocks, converted):
+    new = recipe_dict(Recipe.cpu()) | {"blocks": blocks}
+    old = {name: value for name, value in new.items() if name != "blocks_from"}
+    assert recipe_from(old).blocks == converted
+    as_given = tuple(blocks) if isinstance(blocks, list) else blocks
+    assert recipe_from(new).blocks == as_given
+    assert recipe_from(json.loads(json.dumps(recipe_dict(recipe_from(old))))).blocks == converted
+
+
 # ---------------------------------------------------------------- schedules
 
 
@@ -151,7 +164,7 @@ def test_swapping_may_begin_all_at_once():
 
 
 def test_loss_weights():
-    recipe = Recipe.cpu(blocks=(1, 2, 3), steps=100)
+    recipe = Recipe.cpu(blocks=(2, 3, 4), steps=100)
     assert head_loss_weights(recipe, 50) is None
     decay = replace(recipe, loss_weights="decay")
     assert head_loss_weights(decay, 25) == pytest.approx([0.75, 0.75, 1])
@@ -159,22 +172,22 @@ def test_loss_weights():
     expected = {0: [1, 1, 1], 25: [0.5, 1, 1], 50: [0, 1, 1], 75: [0, 0.5, 1], 100: [0, 0, 1]}
     for step, weights in expected.items():
         assert head_loss_weights(staggered, step) == pytest.approx(weights)
-    assert head_loss_weights(replace(decay, blocks=(3,)), 50) is None
+    assert head_loss_weights(replace(decay, blocks=(4,)), 50) is None
 
 
 # ---------------------------------------------------------------- filled in
 
 
-@pytest.mark.parametrize("blocks", [(2, 1), (-1, 1), (1, 2)])
+@pytest.mark.parametrize("blocks", [(3, 2), (-1, 2), (2, 3)])
 def test_poolings_move_with_their_blocks(model, blocks):
-    pooling = ("cls", "patch") if blocks == (1, 2) else ("patch", "cls")
+    pooling = ("cls", "patch") if blocks == (2, 3) else ("patch", "cls")
     recipe = complete_recipe(replace(TINY, blocks=blocks, pooling=pooling), model, pixels())
-    assert recipe.blocks == (1, 2) and recipe.pooling == ("cls", "patch")
+    assert recipe.blocks == (2, 3) and recipe.pooling == ("cls", "patch")
 
 
 def test_counts_become_ints_and_one_block_a_tuple(model):
     recipe = complete_recipe(replace(TINY, blocks=-1, steps=1e4, top_k=3.0), model, pixels())
-    assert recipe == complete_recipe(replace(TINY, blocks=(2,), steps=10_000, top_k=3), model,
+    assert recipe == complete_recipe(replace(TINY, blocks=(3,), steps=10_000, top_k=3), model,
                                      pixels())  # fmt: skip
     assert type(recipe.steps) is type(recipe.top_k) is int
 
@@ -196,7 +209,9 @@ def nan_pixels():
     ({}, pixels().float(), "NaN or outside of 0 to 1"),
     ({}, pixels()[:, :1], r"expected images \[N, 3, H, W\], got \[16, 1, 32, 32\]"),
     ({"views": (View(size=30), View(size=16))}, pixels(), "no multiple of the patch of 4"),
-    ({"blocks": (1, 3)}, pixels(), "different blocks from 0 to 2"),
+    ({"blocks": (2, 4)}, pixels(), "different blocks from 1 to 3"),
+    ({"blocks": (0, 2)}, pixels(), "blocks count from 1, choose different blocks from 1 to 3"),
+    ({"blocks": (-4, 2)}, pixels(), "different blocks from 1 to 3"),
     ({"pooling": ("cls", "patch", "cls")}, pixels(), "3 poolings for 2 heads"),
     ({"pooling": ("cls", "mean")}, pixels(), "pooling 'mean' does not exist"),
     ({"loss_weights": "linear"}, pixels(), "choose 'constant', 'decay', 'staggered'"),
@@ -207,8 +222,8 @@ def nan_pixels():
     ({"steps": math.inf}, pixels(), "steps is inf; it needs to be a whole number"),
     ({"steps": None}, pixels(), "steps is None; it needs to be a whole number"),
     ({"seed": -1}, pixels(), "seed is -1; it needs to be 0 or more"),
-    ({"blocks": 1.5}, pixels(), "give whole numbers from 0 to 2"),
-    ({"blocks": (1, 2), "frozen_blocks": 2}, pixels(), "block 1 trains nothing when 2 blocks"),
+    ({"blocks": 1.5}, pixels(), "give whole numbers from 1 to 3"),
+    ({"blocks": (2, 3), "frozen_blocks": 2}, pixels(), "block 2 trains nothing when 2 blocks"),
     ({"out": 0}, pixels(), "out is 0"),
     ({"lr": math.nan}, pixels(), "lr is nan"),
     ({"ema": 1.5}, pixels(), "ema is 1.5; it needs to be between 0 and 1"),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 from dataclasses import replace
 from functools import partialmethod
 
@@ -17,7 +18,7 @@ from refiner.views import View
 
 R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
 TINY = R.Recipe.cpu(batch=8, head_steps=4, steps=6, hidden=16, predictor_hidden=16, out=8,
-                    queue=24, frozen_blocks=1, blocks=(1, 2))  # fmt: skip
+                    queue=24, frozen_blocks=1, blocks=(2, 3))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,11 @@ def test_features_of_all_blocks_match_timms_own_pass(model):
     allow_any_size(model)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        ours = R.head_features(model, x, (0, 1, 2), pooling="cls")
+        ours = R.head_features(model, x, (1, 2, 3), pooling="cls")
         middle = model.forward_intermediates(x, return_prefix_tokens=True, norm=False,
                                              intermediates_only=True, output_fmt="NLC")  # fmt: skip
         final = model.forward_features(x)
-        patch = R.head_features(model, x, (1, 2), pooling="patch")
+        patch = R.head_features(model, x, (2, 3), pooling="patch")
     assert torch.allclose(ours[0], middle[0][1][:, 0], atol=1e-5)
     assert torch.allclose(ours[1], middle[1][1][:, 0], atol=1e-5)
     assert torch.allclose(ours[2], final[:, 0], atol=1e-5)
@@ -262,7 +263,7 @@ def test_saved_model_is_the_refined_one(model, images, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(again.forward_features(x), run.model.forward_features(x), atol=1e-6)
-    assert again.refiner_card["refine_recipe"]["blocks"] == [1, 2]
+    assert again.refiner_card["refine_recipe"]["blocks"] == [2, 3]
     assert again.refiner_card["refined_from"] == "random"
 
 
@@ -348,6 +349,33 @@ def test_compiled_blocks_share_one_graph_for_each_size_and_change_no_number(
     torch._dynamo.reset()
 
 
+def test_a_folder_from_when_blocks_counted_from_0_is_converted(model, images, tmp_path):
+    """Its card and its state name the blocks one lower; nothing else of them differs."""
+    options = {"recipe": TINY, "out": tmp_path, "save_every": 5, "progress": False, "log_every": 1}
+    run = R.refine(model, images, **options)
+    card = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps(card | {"refine_recipe": older(card)}))
+    heads, _, recipe = R.load_heads(tmp_path)
+    assert recipe == run.recipe and recipe.blocks == (2, 3)
+    assert_same_state(heads, run.heads)
+    state = torch.load(tmp_path / "state.previous.pt")
+    assert 0 < state["done"] < TINY.head_steps + TINY.steps
+    torch.save(state | {"recipe": older({"refine_recipe": state["recipe"]})}, tmp_path / "state.pt")
+    resumed = R.refine(model, images, resume=True, **options)
+    assert_same_state(resumed.model, run.model)
+    assert_same_state(resumed.queue, run.queue)
+
+
+def older(card):
+    """The recipe as it was written before blocks counted from 1."""
+    recipe = {name: value for name, value in card["refine_recipe"].items() if name != "blocks_from"}
+    return recipe | {"blocks": [block - 1 for block in recipe["blocks"]]}
+
+
+def assert_same_state(one, other):
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+
+
 def test_embedded_heads_know_the_embedded_encoder():
     """An image's projection lies close to that of the same image in the queue, mirrored or not."""
     heads, queue, recipe = R.load_heads("mae_toybox_refined")
@@ -406,8 +434,8 @@ def test_evaluation_sees_the_average_and_does_not_disturb_the_run(model, images)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"blocks": (1, 7)}, r"heads on blocks \[1, 7\].*0 to 2"),
-    ({"blocks": (0, 2), "frozen_blocks": 2}, "trains nothing"),
+    ({"blocks": (1, 7)}, r"heads on blocks \[1, 7\].*1 to 3"),
+    ({"blocks": (1, 3), "frozen_blocks": 2}, "trains nothing"),
     ({"batch": 64}, "48 images are fewer than one batch of 64"),
     ({"views": (View(size=30), View(size=32))}, "30 pixels is no multiple of the patch of 4"),
     ({"views": (View(size=32),)}, "at least two views"),

@@ -19,7 +19,7 @@ from refiner.views import View
 
 R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
 TINY = Recipe.cpu(
-    batch=4, head_steps=8, steps=16, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    batch=4, head_steps=8, steps=16, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)),
 )  # fmt: skip
 

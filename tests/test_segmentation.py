@@ -271,5 +271,5 @@ def test_what_is_missing_is_named(tmp_path):
     Image.new("RGB", (20, 30)).save(tmp_path / "annotations" / "1.png")
     with pytest.raises(ValueError, match="one channel of 8 bits"):
         load_dense(tmp_path, size=20, progress=False)
-    with pytest.raises(ValueError, match="blocks must be among"):
+    with pytest.raises(ValueError, match="blocks count from 1: choose among 1 to 3"):
         linear_segmentation(encoder(), halves(), halves(), blocks=(4,))

@@ -97,7 +97,7 @@ def test_a_step_of_refining_never_makes_the_host_wait(tools, changes):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
     model = build_vit(**SHAPE, seed=0)
-    recipe = Recipe.gpu(size=32, patch=4, batch=16, blocks=(2, 3), views=VIEWS, **changes)
+    recipe = Recipe.gpu(size=32, patch=4, batch=16, blocks=(3, 4), views=VIEWS, **changes)
     run = begin(model, complete_recipe(recipe, model, images), CPU)
     with tools.simulated(tools.GPU):
         tools.hollow(run.model, run.heads, run.queue, device=tools.GPU)
@@ -120,7 +120,7 @@ def test_the_measured_parts_of_a_step_run_on_a_gpu(tools, scripts, monkeypatch):
     bench, parts = scripts["refine_step"], []
     images = torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8)
     model = build_vit(**SHAPE, seed=0)
-    recipe = Recipe.cpu(head_steps=9, cached_views=1, blocks=(2, 3), frozen_blocks=2)
+    recipe = Recipe.cpu(head_steps=9, cached_views=1, blocks=(3, 4), frozen_blocks=2)
     recipe = complete_recipe(recipe, model, images)
     run = begin(model, recipe, CPU)
     with tools.simulated(tools.GPU), tools.no_backward(run.model, run.heads):
@@ -210,7 +210,7 @@ LOOKING = {  # what notebooks ask of a model on the GPU, about images on the hos
 @pytest.mark.parametrize("what", LOOKING)
 def test_what_notebooks_look_at_comes_back_to_the_images(tools, what):
     mae = MAERecipe(dim=48, depth=4, decoder_dim=24, decoder_heads=2).build().eval()
-    recipe = Recipe.gpu(size=32, patch=4, batch=4, blocks=(2, 3), pooling="cls", views=VIEWS)
+    recipe = Recipe.gpu(size=32, patch=4, batch=4, blocks=(3, 4), pooling="cls", views=VIEWS)
     pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     run = begin(mae.encoder, complete_recipe(recipe, mae.encoder, pixels), CPU)
     things = {"mae": mae, "model": mae.encoder, "heads": run.heads.eval(), "recipe": recipe}

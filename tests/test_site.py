@@ -115,7 +115,7 @@ def test_the_cheat_sheet_states_the_recipes_that_the_library_has():
     assert row("cheat_sheet", "views") == [
         f"2 of {s[0]} and {len(s) - 2} of {s[-1]} pixels" for s in sizes
     ]
-    assert [b + 1 for b in paper.blocks] == list(range(17, 25))
+    assert list(paper.blocks) == list(range(17, 25))
 
 
 def test_pages_name_what_exists():

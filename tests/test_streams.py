@@ -30,7 +30,7 @@ from refiner.views import View
 CPU = torch.device("cpu")
 SIZES = (7, 5, 9)
 TINY = Recipe.cpu(
-    batch=4, head_steps=4, steps=8, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    batch=4, head_steps=4, steps=8, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8), View(size=8)),
 )  # fmt: skip
 

@@ -85,7 +85,7 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     tiny = cifar.Preset(
         mae=MAERecipe(dim=16, depth=3, heads=2, decoder_dim=16, decoder_heads=2, batch=8, steps=4),
         refine=Recipe.cpu(batch=8, head_steps=1, steps=2, hidden=8, predictor_hidden=8, out=4,
-                          queue=16, frozen_blocks=1, blocks=(1, 2)),
+                          queue=16, frozen_blocks=1, blocks=(2, 3)),
         bank=24, queries=8,
     )  # fmt: skip
     cifar.PRESETS["tiny"], cifar.RUNS = tiny, tmp_path
@@ -105,7 +105,7 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     refined = ("all_heads", "one_head", "swap_both", "long_heads")
     assert all(cards[r]["refined_from"] == "mae" for r in refined)
     assert all(cards[r]["refined_from"] == "random" for r in ("from_scratch", "long_scratch"))
-    assert cards["one_head"]["refine_recipe"]["blocks"] == [2]
+    assert cards["one_head"]["refine_recipe"]["blocks"] == [3]
     assert cards["swap_both"]["refine_recipe"]["swap"] == "both"
     found = cifar.measure(ladder.train("mae")[0], images[:200], images[200:])
     assert len(found["cls"]["k200"]) == len(found["patch"]["k10"]) == 3
@@ -142,7 +142,7 @@ def test_cifar_presets_fit_together(scripts, preset):
     mae = chosen.mae.build()
     images = torch.randint(256, (chosen.refine.batch, 3, 32, 32), dtype=torch.uint8)
     recipe = refine_module.complete_recipe(chosen.refine, mae.encoder, images)
-    assert recipe.blocks[-1] == chosen.mae.depth - 1 and recipe.pooling == "cls"
+    assert recipe.blocks[-1] == chosen.mae.depth and recipe.pooling == "cls"
     assert chosen.mae.patch <= 4 and chosen.mae.size == 32
 
 

@@ -93,22 +93,23 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     (["refine", "--set", "queue=inf"], "queue='inf': expected a value of type int"),
     (["refine", "--set", "queue=1e999"], "queue is inf; it needs to be a whole number"),
     (["refine", "--set", "clip=much"], "clip='much': expected a value of type float"),
-    (["refine", "--set", "blocks=('a',)"], "give whole numbers from 0 to 11"),
-    (["refine", "--preset", "gpu", "--set", "blocks=12"], "different blocks from 0 to 11"),
+    (["refine", "--set", "blocks=('a',)"], "give whole numbers from 1 to 12"),
+    (["refine", "--preset", "gpu", "--set", "blocks=13"], "different blocks from 1 to 12"),
+    (["refine", "--set", "blocks=0"], "heads on blocks [0]: blocks count from 1"),
     (["refine", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
     (["pretrain", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
     (["refine", "--preset", "fitted", "--set", "batch=0"], "batch is 0; it needs to be 2 or more"),
     (["pretrain", "--data", "nowhere"], "nowhere"),
     (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
-    (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 0 to 11"),
+    (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 1 to 12"),
     (["refine", "--preset", "L/16", "--n", "64"], "64 images are fewer than one batch of 1024"),
     (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
-    (["refine", "--set", "blocks=(5,)"], "a head on block 5 trains nothing when 6 blocks are"),
+    (["refine", "--set", "blocks=(6,)"], "a head on block 6 trains nothing when 6 blocks are"),
     (["refine", "--device", "gpu"], "there is no device 'gpu' here"),
     (["pretrain", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
     (["evaluate", "--device", "gpu"], "there is no device 'gpu' here"),
     (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
-    (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 0 to 11"),
+    (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 1 to 12"),
     (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
@@ -121,10 +122,10 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
 
 def test_whole_numbers_and_single_blocks_in_any_writing(photos, trained, tmp_path):
     command = ["refine", "--model", str(trained), "--data", str(photos), "--preset", "gpu"]
-    changes = settings([*TINY_HEADS, "blocks=11", "steps=2e0", "batch=4.0", "queue=1e2"])
+    changes = settings([*TINY_HEADS, "blocks=12", "steps=2e0", "batch=4.0", "queue=1e2"])
     assert main([*command, *changes, "--out", str(tmp_path)]) == 0
     recipe = json.loads((tmp_path / "card.json").read_text())["refine_recipe"]
-    assert recipe["blocks"] == [11]
+    assert recipe["blocks"] == [12]
     given = [recipe[name] for name in ("steps", "batch", "queue")]
     assert given == [2, 4, 100] and all(type(x) is int for x in given)
 

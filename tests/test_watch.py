@@ -23,7 +23,7 @@ from refiner.views import View
 
 R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
 TINY = Recipe.cpu(
-    batch=4, head_steps=2, steps=4, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(0, 1),
+    batch=4, head_steps=2, steps=4, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8), View(size=8)),
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_stops(loss):
 
 
 def test_collapsed_projections_stop():
-    with pytest.raises(watch.Collapse, match="head on block 1 collapsed at stage 2, step 7"):
+    with pytest.raises(watch.Collapse, match="head on block 2 collapsed at stage 2, step 7"):
         watch.Guard(TINY).check(entry(spread=0.01, stage=2, step=7))
 
 
@@ -70,7 +70,7 @@ def test_a_loss_that_stays_at_the_uniform_value_stops():
     guard.check(entry(loss=1.3))  # recovered
     for _ in range(4):
         guard.check(entry(loss=uniform))
-    with pytest.raises(watch.Collapse, match=r"block 1 stays at log\(batch\) = 1.386"):
+    with pytest.raises(watch.Collapse, match=r"block 2 stays at log\(batch\) = 1.386"):
         guard.check(entry(loss=uniform))
 
 
@@ -248,8 +248,8 @@ def test_checkpointing_changes_memory_not_gradients(model):
 def test_each_head_can_have_its_own_pooling(model):
     allow_any_size(model)
     x = torch.randn(3, 3, 8, 8)
-    one = {p: R.head_features(model, x, (0, 1), pooling=p) for p in ("cls", "patch")}
-    mixed = R.head_features(model, x, (0, 1), pooling=("patch", "cls"))
+    one = {p: R.head_features(model, x, (1, 2), pooling=p) for p in ("cls", "patch")}
+    mixed = R.head_features(model, x, (1, 2), pooling=("patch", "cls"))
     assert torch.equal(mixed[0], one["patch"][0]) and torch.equal(mixed[1], one["cls"][1])
     run = R.refine(model, pictures(8), recipe=replace(TINY, pooling=("patch", "cls")),
                    progress=False)  # fmt: skip

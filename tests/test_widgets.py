@@ -160,11 +160,11 @@ def test_a_queue_of_nobody_else_is_an_error():
 
 
 def test_the_queue_explorer_shows_a_query_and_its_candidates(model):
-    recipe = Recipe.cpu(size=16, blocks=(1, 2), hidden=16, predictor_hidden=16, out=8)
+    recipe = Recipe.cpu(size=16, blocks=(2, 3), hidden=16, predictor_hidden=16, out=8)
     torch.manual_seed(0)
     heads = IDHeads(2, 24, hidden=16, predictor_hidden=16, out=8).eval()
     panel = widgets.queue_explorer(model, heads, recipe, images(6), k=4)
-    drawn = panel.set(image=3, k=3, block=0)
+    drawn = panel.set(image=3, k=3, block=2)
     titles = [ax.get_title() for ax in drawn.axes if ax.get_title()]
     assert titles[0] == "query\n3" and len(titles) == 4
     assert sum("★ drawn" in title for title in titles) == 1
