@@ -34,12 +34,14 @@ import torch
 from measured import features_of, header, rounded
 
 import refiner
-from refiner import plots
-from refiner.files import write_json
-from refiner.mae import MAERecipe, load_mae, pretrain
-from refiner.models import build_vit
-from refiner.refine import Recipe, refine
-from refiner.views import View
+from refiner.base.files import write_json
+from refiner.images.views import View
+from refiner.models.load import build_vit
+from refiner.models.mae import MAERecipe, load_mae
+from refiner.training.pretraining import pretrain
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
+from refiner.visuals import plots
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/cifar10")

@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from refiner import plots
-from refiner.evaluate import comparison, evaluate
-from refiner.evaluate_report import spokes_of
-from refiner.files import replacing, write_json
-from refiner.protocols import EvaluationSettings
+from refiner.base.files import replacing, write_json
+from refiner.evaluation.compare import evaluate
+from refiner.evaluation.protocols import EvaluationSettings
+from refiner.evaluation.report import comparison, spokes_of
+from refiner.visuals import plots
 
 RESULTS = Path(__file__).parent / "results"
 TRANSFERS = {"toybox": ("toybox-new", "digits"), "cifar10": ("digits",)}

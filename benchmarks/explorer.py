@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import refiner  # noqa: E402
-from refiner.files import write_json  # noqa: E402
-from refiner.training import machine  # noqa: E402
+from refiner.base.files import write_json  # noqa: E402
+from refiner.base.places import machine  # noqa: E402
 
 BLOCKS, WIDTH, CLASSES, GROUP = 12, 96, 16, 200
 

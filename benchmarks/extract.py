@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from refiner.features import extract
-from refiner.files import write_json
-from refiner.models import build_vit
-from refiner.training import machine
+from refiner.base.files import write_json
+from refiner.base.places import machine
+from refiner.models.load import build_vit
+from refiner.probing.features import extract
 
 MODELS = {
     "small": {"size": 32, "patch": 4, "dim": 96, "depth": 12, "heads": 3},

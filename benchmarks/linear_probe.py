@@ -31,10 +31,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import refiner  # noqa: E402
-from refiner.files import write_json  # noqa: E402
-from refiner.neighbors import standardized  # noqa: E402
-from refiner.probes import PENALTIES, _chunks, fit_logistic  # noqa: E402
-from refiner.training import machine  # noqa: E402
+from refiner.base.files import write_json  # noqa: E402
+from refiner.base.places import machine  # noqa: E402
+from refiner.base.tensors import standardized  # noqa: E402
+from refiner.probing.logistic import PENALTIES, _chunks, fit_logistic  # noqa: E402
 
 Tensor = torch.Tensor
 
@@ -67,7 +67,7 @@ def one_by_one(x_LNE: Tensor, y: Tensor, penalties: list[float], *, tol: float) 
 
 
 def objective(w_RLCE: Tensor, x_LNE: Tensor, y: Tensor, penalties: list[float]) -> Tensor:
-    """f of every problem in float64, [R, L]; see :mod:`refiner.probes`."""
+    """f of every problem in float64, [R, L]; see :mod:`refiner.probing.probes`."""
     values = []
     for w_LCE, penalty in zip(w_RLCE.double(), penalties, strict=True):
         logits_LNC = x_LNE.double() @ w_LCE.mT

@@ -24,9 +24,11 @@ from measured import block_report, header
 from toybox_ladder import bank_and_test
 
 import refiner
-from refiner.files import write_json
-from refiner.mae import MAERecipe, pretrain
-from refiner.refine import Recipe, refine
+from refiner.base.files import write_json
+from refiner.models.mae import MAERecipe
+from refiner.training.pretraining import pretrain
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/mae_maturity")

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # refiner need not be installed
 
 import refiner
-from refiner.training import machine
+from refiner.base.places import machine
 
 SHOTS = (1, 2, 5)
 

@@ -23,12 +23,13 @@ from measured import header
 from simulated import CPU, Peak, hollow, simulated
 from utilisation import largest
 
-from refiner import planning
-from refiner.files import write_json
-from refiner.models import build_vit
-from refiner.planning import GB, NOT_COUNTED
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import Trainer, begin
+from refiner.base.files import write_json
+from refiner.base.places import GB
+from refiner.models.load import build_vit
+from refiner.training import planning
+from refiner.training.planning import NOT_COUNTED
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import Trainer, begin
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {

@@ -28,9 +28,11 @@ from measured import block_report, header
 from toybox_ladder import bank_and_test
 
 import refiner
-from refiner.files import write_json
-from refiner.mae import MAERecipe, decoder_state, pretrain, start_from
-from refiner.refine import Recipe, refine
+from refiner.base.files import write_json
+from refiner.models.mae import MAERecipe, decoder_state
+from refiner.training.pretraining import pretrain, start_from
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/no_decoder")

@@ -16,9 +16,10 @@ from measured import block_report
 from safetensors.torch import save_file
 
 import refiner
-from refiner.files import replacing, write_json
-from refiner.models import data_folder, load_model, read_checkpoint
-from refiner.training import load_state, machine
+from refiner.base.files import replacing, write_json
+from refiner.base.places import data_folder, machine
+from refiner.models.load import load_model, read_checkpoint
+from refiner.training.states import load_state
 
 
 def measure(model, data: str) -> dict[str, object]:

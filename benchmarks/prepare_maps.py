@@ -4,7 +4,7 @@
 
 UMAP of 1,024 test images for every block's class token of the embedded Toybox checkpoints, chained
 from block to block. Written to ``data/maps`` as whole numbers of 16 bits, with the nearest
-neighbors by which :func:`refiner.maps.prepared_maps` recognises a block on other machines.
+neighbors by which :func:`refiner.visuals.maps.prepared_maps` recognises a block on other machines.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import refiner
-from refiner.exploration import prepare
-from refiner.files import replacing
-from refiner.maps import signature
-from refiner.models import data_folder
+from refiner.base.files import replacing
+from refiner.base.places import data_folder
+from refiner.visuals.explorer_state import prepare
+from refiner.visuals.maps import signature
 
 N = 1024
 MODELS = ("mae_toybox", "mae_toybox_refined")

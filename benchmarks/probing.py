@@ -43,17 +43,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.extract import compare as compare_extraction  # noqa: E402
 from benchmarks.measured import installed  # noqa: E402
-from refiner.files import write_json  # noqa: E402
-from refiner.layout import umap_embedding  # noqa: E402
-from refiner.measures import kmeans  # noqa: E402
-from refiner.neighbors import (  # noqa: E402
-    SCAN_KEYS,
-    classify,
-    knn_report,
-    nearest_neighbors,
-    standardized,
-)
-from refiner.training import machine  # noqa: E402
+from refiner.base.files import write_json  # noqa: E402
+from refiner.base.places import machine  # noqa: E402
+from refiner.base.tensors import standardized
+from refiner.probing.measures import kmeans  # noqa: E402
+from refiner.probing.neighbors import classify, knn_report
+from refiner.probing.search import SCAN_KEYS, nearest_neighbors
+from refiner.visuals.maps import umap_embedding  # noqa: E402
 
 PEERS = ("faiss", "lightly")  # left out where they are not installed
 KS = [1, 10, 20, 100, 200]
@@ -291,7 +287,7 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
     x, _ = features(n, dim, 0)
     start = time.perf_counter()
     code = (
-        "import torch; from refiner.layout import umap_embedding; "
+        "import torch; from refiner.visuals.maps import umap_embedding; "
         f"umap_embedding(torch.randn({n}, {dim}))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import refiner
-from refiner import layout, plots
+from refiner.visuals import maps, plots
 
 HERE = Path(__file__).parent
 
@@ -34,7 +34,7 @@ def maps(images) -> dict[str, np.ndarray]:
         x = refiner.extract(refiner.load_model(name), images)["cls"][-1]
         x = (x - x.mean(0)) / x.std(0)
         graph = refiner.nearest_neighbors(x, x, k=20, exclude_self=True)
-        start = found[name] = layout.umap_embedding(x, graph, init=start)
+        start = found[name] = maps.umap_embedding(x, graph, init=start)
     return found
 
 

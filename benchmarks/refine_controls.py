@@ -20,10 +20,12 @@ import torch
 from measured import knn_curves
 
 import refiner
-from refiner.files import write_json
-from refiner.mae import MAERecipe, load_mae, pretrain
-from refiner.refine import Recipe, complete_recipe, recipe_dict, recipe_from, save_refined
-from refiner.training import machine
+from refiner.base.files import write_json
+from refiner.base.places import machine
+from refiner.models.mae import MAERecipe, load_mae
+from refiner.training.pretraining import pretrain
+from refiner.training.recipe import Recipe, complete_recipe, recipe_dict, recipe_from
+from refiner.training.refining import save_refined
 
 RESULTS = Path(__file__).parent / "results"
 

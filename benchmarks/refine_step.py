@@ -36,12 +36,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import refiner
-from refiner.files import write_json
-from refiner.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import Trainer, batch_features, begin, view_features
-from refiner.training import autocast, step_generator
-from refiner.views import make_views
+from refiner.base.files import write_json
+from refiner.base.tensors import step_generator
+from refiner.images.views import make_views
+from refiner.training.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
+from refiner.training.loop import autocast
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import Trainer, batch_features, begin, view_features
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}

@@ -24,11 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from refiner.base import tensors
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from refiner import decoders, heads, mae, planning, training, views
+from refiner.images import views
+from refiner.models import mae
+from refiner.training import decoders, heads, planning
 
-refining = importlib.import_module("refiner.refine")  # the name refiner.refine is the function's
+refining = importlib.import_module(
+    "refiner.training.refining"
+)  # the name refiner.refine is the function's
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -103,7 +109,7 @@ def simulated(device: torch.device) -> Iterator[None]:
 
     On ``cuda`` everything but the backward pass runs, which needs a driver; on ``cpu`` all of it.
     """
-    caches = (training.constant, heads._pair_weights)
+    caches = (tensors.constant, heads._pair_weights)
     views._yiq()  # a constant, computed once with true numbers
     with ExitStack() as stack:
         put = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731

@@ -28,10 +28,11 @@ import torch
 from measured import features_of, rounded
 
 import refiner
-from refiner.files import write_json
-from refiner.mae import MAERecipe, pretrain
-from refiner.models import random_like
-from refiner.training import machine
+from refiner.base.files import write_json
+from refiner.base.places import machine
+from refiner.models.load import random_like
+from refiner.models.mae import MAERecipe
+from refiner.training.pretraining import pretrain
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/small_vit_study")

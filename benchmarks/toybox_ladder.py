@@ -24,8 +24,9 @@ import torch
 from measured import block_report, header
 
 import refiner
-from refiner.files import write_json
-from refiner.refine import Recipe, complete_recipe, recipe_from, refine
+from refiner.base.files import write_json
+from refiner.training.recipe import Recipe, complete_recipe, recipe_from
+from refiner.training.refining import refine
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/toybox_ladder")

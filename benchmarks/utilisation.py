@@ -27,11 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import refiner
-from refiner.files import write_json
-from refiner.models import build_vit
-from refiner.planning import GB, NOT_COUNTED, memory_needed
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import Trainer, begin
+from refiner.base.files import write_json
+from refiner.base.places import GB
+from refiner.models.load import build_vit
+from refiner.training.planning import NOT_COUNTED, memory_needed
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import Trainer, begin
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {

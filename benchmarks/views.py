@@ -28,9 +28,9 @@ from measured import header, installed
 from torch import nn
 from torchvision.transforms import v2
 
-from refiner.files import write_json
-from refiner.recipe import Recipe
-from refiner.views import View, make_views
+from refiner.base.files import write_json
+from refiner.images.views import View, make_views
+from refiner.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {

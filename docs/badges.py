@@ -16,8 +16,8 @@ from pathlib import Path
 
 import nbformat
 
-from refiner.execute import save_notebook
-from refiner.files import write_text
+from refiner.base.files import write_text
+from refiner.course.execute import save_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 COLAB = "https://colab.research.google.com"

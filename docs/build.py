@@ -81,8 +81,8 @@ def linked(text: str, names: list[str]) -> str:
 
 def times(paths: list[Path]) -> str:
     """A table of what the notebooks state and what their stored run took."""
-    from refiner.course import clock
-    from refiner.exercises import find_exercises
+    from refiner.base.places import clock
+    from refiner.course.exercises import find_exercises
 
     rows = [
         "| Notebook | stated | measured | processor | memory | exercises |",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from refiner import execute, plots
-from refiner.alt_text import UNLABELLED, describe
-from refiner.report import write_page
+from refiner.course import execute
+from refiner.course.pages import write_page
+from refiner.visuals import plots
+from refiner.visuals.alt_text import UNLABELLED, describe
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def test_every_figure_is_solid_so_that_a_dark_page_does_not_shine_through():
 
 def test_the_words_reach_the_executed_notebook_and_its_page(tmp_path):
     source = (
-        "from refiner import plots\nplots.style()\nplots.style()\n"
+        "from refiner.visuals import plots\nplots.style()\nplots.style()\n"
         "plots.block_curve({'a': [0.25, 0.5]}, best=False, title='Votes <b>');"
     )
     book = nbformat.v4.new_notebook(

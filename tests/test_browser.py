@@ -12,12 +12,12 @@ import pytest
 from browser import BROWSER, ROOT, SHOTS, browsing, copy_with, new_page, run_all, serving
 from PIL import Image
 
-REACH = 1.06  # of a map's axes, as in refiner.explorer
+REACH = 1.06  # of a map's axes, as in refiner.visuals.explorer
 LAST_CELL = """
 import json
 import numpy as np
 from dataclasses import replace
-from refiner import panels
+from refiner.visuals import explorer_html
 
 explorer.set(left="before", right="after", block=12, right_block=None, layout="umap",
              colour="class", selected=None, group=())
@@ -40,7 +40,7 @@ for block in (12, 10):
         "xy": view.sides[0].xy.round(4).tolist(),
         "alone": apart_of(view.sides[0].xy),
     }
-colours = [panels.palette(16)[c] for c in explorer.exploration.labels]
+colours = [explorer_html.palette(16)[c] for c in explorer.exploration.labels]
 print("EXPECTED " + json.dumps({"alone": alone, "said": said, "colours": colours}))
 """
 

@@ -8,10 +8,10 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
-from refiner import __main__ as cli
-from refiner.catalogue import CATALOGUE, find, nearest, search, table
-from refiner.download import cache_path
-from refiner.encoders import Encoder, check_supported, has_class_token
+from refiner import cli
+from refiner.models.catalogue import CATALOGUE, find, nearest, search, table
+from refiner.models.download import cache_path
+from refiner.models.encoders import Encoder, check_supported, has_class_token
 
 TIMM = [entry for entry in CATALOGUE if not entry.address]
 FILES = [entry for entry in CATALOGUE if entry.address]

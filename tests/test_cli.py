@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import refiner
-from refiner import __main__ as cli
+from refiner import cli
+from refiner.base import settings
 
 ROOT = Path(refiner.__file__).parent.parent
 
@@ -20,7 +21,7 @@ from importlib.util import spec_from_loader
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        return spec_from_loader(name, self) if name == "refiner.refine" else None
+        return spec_from_loader(name, self) if name == "refiner.training.refining" else None
     def create_module(self, spec):
         return None
     def exec_module(self, module):
@@ -33,9 +34,9 @@ import refiner
 assert refiner.refine() == 7
 from refiner import refine
 assert refine() == 7
-from refiner.refine import load_heads
-assert load_heads is refiner.load_heads and load_heads.__module__ == "refiner.refine"
-assert sys.modules["refiner.refine"].refine is refine is refiner.refine
+from refiner.training.refining import load_heads
+assert load_heads is refiner.load_heads and load_heads.__module__ == "refiner.training.refining"
+assert sys.modules["refiner.training.refining"].refine is refine is refiner.refine
 """
 
 
@@ -59,7 +60,7 @@ def test_help_is_instant():
 @pytest.mark.parametrize("arguments", [["--help"], ["course", "--help"], ["--version"]])
 def test_nothing_heavy_is_imported_for_help(arguments):
     code = (
-        "import sys; from refiner.__main__ import main\n"
+        "import sys; from refiner.cli import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'timm', 'matplotlib', 'papermill'} & set(sys.modules)))"
@@ -93,13 +94,13 @@ def test_an_unknown_name_is_an_attribute_error():
     "imports",
     [
         "import refiner",
-        "import refiner; import refiner.refine",
-        "import refiner.refine; import refiner",
-        "from refiner.refine import load_heads; import refiner",
-        "from refiner import refine; import refiner.refine",
-        "import importlib; importlib.import_module('refiner.refine'); import refiner",
+        "import refiner; import refiner.training.refining",
+        "import refiner.training.refining; import refiner",
+        "from refiner.training.refining import load_heads; import refiner",
+        "from refiner import refine; import refiner.training.refining",
+        "import importlib; importlib.import_module('refiner.training.refining'); import refiner",
         "import refiner; refiner.load_heads",
-        "import refiner; refiner.refine; import refiner.refine",
+        "import refiner; refiner.refine; import refiner.training.refining",
     ],
 )
 def test_refine_stays_a_function_beside_the_module_of_that_name(imports):
@@ -109,9 +110,9 @@ def test_refine_stays_a_function_beside_the_module_of_that_name(imports):
 
 def test_refine_is_the_real_function_in_a_fresh_process():
     code = (
-        "import refiner.refine, refiner, pickle\n"
-        "from refiner.refine import Recipe\n"
-        "assert refiner.refine.__module__ == 'refiner.refine' and callable(refiner.refine)\n"
+        "import refiner.training.refining, refiner, pickle\n"
+        "from refiner.training.recipe import Recipe\n"
+        "assert refiner.refine.__module__ == 'refiner.training.refining' and callable(refiner.refine)\n"
         "assert pickle.loads(pickle.dumps(Recipe)) is refiner.Recipe\n"
     )
     done = python("-c", code)
@@ -143,7 +144,7 @@ def test_a_users_error_is_one_sentence_and_debug_shows_where(capsys):
     ],
 )
 def test_settings(setting, parsed):
-    assert cli.parse_setting(setting) == parsed
+    assert settings.parse_setting(setting) == parsed
 
 
 @pytest.mark.parametrize("setting", ["steps", "=3", "a b=3"])
@@ -153,7 +154,7 @@ def test_a_setting_without_name_or_value_is_refused(setting, capsys):
 
 
 def test_the_commands_options_reach_the_runner(monkeypatch):
-    from refiner import course
+    from refiner.course import run as runner
 
     seen = {}
 
@@ -161,7 +162,7 @@ def test_the_commands_options_reach_the_runner(monkeypatch):
         seen.update(options, notebooks=notebooks, out=out)
         return {"selected": ["a", "b"], "notebooks": {"a": {"status": "ok"}, "b": status}}
 
-    monkeypatch.setattr(course, "run_course", run)
+    monkeypatch.setattr(runner, "run_course", run)
     command = "course --preset gpu --only 03 --only 04 --out o --resume --set n=3 --timeout 9"
     status = {"status": "ok"}
     assert cli.main([*command.split(), "--notebooks", "books"]) == 0
@@ -181,20 +182,20 @@ def test_the_commands_options_reach_the_runner(monkeypatch):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    from refiner import course
+    from refiner.course import run as runner
 
-    monkeypatch.setattr(course, "run_course", lambda *a, **k: int("seven"))
+    monkeypatch.setattr(runner, "run_course", lambda *a, **k: int("seven"))
     with pytest.raises(ValueError, match="seven"):  # raised here, outside the library
         cli.main(["course"])
 
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
-    from refiner import course
+    from refiner.course import run as runner
 
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(course, "run_course", interrupted)
+    monkeypatch.setattr(runner, "run_course", interrupted)
     assert cli.main(["course"]) == 130
     assert "--resume" in capsys.readouterr().err
 
@@ -203,7 +204,7 @@ def test_the_extra_is_named_when_papermill_is_missing(tmp_path):
     (tmp_path / "00_a.ipynb").write_text("{}")
     code = (
         "import sys; sys.modules['papermill'] = None\n"
-        "from refiner.__main__ import main\n"
+        "from refiner.cli import main\n"
         "sys.exit(main(['course', '--notebooks', sys.argv[1]]))"
     )
     done = python("-c", code, str(tmp_path))

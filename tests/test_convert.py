@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from refiner.catalogue import CATALOGUE
-from refiner.convert import _heads, convert, read_file
-from refiner.encoders import allow_any_size
-from refiner.mae import load_mae, reconstruct
-from refiner.models import load_model, save_model
+from refiner.models.catalogue import CATALOGUE
+from refiner.models.convert import _heads, convert, read_file
+from refiner.models.encoders import allow_any_size
+from refiner.models.load import load_model
+from refiner.models.mae import load_mae, reconstruct
+from refiner.models.save import save_model
 
 DIM, HEADS, PATCH, SIZE, DEPTH = 24, 3, 8, 32, 2
 GRID = SIZE // PATCH

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import refiner
-from refiner.corruptions import (
+from refiner.images.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     _jpeg_tables,

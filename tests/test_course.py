@@ -15,7 +15,10 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from refiner import course, execute
+from refiner import course
+from refiner.base import places
+from refiner.course import execute
+from refiner.course import run as runner
 
 FIGURE = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
 
@@ -88,7 +91,7 @@ def run(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(root / "jupyter"))
-        summary = course.run_course(books, root / "out", timeout=120)
+        summary = runner.run_course(books, root / "out", timeout=120)
     return root, summary
 
 
@@ -151,7 +154,7 @@ def test_a_dead_kernel_is_named_and_what_ran_before_is_kept(run):
 def test_a_cell_that_takes_too_long_is_stopped_and_named(tmp_path):
     write(tmp_path / "notebooks", "00_slow", "print('quick')", "import time\ntime.sleep(600)")
     start = time.monotonic()
-    summary = course.run_course(tmp_path / "notebooks", tmp_path / "out", timeout=5)
+    summary = runner.run_course(tmp_path / "notebooks", tmp_path / "out", timeout=5)
     assert time.monotonic() - start < 300
     assert summary["notebooks"]["00_slow"]["problems"] == [
         "00_slow, cell 2 (import time): TimeoutError: the cell took longer than 5 s"
@@ -192,7 +195,7 @@ def test_pages_open_without_a_network_and_show_figures_and_problems(run):
 
 
 def test_the_table_lists_time_status_figures_and_problems(run):
-    table = course.table(run[1])
+    table = runner.table(run[1])
     assert re.search(r"^00_good +\d+:\d\d  ok +pid \d+, knn 0.25, blocks 0.1 → 0.4$", table, re.M)
     assert re.search(r"^01_bad +\d+:\d\d  failed$", table, re.M)
     assert problems(run, "01_bad")[0] in table
@@ -206,7 +209,7 @@ def test_presets_go_where_they_are_declared_and_settings_change_values(tmp_path,
     write(books, "00_a", parameters('preset = "cpu"\nsteps = 3\nrate = 1.0'), "preset, steps, rate")
     write(books, "01_b", parameters("steps = 3\nrate = 1.0"), "raise ValueError(f'{steps} {rate}')")
     (tmp_path / "bands.json").write_text('{"00_a": {"never": {"min": 0}}}')
-    summary = course.run_course(
+    summary = runner.run_course(
         books,
         out,
         preset="gpu",
@@ -258,7 +261,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
     (tmp_path / "bands.json").write_text('{"00_a": {"knn": {"low": 0}}}')
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        course.run_course(**({"out": "out"} | options))
+        runner.run_course(**({"out": "out"} | options))
     assert "\n" not in str(caught.value)
     assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
 
@@ -270,19 +273,19 @@ def test_no_permission_to_write_is_said_before_anything_runs(tmp_path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     # root may write everywhere, so the refusal is played
-    monkeypatch.setattr(course.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(runner.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(execute, "execute", lambda *a, **k: pytest.fail("it ran"))
     with pytest.raises(PermissionError, match="cannot write to .*out: Permission denied"):
-        course.run_course(tmp_path / "notebooks", tmp_path / "out")
+        runner.run_course(tmp_path / "notebooks", tmp_path / "out")
 
 
 def test_numbers_and_names_select_notebooks(tmp_path):
     for name in ("00_tour", "03_knn", "03_more", "10_end"):
         write(tmp_path, name, "1")
-    assert course._select(tmp_path, None) == ["00_tour", "03_knn", "03_more", "10_end"]
-    assert course._select(tmp_path, "03") == ["03_knn", "03_more"]
-    assert course._select(tmp_path, ["10_end", "0"]) == ["00_tour", "10_end"]
-    assert course._select(tmp_path, "3, 10_end.ipynb") == ["03_knn", "03_more", "10_end"]
+    assert runner._select(tmp_path, None) == ["00_tour", "03_knn", "03_more", "10_end"]
+    assert runner._select(tmp_path, "03") == ["03_knn", "03_more"]
+    assert runner._select(tmp_path, ["10_end", "0"]) == ["00_tour", "10_end"]
+    assert runner._select(tmp_path, "3, 10_end.ipynb") == ["03_knn", "03_more", "10_end"]
 
 
 # ---------------------------------------------------------------- resuming
@@ -297,20 +300,20 @@ def test_resume_runs_only_what_failed_or_changed(tmp_path):
     write(books, "00_kept", touching(ran, "a"))
     write(books, "01_edited", touching(ran, "b"))
     write(books, "02_failed", touching(ran, "c"), f"assert {str(tmp_path)!r} == 'x'")
-    course.run_course(books, out)
+    runner.run_course(books, out)
     assert ran.read_text() == "abc"
     write(books, "01_edited", touching(ran, "B"))
-    summary = course.run_course(books, out, resume=True)
+    summary = runner.run_course(books, out, resume=True)
     assert ran.read_text() == "abcBc"
     statuses = [entry["status"] for entry in summary["notebooks"].values()]
     assert statuses == ["ok", "ok", "failed"] and summary["selected"] == list(summary["notebooks"])
     # a part of the course leaves the rest of the report; without resume, finished ones run again
-    summary = course.run_course(books, out, only="00")
+    summary = runner.run_course(books, out, only="00")
     assert ran.read_text() == "abcBca"
     assert len(summary["notebooks"]) == 3 and summary["selected"] == ["00_kept"]
     # what is gone from the folder leaves the report
     (books / "02_failed.ipynb").unlink()
-    assert len(course.run_course(books, out, resume=True)["notebooks"]) == 2
+    assert len(runner.run_course(books, out, resume=True)["notebooks"]) == 2
     assert ran.read_text() == "abcBca"
 
 
@@ -333,7 +336,7 @@ def test_ctrl_c_keeps_what_is_finished_and_ends_the_kernel(tmp_path):
         [*command, "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(course.__file__).parent.parent,
+        cwd=Path(runner.__file__).parent.parent,
         start_new_session=True,
         # Tests that run in the background of a shell ignore the signal, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -355,14 +358,14 @@ def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys):
     books, out = tmp_path / "notebooks", tmp_path / "out"
     write(books, "00_a", "1", minutes_cpu=2)
     write(books, "01_b", "1", minutes_cpu=5)
-    course.run_course(books, out, only="00")
+    runner.run_course(books, out, only="00")
     assert "1 notebook, about 2:00" in capsys.readouterr().out
     past = json.loads((out / "summary.json").read_text())["notebooks"]["00_a"]["seconds"]
-    job = course._job(books, "00_a", preset="cpu", parameters={}, before={"00_a": {
+    job = runner._job(books, "00_a", preset="cpu", parameters={}, before={"00_a": {
         "status": "ok", "preset": "cpu", "seconds": past}})  # fmt: skip
     assert job.seconds == past < 120
-    assert course._job(books, "01_b", preset="cpu", parameters={}, before={}).seconds == 300
-    assert [course.clock(s) for s in (7, 61.4, 3725)] == ["0:07", "1:01", "1:02:05"]
+    assert runner._job(books, "01_b", preset="cpu", parameters={}, before={}).seconds == 300
+    assert [places.clock(s) for s in (7, 61.4, 3725)] == ["0:07", "1:01", "1:02:05"]
 
 
 # ---------------------------------------------------------------- writing back
@@ -376,7 +379,7 @@ def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     write(books, "02_bad", "raise ValueError")
     before = nbformat.read(books / "00_a.ipynb", as_version=4)
     bad = (books / "02_bad.ipynb").read_bytes()
-    course.run_course(books, out, write_back=True)
+    runner.run_course(books, out, write_back=True)
     after = nbformat.read(books / "00_a.ipynb", as_version=4)
     assert [c.id for c in after.cells] == [c.id for c in before.cells]
     assert [c.source for c in after.cells] == [c.source for c in before.cells]
@@ -394,7 +397,7 @@ def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     # the outputs of a finished run can be stored later, and again: the same bytes
     stored = (books / "00_a.ipynb").read_bytes()
     nbformat.write(before, books / "00_a.ipynb")
-    course.run_course(books, out, only="00", resume=True, write_back=True)
+    runner.run_course(books, out, only="00", resume=True, write_back=True)
     assert (books / "00_a.ipynb").read_bytes() == stored
 
 
@@ -420,24 +423,24 @@ def test_paths_of_a_machine_are_told_from_other_text(text, found):
 
 def test_record_returns_what_it_was_given_and_keeps_plain_values(monkeypatch):
     monkeypatch.delenv("REFINER_RECORD", raising=False)
-    monkeypatch.setattr(course, "RECORDED", {})
+    monkeypatch.setattr(runner, "RECORDED", {})
     tensor = torch.tensor([0.5, 1.0])
     assert course.record("list", tensor) is tensor
     for name, value in {"number": np.float32(0.5), "count": 3, "text": "a", "row": (1, 2)}.items():
         course.record(name, value)
-    assert course.RECORDED == {
+    assert runner.RECORDED == {
         "list": [0.5, 1.0],
         "number": 0.5,
         "count": 3,
         "text": "a",
         "row": [1, 2],
     }
-    json.dumps(course.RECORDED)
+    json.dumps(runner.RECORDED)
 
 
 def test_record_adds_to_the_runners_file(tmp_path, monkeypatch):
     monkeypatch.setenv("REFINER_RECORD", str(tmp_path / "recorded.json"))
-    monkeypatch.setattr(course, "RECORDED", {})
+    monkeypatch.setattr(runner, "RECORDED", {})
     course.record("a", 1)
     course.record("b", [0.5])
     course.record("a", 2)
@@ -452,10 +455,10 @@ def test_record_adds_to_the_runners_file(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_record_refuses_what_is_no_measurement(value, tmp_path, monkeypatch):
     monkeypatch.setenv("REFINER_RECORD", str(tmp_path / "recorded.json"))
-    monkeypatch.setattr(course, "RECORDED", {})
+    monkeypatch.setattr(runner, "RECORDED", {})
     with pytest.raises(ValueError, match=r"record\('knn'\)"):
         course.record("knn", value)
-    assert not list(tmp_path.iterdir()) and not course.RECORDED
+    assert not list(tmp_path.iterdir()) and not runner.RECORDED
 
 
 @pytest.mark.parametrize(
@@ -473,7 +476,7 @@ def test_record_refuses_what_is_no_measurement(value, tmp_path, monkeypatch):
     ],
 )
 def test_bands(value, band, inside):
-    assert (course.outside_bands({"x": value}, {"x": band}) == []) == inside
+    assert (runner.outside_bands({"x": value}, {"x": band}) == []) == inside
 
 
 # ---------------------------------------------------------------- exercises
@@ -538,7 +541,7 @@ def test_several_results_arrays_and_cut_gradients_are_compared(capsys):
 
 
 def test_measured_results_come_by_name():
-    from refiner.course import measured
+    from refiner.base.places import measured
 
     assert measured("refine_controls")["command"].startswith("python benchmarks/refine_controls")
     with pytest.raises(FileNotFoundError, match="refine_controls"):

@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refiner import mae as M
-from refiner.decoders import decode_blocks
-from refiner.encoders import plain_vit
-from refiner.features import preprocess
-from refiner.models import build_vit, load_model
-from refiner.toybox import render
-from refiner.training import step_generator
+from refiner.base.tensors import step_generator
+from refiner.images.toybox import render
+from refiner.models import mae as M
+from refiner.models.encoders import plain_vit, preprocess
+from refiner.models.load import build_vit, load_model
+from refiner.training.decoders import decode_blocks
 
 SMALL = {"batch": 8, "steps": 6, "decoder_dim": 8, "log_every": 2, "progress": False}
 

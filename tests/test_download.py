@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from test_convert import ijepa_file, maws_file, refiner_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from refiner import download as d
-from refiner.catalogue import Entry
-from refiner.convert import HEADS
-from refiner.models import load_model
+from refiner.models import download as d
+from refiner.models.catalogue import Entry
+from refiner.models.convert import HEADS
+from refiner.models.load import load_model
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -190,7 +190,7 @@ def test_a_file_put_where_it_said_is_loaded_offline(monkeypatch, cache):
     content, reference = refiner_file()
     entry = Entry("tiny", "MIM-Refiner", "2402.10093", 0.1, 8, 32, (24, 2, 3), "cls patch", "MIT",
                   "https://nowhere.invalid/tiny.th")  # fmt: skip
-    monkeypatch.setattr("refiner.models.find", lambda name: entry if name == "tiny" else None)
+    monkeypatch.setattr("refiner.models.load.find", lambda name: entry if name == "tiny" else None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cache.mkdir(parents=True)
     torch.save(content, cache / "tiny.th")
@@ -227,7 +227,7 @@ def test_timms_weights_are_read_from_the_hubs_cache(monkeypatch, tmp_path):
         asked.append((repository, file))
         return tmp_path / file
 
-    monkeypatch.setattr("refiner.models.from_hub", cached)
+    monkeypatch.setattr("refiner.models.load.from_hub", cached)
     model = load_model("eva02_tiny_patch14_224.mim_in22k")
     assert asked == [("timm/eva02_tiny_patch14_224.mim_in22k", "model.safetensors")]
     x = torch.randn(1, 3, 224, 224)

@@ -8,13 +8,16 @@ from timm.models.eva import Eva
 from timm.models.hiera import Hiera
 from torch import nn
 
-from refiner import encoders
-from refiner.features import extract
-from refiner.images import ImageSet
-from refiner.models import build_vit, copy_model, load_model, random_like, resized, save_model
-from refiner.neighbors import knn_accuracy
-from refiner.refine import Recipe, head_features, refine
-from refiner.views import View
+from refiner.images.sets import ImageSet
+from refiner.images.views import View
+from refiner.models import encoders
+from refiner.models.encoders import head_features
+from refiner.models.load import build_vit, copy_model, load_model, random_like, resized
+from refiner.models.save import save_model
+from refiner.probing.features import extract
+from refiner.probing.neighbors import knn_accuracy
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
 
 CARD = {"name": "tiny", "preprocessing": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3,
                                           "interpolation": "bicubic"}}  # fmt: skip

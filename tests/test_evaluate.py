@@ -13,18 +13,21 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import refiner
-from refiner import protocols
-from refiner.__main__ import main
-from refiner.evaluate import ROWS, comparison, evaluate, rows_for
-from refiner.evaluate_report import findings, table
-from refiner.features import Features
-from refiner.finetune import FinetuneRecipe
-from refiner.images import ImageSet
-from refiner.models import build_vit, save_model
-from refiner.protocols import EvaluationSettings, Subject, choose_probe, shifted_toybox
-from refiner.segmentation import object_maps
+from refiner.cli import main
+from refiner.evaluation import protocols
+from refiner.evaluation.compare import ROWS, evaluate, rows_for
+from refiner.evaluation.protocols import EvaluationSettings, Subject, choose_probe, shifted_toybox
+from refiner.evaluation.report import comparison, findings, table
+from refiner.images.dense import object_maps
+from refiner.images.sets import ImageSet
+from refiner.models.load import build_vit
+from refiner.models.save import save_model
+from refiner.probing import probes
+from refiner.probing.features import Features
+from refiner.training import finetuning
+from refiner.training.finetuning import FinetuneRecipe
 
-module = importlib.import_module("refiner.evaluate")
+module = importlib.import_module("refiner.evaluation.compare")
 STEP = FinetuneRecipe.cpu(epochs=0.1, batch=8)
 TINY = EvaluationSettings.cpu(
     n=160, n_test=64, linear_blocks=2, shots=(1, 2), fractions=(0.1,), draws=2, kmeans_seeds=2,
@@ -148,7 +151,7 @@ def test_shuffled_test_labels_change_no_choice(sides):
 
 def test_fine_tuning_never_sees_a_test_image(sides, monkeypatch):
     seen = []
-    original = protocols.finetune
+    original = finetuning.finetune
 
     def watched(model, images, **options):
         seen.append(images)
@@ -197,7 +200,7 @@ def test_the_linear_probe_is_the_best_of_the_grid_and_scikit_learns(sides):
     features = Features({"cls": torch.stack(blocks), "patch": torch.stack(blocks[::-1])},
                         (1, 2, 3, 4, 5))  # fmt: skip
     chosen = choose_probe(features, y, seed=3)
-    fit, held = refiner.probes._held_out(y, 0.2, 3)
+    fit, held = refiner.probing.probes._held_out(y, 0.2, 3)
     best = {}
     for poolings in (("cls",), ("cls", "patch")):
         for width in (1, 4):
@@ -225,7 +228,7 @@ def test_the_linear_probe_is_the_best_of_the_grid_and_scikit_learns(sides):
 def test_blocks_to_choose_from_are_spread_over_the_second_half():
     features = Features({"patch": torch.randn(12, 40, 4)}, tuple(range(1, 13)))
     tried = []
-    original = protocols.linear_probe
+    original = probes.linear_probe
 
     def watched(x, *args, **options):
         tried.append(len(x))
@@ -258,7 +261,7 @@ def test_few_labels_and_clusters_are_the_librarys(sides):
 
 
 def test_corruptions_are_a_loop_over_images_and_kinds(sides):
-    from refiner.corruptions import CORRUPTIONS, corrupted
+    from refiner.images.corruptions import CORRUPTIONS, corrupted
 
     s = subject(sides, corrupted=6)
     found = {x["name"]: x for x in protocols.corruptions(s)}["linear probe"]

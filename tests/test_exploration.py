@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import refiner
-from refiner import exploration, maps
-from refiner.exploration import State, prepare
-from refiner.images import ImageSet
-from refiner.neighbors import Graph
+from refiner.images.sets import ImageSet
+from refiner.probing.search import Graph
+from refiner.visuals import explorer_state, maps
+from refiner.visuals.explorer_state import State, prepare
 
 N, L, D, K = 60, 3, 8, 5
 NAMES = ("ball", "cube", "cone", "can")
@@ -189,9 +189,9 @@ def test_without_labels_nothing_speaks_of_classes():
 
 
 def test_a_sample_stands_for_all_and_anybody_can_be_selected(monkeypatch, explored):
-    monkeypatch.setattr(exploration, "ALL_NEIGHBORS", 50)
-    monkeypatch.setattr(exploration, "SAMPLE", 20)
-    monkeypatch.setattr(exploration, "SPARE", 8)  # so that candidates are few among 60 images
+    monkeypatch.setattr(explorer_state, "ALL_NEIGHBORS", 50)
+    monkeypatch.setattr(explorer_state, "SAMPLE", 20)
+    monkeypatch.setattr(explorer_state, "SPARE", 8)  # so that candidates are few among 60 images
     sampled = prepare(make_images(), FEATURES, k=K, progress=False)
     assert len(sampled.sample) == 20 and not sampled.complete
     assert "neighbor agreement" not in sampled.colours and "prediction error" not in sampled.colours
@@ -213,7 +213,7 @@ def test_a_sample_stands_for_all_and_anybody_can_be_selected(monkeypatch, explor
 
 def test_queries_leave_themselves_out_even_beside_their_duplicates():
     graph = Graph(torch.tensor([[0, 4, 2], [3, 5, 4]]), torch.tensor([[1.0, 0.9, 0.8]] * 2))
-    others = exploration._others(graph, [4, 1])
+    others = explorer_state._others(graph, [4, 1])
     assert others.indices.tolist() == [[0, 2], [3, 5]]
 
 
@@ -285,7 +285,7 @@ def test_wrong_input_is_named_in_one_sentence(call, message):
 
 
 def test_too_many_images(monkeypatch):
-    monkeypatch.setattr(exploration, "MOST_IMAGES", 50)
+    monkeypatch.setattr(explorer_state, "MOST_IMAGES", 50)
     with pytest.raises(ValueError, match="at most 50 images, not 60: take a part"):
         prepare(make_images(), FEATURES)
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import refiner
-from refiner import panels
-from refiner.execute import execute
-from refiner.images import ImageSet
+from refiner.course.execute import execute
+from refiner.images.sets import ImageSet
+from refiner.visuals import explorer_html
 
 ROOT = Path(__file__).parent.parent
 N, L, K = 40, 3, 4
@@ -68,7 +68,7 @@ def test_the_slider_moves_both_maps_and_says_the_accuracy(explorer):
             words = explorer.captions[side].value
             assert f"{name}, block {block}" in words
             right = int((report.predictions[block - 1] == inputs()[0].labels).sum())
-            assert f"accuracy <b>{panels.percent(right / N)}</b>" in words
+            assert f"accuracy <b>{explorer_html.percent(right / N)}</b>" in words
             xy = explorer.exploration.tables[name].xy["pca"][block - 1]
             assert np.allclose(shown_points(explorer, side), xy / 1.06, atol=1e-6)
             assert not explorer.maps[side].widget.transition_points
@@ -165,7 +165,7 @@ def test_tooltips_show_the_picture_of_the_point(explorer, monkeypatch):
     widget._handle_msg({"content": {"data": message}, "buffers": []})  # as the browser sends it
     (content,) = sent
     assert content["index"] == 6 and content["properties"] == {"image": "6", "class": "<cone>"}
-    assert content["preview"] == panels.thumbnail(explorer.exploration, 6)
+    assert content["preview"] == explorer_html.thumbnail(explorer.exploration, 6)
 
 
 def test_search_selects_or_groups_and_says_what_is_unknown(explorer):
@@ -202,7 +202,7 @@ def test_thumbnails_are_the_images(explorer):
 
     from PIL import Image
 
-    address = panels.thumbnail(explorer.exploration, 11)
+    address = explorer_html.thumbnail(explorer.exploration, 11)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
     assert (pixels.transpose(2, 0, 1) == inputs()[0].images[11].numpy()).all()
 
@@ -264,7 +264,7 @@ def test_umap_comes_by_itself_while_pca_is_shown(explorer, monkeypatch):
         assert "2:05 left" in explorer.progress.description and explorer.progress.value == 3
         return made
 
-    monkeypatch.setattr("refiner.maps.umap_maps", slow)
+    monkeypatch.setattr("refiner.visuals.maps.umap_maps", slow)
     explorer.layout.value = "umap"
     explorer._thread.join(30)
     assert explorer.state.layout == explorer.layout.value == "umap" and not explorer.message.value
@@ -275,7 +275,7 @@ def test_umap_that_fails_is_shown(explorer, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("refiner.maps.umap_maps", broken)
+    monkeypatch.setattr("refiner.visuals.maps.umap_maps", broken)
     heard = []
     monkeypatch.setattr("threading.excepthook", lambda args: heard.append(args.exc_value))
     explorer.layout.value = "umap"
@@ -305,7 +305,7 @@ def test_an_unknown_layout_is_refused_before_anything_is_computed():
 
 SHOWN = """
 import torch, refiner
-from refiner.exploration import Exploration
+from refiner.visuals.explorer_state import Exploration
 images = torch.zeros(20, 3, 4, 4, dtype=torch.uint8)
 explorer = refiner.explore(images, {"a": torch.randn(3, 20, 4)}, k=2, progress=False)
 explorer

@@ -9,8 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, TensorDataset
 
-from refiner.features import Features, extract, preprocess, preprocessing_card
-from refiner.images import ImageSet
+from refiner.images.sets import ImageSet
+from refiner.models.encoders import preprocess, preprocessing_card
+from refiner.probing.features import Features, extract
 
 CARD = {"preprocessing": {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5],
                           "interpolation": "bicubic"}}  # fmt: skip

@@ -13,7 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refiner
-from refiner.finetune import (
+from refiner.images.sets import ImageSet
+from refiner.models.load import build_vit
+from refiner.training.finetuning import (
     Classifier,
     FinetuneRecipe,
     _Run,
@@ -22,9 +24,8 @@ from refiner.finetune import (
     parameter_groups,
     set_drop_path,
 )
-from refiner.images import ImageSet
-from refiner.models import build_vit
-from refiner.training import keep_on, load_state
+from refiner.training.loop import keep_on
+from refiner.training.states import load_state
 
 PLAIN = FinetuneRecipe(epochs=1, batch=8, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
                        crop=(1.0, 1.0), flip=0.0, jitter=0.0, ema=0.0)  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refiner.heads import IDHeads, NeighborQueue, StackedBatchNorm, nna_loss
+from refiner.training.heads import IDHeads, NeighborQueue, StackedBatchNorm, nna_loss
 
 torch.manual_seed(0)
 

@@ -13,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner import images as module
-from refiner import toybox
-from refiner.images import ImageSet, LazyImages, balanced_order, load_images, read_files, resize
+from refiner.base import places
+from refiner.images import load as module
+from refiner.images import toybox
+from refiner.images.folders import read_files, resize
+from refiner.images.load import load_images
+from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +278,7 @@ def test_an_interrupted_write_leaves_the_old_cache_and_nothing_else(cache, monke
 
 def test_two_processes_fill_the_same_cache_at_once(cache):
     code = (
-        "import sys; from refiner.images import load_images\n"
+        "import sys; from refiner.images.load import load_images\n"
         "for n in (8, 24, 40): s = load_images('toybox', n=n, size=8, progress=False)\n"
         "print(int(s.images.long().sum()))"
     )
@@ -298,7 +301,7 @@ def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path):
     monkeypatch.delenv("REFINER_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / "refiner"
+    assert places.cache_folder() == tmp_path / "refiner"
 
 
 # ---------------------------------------------------------------- digits and CIFAR

@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refiner.models import build_vit, load_model
-from refiner.recipe import Recipe
-from refiner.refine import load_state, refine
-from refiner.views import View
+from refiner.images.views import View
+from refiner.models.load import build_vit, load_model
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
+from refiner.training.states import load_state
 
 TINY = {
     "pretrain": ["--set", "dim=16", "--set", "depth=2", "--set", "heads=2", "--set",

@@ -10,10 +10,11 @@ import pytest
 import torch
 from test_parallel import ROOT, TINY, assert_alike, images, model
 
-from refiner import parallel
-from refiner.__main__ import main
-from refiner.models import load_model, save_model
-from refiner.refine import refine
+from refiner.base import parallel
+from refiner.cli import main
+from refiner.models.load import load_model
+from refiner.models.save import save_model
+from refiner.training.refining import refine
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
                             "OMP_NUM_THREADS": "1"}  # fmt: skip

@@ -6,8 +6,8 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
-from refiner.layout import _with_self_first, pca_embedding, umap_embedding
-from refiner.neighbors import Graph, nearest_neighbors
+from refiner.probing.search import Graph, nearest_neighbors
+from refiner.visuals.maps import _with_self_first, pca_embedding, umap_embedding
 
 
 def clusters(n=120, dim=10, seed=0):

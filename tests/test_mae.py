@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from refiner import mae as M
-from refiner import training
-from refiner.models import load_model
-from refiner.toybox import render
-from refiner.training import load_state, save_state
-from refiner.views import crop, crop_boxes
+from refiner.images.toybox import render
+from refiner.images.views import crop, crop_boxes
+from refiner.models import mae as M
+from refiner.models.load import load_model
+from refiner.training import loop, pretraining
+from refiner.training.states import load_state, save_state
 
 TINY = M.MAERecipe(dim=16, depth=2, heads=2, decoder_dim=12, decoder_heads=2, batch=8, steps=12)
 
@@ -105,7 +105,7 @@ def test_without_a_decoder_mask_tokens_enter_the_encoder(pixels):
 
 def test_without_a_decoder_it_is_saved_and_painted_with(pixels, tmp_path):
     recipe = replace(TINY, decoder_depth=0)
-    run = M.pretrain(pixels, recipe=recipe, out=tmp_path, progress=False)
+    run = pretraining.pretrain(pixels, recipe=recipe, out=tmp_path, progress=False)
     again = M.reconstruct(M.load_mae(tmp_path), pixels[:4])
     assert torch.equal(again["painted"], M.reconstruct(run.mae, pixels[:4])["painted"])
     assert "without a decoder" in json.loads((tmp_path / "card.json").read_text())["method"]
@@ -134,14 +134,16 @@ def test_loss_is_the_mean_over_hidden_patches_only(pixels, normalize):
 
 def test_training_lowers_the_loss_and_repeats_exactly(pixels):
     recipe = replace(TINY, steps=60, lr=5e-3)
-    one, two = (M.pretrain(pixels, recipe=recipe, progress=False, log_every=10) for _ in range(2))
+    one, two = (
+        pretraining.pretrain(pixels, recipe=recipe, progress=False, log_every=10) for _ in range(2)
+    )
     losses = [entry["loss"] for entry in one.history]
     assert losses[-1] < 0.9 * losses[0]
     assert losses == [entry["loss"] for entry in two.history]
 
 
 def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monkeypatch):
-    whole = M.pretrain(pixels, recipe=TINY, progress=False, log_every=3)
+    whole = pretraining.pretrain(pixels, recipe=TINY, progress=False, log_every=3)
     calls = []
 
     def interrupt(*args, **kwargs):
@@ -153,9 +155,11 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monk
     masking = M.random_masking
     monkeypatch.setattr(M, "random_masking", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False, log_every=3)
+        pretraining.pretrain(
+            pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False, log_every=3
+        )
     monkeypatch.setattr(M, "random_masking", masking)
-    resumed = M.pretrain(
+    resumed = pretraining.pretrain(
         pixels, recipe=TINY, out=tmp_path, resume=True, save_every=6, progress=False, log_every=3
     )
     for key, value in whole.mae.state_dict().items():
@@ -166,9 +170,11 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monk
 def test_stopped_and_resumed_is_the_uninterrupted_run(pixels, tmp_path):
     """What a stopped run returns is the average of that moment, as the shadow in its state."""
     options = {"recipe": TINY, "out": tmp_path, "progress": False, "log_every": 3}
-    whole = M.pretrain(pixels, **options | {"out": None})
+    whole = pretraining.pretrain(pixels, **options | {"out": None})
     asked = []
-    stopped = M.pretrain(pixels, stop=lambda: asked.append(1) or len(asked) > 5, **options)
+    stopped = pretraining.pretrain(
+        pixels, stop=lambda: asked.append(1) or len(asked) > 5, **options
+    )
     assert stopped.steps == 5 and [e["step"] for e in stopped.history] == [3]
     state = load_state(tmp_path / "state.pt")
     assert state["step"] == 5
@@ -176,7 +182,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(pixels, tmp_path):
         assert torch.equal(value, state["ema"]["shadow"][key]), key
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["stopped_after_steps"] == 5
-    resumed = M.pretrain(pixels, resume=True, **options)
+    resumed = pretraining.pretrain(pixels, resume=True, **options)
     assert resumed.steps == 12 and "stopped_after_steps" not in resumed.model.refiner_card
     for key, value in whole.mae.state_dict().items():
         assert torch.equal(value, resumed.mae.state_dict()[key]), key
@@ -184,33 +190,37 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(pixels, tmp_path):
 
 
 def test_a_deadline_that_is_over_leaves_the_weights_of_the_start(pixels, tmp_path):
-    run = M.pretrain(pixels, recipe=TINY, stop=time.monotonic(), out=tmp_path, progress=False)
+    run = pretraining.pretrain(
+        pixels, recipe=TINY, stop=time.monotonic(), out=tmp_path, progress=False
+    )
     assert run.steps == 0 and run.history == []
     for key, value in TINY.build().state_dict().items():
         assert torch.equal(value, run.mae.state_dict()[key]), key
     assert M.load_mae(tmp_path).patches == 64
-    later = M.pretrain(pixels, recipe=TINY, stop=time.monotonic() + 600, progress=False)
+    later = pretraining.pretrain(pixels, recipe=TINY, stop=time.monotonic() + 600, progress=False)
     assert later.steps == 12
 
 
 def test_by_default_states_are_saved_a_minute_apart(pixels, tmp_path, monkeypatch):
     """A step takes 25 seconds of this clock: three of them are more than a minute."""
-    step, taken, saved = M._one_step, [], []
+    step, taken, saved = pretraining._one_step, [], []
     clock = SimpleNamespace(monotonic=lambda: 25.0 * len(taken))
     for module in (M, training):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
-    monkeypatch.setattr(M, "_one_step", lambda *a: taken.append(1) or step(*a))
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    monkeypatch.setattr(pretraining, "_one_step", lambda *a: taken.append(1) or step(*a))
     monkeypatch.setattr(M, "save_state", lambda *_, **__: saved.append(len(taken)))
-    M.pretrain(pixels, recipe=replace(TINY, steps=11), out=tmp_path, progress=False)
+    pretraining.pretrain(pixels, recipe=replace(TINY, steps=11), out=tmp_path, progress=False)
     assert saved == [4, 8, 11], "the last one, too"
 
 
 def test_crops_are_the_views_of_the_step_and_mirrors_the_half(pixels):
     """A crop against torchvision's crop and resize; whole images are only mirrored."""
     card = TINY.build().encoder.refiner_card
-    plain = M._views(pixels, TINY, card, None)
-    flipped = M._views(pixels, replace(TINY, flip=True), card, torch.Generator().manual_seed(0))
+    plain = pretraining._views(pixels, TINY, card, None)
+    flipped = pretraining._views(
+        pixels, replace(TINY, flip=True), card, torch.Generator().manual_seed(0)
+    )
     same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, flipped, strict=True)]
     mirrored = [
         torch.allclose(a.flip(2), b, atol=1e-5) for a, b in zip(plain, flipped, strict=True)
@@ -218,7 +228,7 @@ def test_crops_are_the_views_of_the_step_and_mirrors_the_half(pixels):
     assert all(a or b for a, b in zip(same, mirrored, strict=True))
     assert 8 < sum(mirrored) < 32
     recipe = replace(TINY, crop=(0.2, 0.6))
-    x = M._views(pixels, recipe, card, torch.Generator().manual_seed(1))
+    x = pretraining._views(pixels, recipe, card, torch.Generator().manual_seed(1))
     boxes = crop_boxes(40, 32, 32, (0.2, 0.6), (3 / 4, 4 / 3), torch.Generator().manual_seed(1))
     wanted = (crop(pixels.float() / 255, boxes, 32) - 0.5) / 0.25
     assert x.shape == plain.shape and torch.allclose(x, wanted, atol=1e-5)
@@ -227,7 +237,10 @@ def test_crops_are_the_views_of_the_step_and_mirrors_the_half(pixels):
 def test_a_run_with_crops_repeats_and_differs(pixels):
     recipe = replace(TINY, crop=(0.2, 1.0), flip=True)
     one, two, plain = (
-        [e["loss"] for e in M.pretrain(pixels, recipe=r, progress=False, log_every=1).history]
+        [
+            e["loss"]
+            for e in pretraining.pretrain(pixels, recipe=r, progress=False, log_every=1).history
+        ]
         for r in (recipe, recipe, TINY)
     )
     assert one == two and one != plain
@@ -235,14 +248,14 @@ def test_a_run_with_crops_repeats_and_differs(pixels):
 
 def test_states_of_older_versions_know_no_crops(pixels, tmp_path):
     options = {"recipe": TINY, "out": tmp_path, "progress": False}
-    whole = M.pretrain(pixels, save_every=6, **options)
+    whole = pretraining.pretrain(pixels, save_every=6, **options)
     state = load_state(tmp_path / "state.previous.pt")
     del state["recipe"]["crop"], state["recipe"]["flip"]
     save_state(tmp_path / "state.pt", state)
-    resumed = M.pretrain(pixels, resume=True, **options)
+    resumed = pretraining.pretrain(pixels, resume=True, **options)
     assert torch.equal(whole.mae.mask_token, resumed.mae.mask_token)
     with pytest.raises(ValueError, match="recipe changed in flip"):
-        M.pretrain(pixels, resume=True, **options | {"recipe": replace(TINY, flip=True)})
+        pretraining.pretrain(pixels, resume=True, **options | {"recipe": replace(TINY, flip=True)})
 
 
 def test_compiling_fuses_blocks_and_changes_no_number(pixels, monkeypatch):
@@ -256,9 +269,9 @@ def test_compiling_fuses_blocks_and_changes_no_number(pixels, monkeypatch):
     compiled = partialmethod(torch.nn.Module.compile, backend=backend)
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     torch._dynamo.reset()
-    run = M.pretrain(pixels, recipe=replace(TINY, depth=4, compile=True), progress=False)
+    run = pretraining.pretrain(pixels, recipe=replace(TINY, depth=4, compile=True), progress=False)
     assert len(graphs) == 2, "one of width 16 for the encoder, one of width 12 for the decoder"
-    plain = M.pretrain(pixels, recipe=replace(TINY, depth=4), progress=False)
+    plain = pretraining.pretrain(pixels, recipe=replace(TINY, depth=4), progress=False)
     for key, value in plain.mae.state_dict().items():
         assert torch.allclose(value, run.mae.state_dict()[key], atol=1e-5), key
     run.mae(torch.randn(3, 3, 32, 32), *M.random_masking(3, 64, 0.75))
@@ -268,7 +281,7 @@ def test_compiling_fuses_blocks_and_changes_no_number(pixels, monkeypatch):
 
 def test_a_broken_weight_is_never_saved(pixels, tmp_path, monkeypatch):
     """Between two looks at the loss; the last two states stay."""
-    step = M._one_step
+    step = pretraining._one_step
 
     def broken(mae, optimizer, pixels, recipe, number):
         loss = step(mae, optimizer, pixels, recipe, number)
@@ -276,45 +289,49 @@ def test_a_broken_weight_is_never_saved(pixels, tmp_path, monkeypatch):
             torch.nn.init.constant_(mae.decoder_pred.weight, float("nan"))
         return loss
 
-    monkeypatch.setattr(M, "_one_step", broken)
+    monkeypatch.setattr(pretraining, "_one_step", broken)
     with pytest.raises(FloatingPointError, match="weight is no longer finite at step 10"):
-        M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=2, progress=False, log_every=12)
+        pretraining.pretrain(
+            pixels, recipe=TINY, out=tmp_path, save_every=2, progress=False, log_every=12
+        )
     for name, at in (("state.pt", 8), ("state.previous.pt", 6)):
         state = load_state(tmp_path / name)
         assert state["step"] == at and all(v.isfinite().all() for v in state["mae"].values())
 
 
 def test_only_the_same_images_and_start_go_on(pixels, tmp_path):
-    M.pretrain(pixels, recipe=TINY, out=tmp_path / "one", progress=False)
+    pretraining.pretrain(pixels, recipe=TINY, out=tmp_path / "one", progress=False)
     options = {"recipe": TINY, "out": tmp_path / "two", "progress": False}
-    start = M.start_from(tmp_path / "one", TINY)
-    M.pretrain(pixels, start=start, save_every=6, **options)
+    start = pretraining.start_from(tmp_path / "one", TINY)
+    pretraining.pretrain(pixels, start=start, save_every=6, **options)
     state = load_state(tmp_path / "two" / "state.previous.pt")
     with pytest.raises(ValueError, match="has seen 40 images"):
-        M.pretrain(pixels[:32], start=start, resume=True, **options)
+        pretraining.pretrain(pixels[:32], start=start, resume=True, **options)
     with pytest.raises(ValueError, match="it started from 'one', not None"):
-        M.pretrain(pixels, resume=True, **options)
+        pretraining.pretrain(pixels, resume=True, **options)
     del state["origin"]
     save_state(tmp_path / "two" / "state.pt", state)  # as an older version would have left it
-    assert M.pretrain(pixels, start=start, resume=True, **options).history[-1]["step"] == 12
+    assert (
+        pretraining.pretrain(pixels, start=start, resume=True, **options).history[-1]["step"] == 12
+    )
 
 
 def test_a_fresh_start_sets_the_state_of_an_earlier_run_aside(pixels, tmp_path, monkeypatch):
-    M.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False)
+    pretraining.pretrain(pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(M, "_one_step", interrupt)
+    monkeypatch.setattr(pretraining, "_one_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, progress=False)
+        pretraining.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, progress=False)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        M.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, resume=True)
+        pretraining.pretrain(pixels, recipe=replace(TINY, seed=1), out=tmp_path, resume=True)
     assert (tmp_path / "state.old.pt").is_file()
 
 
 def test_saved_folder_loads_as_encoder_and_as_autoencoder(pixels, tmp_path):
-    run = M.pretrain(pixels, recipe=TINY, out=tmp_path / "m", progress=False)
+    run = pretraining.pretrain(pixels, recipe=TINY, out=tmp_path / "m", progress=False)
     x = pixels[:2].float() / 255
     with torch.no_grad():
         expected = run.model.forward_features(x)
@@ -336,32 +353,34 @@ def test_reconstruction_keeps_what_was_visible(pixels):
 
 def test_training_starts_from_a_checkpoint(pixels, tmp_path):
     """With its decoder where that fits; another decoder is new, another encoder is refused."""
-    first = M.pretrain(pixels, recipe=TINY, out=tmp_path / "first", progress=False)
-    recipe = replace(M.recipe_for(tmp_path / "first"), decoder_dim=12, decoder_heads=2, steps=0)
+    first = pretraining.pretrain(pixels, recipe=TINY, out=tmp_path / "first", progress=False)
+    recipe = replace(
+        pretraining.recipe_for(tmp_path / "first"), decoder_dim=12, decoder_heads=2, steps=0
+    )
     assert (recipe.dim, recipe.depth, recipe.heads) == (TINY.dim, TINY.depth, TINY.heads)
-    whole = M.start_from(tmp_path / "first", recipe)
+    whole = pretraining.start_from(tmp_path / "first", recipe)
     for key, value in first.mae.state_dict().items():
         assert torch.equal(whole.state_dict()[key], value), key
-    other = M.start_from(tmp_path / "first", replace(recipe, decoder_depth=0))
+    other = pretraining.start_from(tmp_path / "first", replace(recipe, decoder_depth=0))
     for key, value in first.model.state_dict().items():
         assert torch.equal(other.encoder.state_dict()[key], value), key
     assert other.encoder.refiner_card["started_from"] == "first"
     with pytest.raises(ValueError, match="not the recipe's encoder.*dim=16.*depth=3"):
-        M.start_from(tmp_path / "first", replace(recipe, depth=3))
+        pretraining.start_from(tmp_path / "first", replace(recipe, depth=3))
     with pytest.raises(FileNotFoundError, match="no checkpoint 'nothing' to start from"):
-        M.recipe_for("nothing")
+        pretraining.recipe_for("nothing")
 
 
 def test_clear_errors(pixels, tmp_path):
     with pytest.raises(ValueError, match="40 images are fewer than one batch of 64"):
-        M.pretrain(pixels, recipe=replace(TINY, batch=64))
+        pretraining.pretrain(pixels, recipe=replace(TINY, batch=64))
     with pytest.raises(ValueError, match="images are 32x32 but the recipe is for 16x16"):
-        M.pretrain(pixels, recipe=replace(TINY, size=16))
+        pretraining.pretrain(pixels, recipe=replace(TINY, size=16))
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        M.pretrain(pixels, recipe=TINY, out=tmp_path, resume=True)
-    M.pretrain(pixels, recipe=TINY, out=tmp_path, progress=False)
+        pretraining.pretrain(pixels, recipe=TINY, out=tmp_path, resume=True)
+    pretraining.pretrain(pixels, recipe=TINY, out=tmp_path, progress=False)
     with pytest.raises(ValueError, match="recipe changed in lr"):
-        M.pretrain(pixels, recipe=replace(TINY, lr=1.0), out=tmp_path, resume=True)
+        pretraining.pretrain(pixels, recipe=replace(TINY, lr=1.0), out=tmp_path, resume=True)
     with pytest.raises(FileNotFoundError, match="no masked autoencoder 'nothing'"):
         M.load_mae("nothing")
 
@@ -381,10 +400,12 @@ def test_clear_errors(pixels, tmp_path):
 ])  # fmt: skip
 def test_recipes_that_cannot_work_are_refused_at_the_start(pixels, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        M.pretrain(pixels, recipe=replace(TINY, **change), out=tmp_path / "out", progress=False)
+        pretraining.pretrain(
+            pixels, recipe=replace(TINY, **change), out=tmp_path / "out", progress=False
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_nan_loss_stops_with_an_explanation(pixels):
     with pytest.raises(FloatingPointError, match="not finite at step"):
-        M.pretrain(pixels, recipe=replace(TINY, lr=1e30), progress=False, log_every=2)
+        pretraining.pretrain(pixels, recipe=replace(TINY, lr=1e30), progress=False, log_every=2)

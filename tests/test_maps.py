@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from refiner import maps
-from refiner.neighbors import Graph, nearest_neighbors
+from refiner.probing.search import Graph, nearest_neighbors
+from refiner.visuals import maps
 
 N, L = 40, 3
 

@@ -8,7 +8,7 @@ import torch
 from scipy.special import hyp0f1
 from sklearn.cluster import KMeans as TheirKMeans
 
-from refiner.measures import (
+from refiner.probing.measures import (
     alignment,
     alpha_req,
     clustering,
@@ -21,7 +21,7 @@ from refiner.measures import (
     rankme,
     uniformity,
 )
-from refiner.neighbors import nearest_neighbors
+from refiner.probing.search import nearest_neighbors
 
 
 def normal(*shape, seed=0):
@@ -158,7 +158,7 @@ def test_uniformity_of_a_simplex_and_of_the_sphere():
 def test_uniformity_does_not_depend_on_the_chunk(monkeypatch):
     x = normal(50, 6)
     whole = float(uniformity(x))
-    monkeypatch.setattr("refiner.measures.CHUNK_BYTES", 8 * 50 * 7)
+    monkeypatch.setattr("refiner.probing.measures.CHUNK_BYTES", 8 * 50 * 7)
     assert float(uniformity(x)) == pytest.approx(whole, rel=1e-6)
 
 
@@ -199,7 +199,9 @@ def slow_cka(x, y, debiased):
 def test_cka_of_all_blocks_equals_the_formula(n, debiased, monkeypatch):
     x, y = normal(3, n, 10) + 3, normal(2, n, 7, seed=1)
     y[:, :, :4] += x[:2, :, :4]
-    monkeypatch.setattr("refiner.measures.CHUNK_BYTES", 12 * n * 5 * 5)  # five rows at a time
+    monkeypatch.setattr(
+        "refiner.probing.measures.CHUNK_BYTES", 12 * n * 5 * 5
+    )  # five rows at a time
     cka = linear_cka(x, y, debiased=debiased)
     expected = [[slow_cka(a, b, debiased) for b in y] for a in x]
     assert np.allclose(cka.numpy(), expected, atol=1e-5)
@@ -362,7 +364,7 @@ def slow_lloyd(x, centers):
 def test_lloyd_steps_equal_a_float64_loop(monkeypatch):
     x, _ = groups()
     start = x[[0, 1, 4, 5]]  # a poor start: two centers in two groups
-    monkeypatch.setattr("refiner.measures._plus_plus", lambda a, *_: a[[0, 1, 4, 5]][None])
+    monkeypatch.setattr("refiner.probing.measures._plus_plus", lambda a, *_: a[[0, 1, 4, 5]][None])
     found = kmeans(x, 4, restarts=1)
     assigned, inertia = slow_lloyd(x, start)
     assert torch.equal(found.assignments, assigned) and int(found.iterations) > 2
@@ -415,7 +417,7 @@ def test_a_large_offset_and_another_unit_change_nothing():
 def test_empty_clusters_are_filled(monkeypatch):
     x, labels = groups(spread=0.1)
     # Two centers start at one place; without repair the second would never get an image.
-    monkeypatch.setattr("refiner.measures._plus_plus", lambda a, *_: a[[0, 1, 2, 2]][None])
+    monkeypatch.setattr("refiner.probing.measures._plus_plus", lambda a, *_: a[[0, 1, 2, 2]][None])
     found = kmeans(x, 4, restarts=1)
     assert float(clustering(x, labels, assignments=found.assignments)["acc"]) == 1
 

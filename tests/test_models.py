@@ -7,7 +7,9 @@ import pytest
 import timm
 import torch
 
-from refiner import models
+from refiner.base import places
+from refiner.models import encoders, save
+from refiner.models import load as models
 
 SMALL = {"dim": 16, "depth": 2, "heads": 2}
 
@@ -25,7 +27,7 @@ def test_same_seed_same_weights_and_no_trace_on_the_global_generator():
 def test_save_and_load_gives_the_same_outputs_and_card(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
     model.refiner_card["note"] = "mine"
-    models.save_model(model, tmp_path / "m")
+    save.save_model(model, tmp_path / "m")
     again = models.load_model(tmp_path / "m")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), again(x))
@@ -34,7 +36,7 @@ def test_save_and_load_gives_the_same_outputs_and_card(tmp_path):
 
 def test_timm_opens_the_folder(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
-    models.save_model(model, tmp_path / "m")
+    save.save_model(model, tmp_path / "m")
     opened = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(model.forward_features(x), opened.forward_features(x), atol=1e-6)
@@ -46,7 +48,7 @@ def test_a_model_of_timm_survives_saving(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0)
     pre = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     model.eval().refiner_card = {"name": "tiny", "preprocessing": pre}
-    models.save_model(model, tmp_path / "m")
+    save.save_model(model, tmp_path / "m")
     again = models.load_model(tmp_path / "m")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.forward_features(x), again.forward_features(x))
@@ -73,7 +75,7 @@ def test_the_model_card_tells_recipe_and_figures(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
     model.refiner_card |= {"name": "mine", "method": "MIM-Refiner", "refine_recipe": {"lr": 0.5},
                            "results": {"knn": [0.25, 0.75]}}  # fmt: skip
-    models.save_model(model, tmp_path / "m")
+    save.save_model(model, tmp_path / "m")
     text = (tmp_path / "m" / "README.md").read_text()
     head, body = text.split("---\n")[1:]
     assert "library_name: timm" in head and body.lstrip().startswith("# mine\n")
@@ -85,7 +87,7 @@ def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options).eval()
     folder = tmp_path / "theirs"
-    models.save_model(models.build_vit(**SMALL), folder)  # ours, made theirs by what is taken away
+    save.save_model(models.build_vit(**SMALL), folder)  # ours, made theirs by what is taken away
     (folder / "card.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     config |= {"architecture": "vit_tiny_patch16_224", "model_args": options, "num_classes": 5}
@@ -98,7 +100,7 @@ def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
         assert torch.allclose(found.forward_features(x), model.forward_features(x), atol=1e-6)
     how = found.refiner_card["preprocessing"]
     assert how["mean"] == [0.1, 0.2, 0.3] and how["crop_pct"] == 0.7 and how["size"] == 32
-    models.save_model(found, tmp_path / "again")
+    save.save_model(found, tmp_path / "again")
     again = models.load_model(tmp_path / "again")
     assert torch.equal(again.forward_features(x), found.forward_features(x))
 
@@ -108,7 +110,7 @@ def test_saved_files_can_be_read_by_whom_the_umask_allows(tmp_path):
     """Whatever the library that writes them would choose: a team shares its models."""
     old = os.umask(0o022)
     try:
-        models.save_model(models.build_vit(**SMALL), tmp_path / "m")
+        save.save_model(models.build_vit(**SMALL), tmp_path / "m")
     finally:
         os.umask(old)
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
@@ -118,7 +120,7 @@ def test_saved_files_can_be_read_by_whom_the_umask_allows(tmp_path):
 def test_the_weights_of_a_saved_folder_are_loaded_as_the_folder(tmp_path):
     """The weights alone would be read as another repository's, with other heads and brightness."""
     model = models.build_vit(size=16, patch=4, dim=128, depth=2, heads=8, seed=0)
-    folder = models.save_model(model, tmp_path / "m")
+    folder = save.save_model(model, tmp_path / "m")
     x = torch.randn(2, 3, 16, 16)
     for _ in range(2):  # with the card, then with timm's config.json alone
         again = models.load_model(folder / "model.safetensors")
@@ -139,20 +141,20 @@ def test_what_timm_could_not_build_again_is_not_saved(tmp_path):
     del model.refiner_card["architecture"]
     model.blocks[1].mlp.fc1 = torch.nn.Linear(16, 7)
     with pytest.raises(ValueError, match="cannot describe this VisionTransformer"):
-        models.save_model(model, tmp_path / "m")
+        save.save_model(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
 def test_a_saved_model_has_another_size_on_request(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
-    models.save_model(model, tmp_path / "m")
+    save.save_model(model, tmp_path / "m")
     larger = models.load_model(tmp_path / "m", size=48)
-    models.allow_any_size(model)
+    encoders.allow_any_size(model)
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         assert torch.allclose(larger(x), model(x), atol=1e-6)
     assert larger.refiner_card["preprocessing"]["size"] == 48
-    models.save_model(larger, tmp_path / "larger")
+    save.save_model(larger, tmp_path / "larger")
     assert torch.equal(models.load_model(tmp_path / "larger")(x), larger(x))
     assert models.random_like(larger)(x).shape == larger(x).shape
 
@@ -162,7 +164,7 @@ def test_any_size_leaves_the_own_size_alone():
     x, small = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         before = model.forward_features(x)
-        models.allow_any_size(model)
+        encoders.allow_any_size(model)
         assert torch.allclose(model.forward_features(x), before, atol=1e-6)
         assert model.forward_features(small).shape == (2, 17, 16)
 
@@ -192,5 +194,5 @@ def test_embedded_checkpoints_load_and_are_small(name):
     model = models.load_model(name)
     card = model.refiner_card
     assert {"command", "machine", "seconds", "results"} <= set(card)
-    assert (models.data_folder() / f"{name}.safetensors").stat().st_size <= 12e6
+    assert (places.data_folder() / f"{name}.safetensors").stat().st_size <= 12e6
     assert all(p.dtype == torch.float32 for p in model.parameters())

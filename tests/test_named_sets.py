@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner.images import BUILT_IN, load_images
-from refiner.named_sets import SOURCES, list_files
+from refiner.images.load import BUILT_IN, load_images
+from refiner.images.named_sets import SOURCES, list_files
 
 SHADE = 40  # the pixels of class c have the value 40 c
 

@@ -10,19 +10,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 import refiner
-from refiner import neighbors as module
-from refiner import scan
-from refiner.neighbors import (
-    TIE,
-    Graph,
+from refiner.base import tensors
+from refiner.base.tensors import standardized
+from refiner.probing import scan, search
+from refiner.probing.neighbors import (
     knn_accuracy,
     knn_predict,
     knn_report,
-    nearest_neighbors,
     neighbor_accuracy,
     neighbor_agreement,
-    standardized,
 )
+from refiner.probing.search import TIE, Graph, nearest_neighbors
 
 
 def normal(*shape, seed=0):
@@ -64,10 +62,10 @@ SETS = {
 @pytest.fixture(params=["topk", "groups", "scan", "bfloat16"])
 def way(request, monkeypatch):
     """Every way to the candidates, at a size that a loop can follow; options of the search."""
-    monkeypatch.setattr(module, "GROUP", 1 if request.param == "groups" else 16)
+    monkeypatch.setattr(tensors, "GROUP", 1 if request.param == "groups" else 16)
     if request.param == "scan":
-        monkeypatch.setattr(module, "SCAN", 0)
-        monkeypatch.setattr(module, "SCAN_KEYS", 7)  # parts of 7 keys, the last one shorter
+        monkeypatch.setattr(search, "SCAN", 0)
+        monkeypatch.setattr(search, "SCAN_KEYS", 7)  # parts of 7 keys, the last one shorter
     return {"products": torch.bfloat16} if request.param == "bfloat16" else {}
 
 
@@ -121,14 +119,14 @@ def test_the_chunk_changes_nothing(name, way):
 def doubtful(monkeypatch, *sets, **options) -> list[int]:
     """The queries of a search that had to be repeated in float64."""
     seen = []
-    slow = module._Search.by_float64
+    slow = search._Search.by_float64
 
     def spy(self, q, x, indices, scores, unsure):
         seen.extend(unsure.tolist())
         return slow(self, q, x, indices, scores, unsure)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Search, "by_float64", spy)
+        patch.setattr(search._Search, "by_float64", spy)
         nearest_neighbors(*sets, **options)
     return seen
 
@@ -143,7 +141,7 @@ def test_large_searches_equal_float64_products(k, monkeypatch):
     """A realistic size, the compiled loops' own tiles; five keys in a hundred are duplicates."""
     queries, keys = normal(300, 64), normal(9000, 64, seed=1)
     keys[:450] = keys[4500:4950]
-    monkeypatch.setattr(module, "SCAN", 0)
+    monkeypatch.setattr(search, "SCAN", 0)
     assert doubtful(monkeypatch, queries, keys, k=k) == []
     graph = nearest_neighbors(queries, keys, k=k)
     unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (queries, keys)]
@@ -152,7 +150,7 @@ def test_large_searches_equal_float64_products(k, monkeypatch):
     # Copies that are as near as each other come in order.
     twice = (graph.similarities.diff(dim=1) == 0) & (graph.indices.diff(dim=1) == 4500)
     assert twice.any() == (k > 1)
-    monkeypatch.setattr(module, "SCAN", 2**62)
+    monkeypatch.setattr(search, "SCAN", 2**62)
     other = nearest_neighbors(queries, keys, k=k)
     assert torch.equal(other.indices, graph.indices)
     assert torch.allclose(other.similarities, graph.similarities, atol=1e-7)
@@ -161,14 +159,14 @@ def test_large_searches_equal_float64_products(k, monkeypatch):
 def missed(monkeypatch, queries, keys, k: int) -> int:
     """How many queries the compiled loops searched a second time, keeping k from the start."""
     seen = []
-    one_tile = module._Tile.__call__
+    one_tile = search._Tile.__call__
 
     def spy(self, rows, ranks, *others):
         seen.append(len(rows) if min(ranks) == k else 0)
         return one_tile(self, rows, ranks, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Tile, "__call__", spy)
+        patch.setattr(search._Tile, "__call__", spy)
         graph = nearest_neighbors(queries, keys, k=k)
     assert torch.equal(graph.indices, reference(queries, keys, k)[0])
     return sum(seen)
@@ -179,8 +177,8 @@ def test_keys_in_order_of_their_nearness_are_no_surprise(monkeypatch):
     queries, keys = normal(60, 8), normal(3000, 8, seed=1)
     queries[:, 0] += 3
     keys = keys[keys[:, 0].argsort()]  # the best neighbors of all of them come last
-    monkeypatch.setattr(module, "SCAN", 0)
-    monkeypatch.setattr(module, "SCAN_KEYS", 256)
+    monkeypatch.setattr(search, "SCAN", 0)
+    monkeypatch.setattr(search, "SCAN_KEYS", 256)
     assert missed(monkeypatch, queries, keys, 50) < 5
     assert doubtful(monkeypatch, queries, keys, k=50) == []
     # A guess that is nearly always wrong costs time, and no neighbor.
@@ -190,7 +188,7 @@ def test_keys_in_order_of_their_nearness_are_no_surprise(monkeypatch):
 
 
 def test_ranks_grow_to_k():
-    width = module.SCAN_KEYS
+    width = search.SCAN_KEYS
     ranks, parts = scan.ranks(200, 50_000, width), -(-50_000 // width)
     assert len(ranks) == parts and ranks == sorted(ranks) and ranks[-1] == 200
     assert scan.ranks(1, 50_000, width) == [1] * parts
@@ -202,7 +200,7 @@ def test_ranks_grow_to_k():
 
 def test_many_keys_nearly_as_close_overflow_the_candidates(monkeypatch):
     queries, keys = normal(9, 16), normal(50, 16, seed=1).repeat(100, 1)  # 100 copies of each
-    monkeypatch.setattr(module, "SCAN", 0)
+    monkeypatch.setattr(search, "SCAN", 0)
     assert doubtful(monkeypatch, queries, keys, k=3) == []
     keys = torch.cat([keys, keys[:1] + 1e-9 * normal(600, 16, seed=2)])
     queries = torch.cat([queries, keys[:1]])
@@ -216,8 +214,8 @@ def test_many_keys_nearly_as_close_overflow_the_candidates(monkeypatch):
 def test_threads_share_the_rows(threads, monkeypatch):
     queries, keys = normal(100, 8), normal(500, 8, seed=1)
     expected = nearest_neighbors(queries, keys, k=5).indices
-    monkeypatch.setattr(module, "SCAN", 0)
-    monkeypatch.setattr(module, "SCAN_KEYS", 64)
+    monkeypatch.setattr(search, "SCAN", 0)
+    monkeypatch.setattr(search, "SCAN_KEYS", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(nearest_neighbors(queries, keys, k=5).indices, expected)
 
@@ -434,7 +432,7 @@ def float64_votes(train_x, train_y, test_x, ks, temperature, itself=False):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("itself", [False, True])
 def test_predictions_at_a_realistic_size_equal_float64(scan, itself, monkeypatch):
-    monkeypatch.setattr(module, "SCAN", 0 if scan else 2**62)
+    monkeypatch.setattr(search, "SCAN", 0 if scan else 2**62)
     ks = [1, 10, 20, 100, 200]
     labels = torch.randint(0, 10, (4200,), generator=torch.Generator().manual_seed(3))
     centres = normal(10, 48, seed=4)
@@ -531,7 +529,7 @@ def test_yes_and_no_are_classes():
 def test_votes_are_counted_in_chunks(monkeypatch):
     arguments = problem()
     whole = knn_report(*arguments, k=[3, 9])
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 7 * 8 * 4 * 3})  # seven queries at a time
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", {"cpu": 7 * 8 * 4 * 3})  # seven queries at a time
     part = knn_report(*arguments, k=[3, 9])
     assert torch.equal(part.votes, whole.votes)
     assert torch.equal(part.predictions, whole.predictions)

@@ -9,11 +9,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from refiner.alt_text import UNLABELLED
-from refiner.course import clock, run_course
-from refiner.execute import ABSOLUTE_PATH, machine_paths, parameters_of, title_of
-from refiner.exercises import find_exercises
-from refiner.report import key_figures
+from refiner.base.places import clock
+from refiner.course.execute import ABSOLUTE_PATH, machine_paths, parameters_of, title_of
+from refiner.course.exercises import find_exercises
+from refiner.course.pages import key_figures
+from refiner.course.run import run_course
+from refiner.visuals.alt_text import UNLABELLED
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))

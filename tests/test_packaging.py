@@ -93,8 +93,8 @@ def test_every_import_of_the_library_is_a_declared_dependency():
 
 
 def test_the_command_is_the_modules_main():
-    assert PROJECT["scripts"] == {"refiner": "refiner.__main__:main"}
-    from refiner.__main__ import main
+    assert PROJECT["scripts"] == {"refiner": "refiner.cli:main"}
+    from refiner.cli import main
 
     assert callable(main) and PROJECT["name"] == "mim-refiner-lab"
 

@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from test_streams import png, write_tar
 
-from refiner import parallel
-from refiner.heads import IDHeads, NeighborQueue, nna_loss
-from refiner.models import build_vit
-from refiner.planning import traffic
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import begin, freeze_first, refine
-from refiner.streams import SHARD, open_stream
-from refiner.views import View, make_views
+from refiner.base import parallel
+from refiner.images.streams import SHARD, open_stream
+from refiner.images.views import View, make_views
+from refiner.models.encoders import freeze_first
+from refiner.models.load import build_vit
+from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.training.planning import traffic
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import begin, refine
 
 ROOT = Path(__file__).parent.parent
 TINY = Recipe.cpu(
@@ -130,7 +131,7 @@ def test_two_processes_are_one_with_the_same_batch(two, ranks):
     for key in ("loss", "similarity"):
         expected = torch.tensor([entry[key] for entry in alone.history])
         assert torch.allclose(torch.tensor(ranks[0][key]), expected, rtol=1e-4, atol=1e-4), key
-    from refiner.models import load_model
+    from refiner.models.load import load_model
 
     assert_alike(load_model(two / "run"), alone.model)
 

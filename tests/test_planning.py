@@ -10,25 +10,26 @@ import pytest
 import torch
 from torch import nn
 
-from refiner import planning
-from refiner.images import ImageSet
-from refiner.models import build_vit
-from refiner.planning import (
+from refiner.base.places import amount, duration
+from refiner.images.sets import ImageSet
+from refiner.images.views import View
+from refiner.models.load import build_vit
+from refiner.training import planning
+from refiner.training.planning import (
     activations,
-    amount,
     describe,
-    duration,
     memory_needed,
     plan,
     saved_bytes,
     smaller,
 )
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import begin
-from refiner.views import View
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import begin
 
 CPU = torch.device("cpu")
-R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+R = importlib.import_module(
+    "refiner.training.refining"
+)  # the attribute of that name is the function
 TINY = Recipe.cpu(
     batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
     blocks=(2, 3, 4), frozen_blocks=0, views=(View(size=16), View(size=8)),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 
-from refiner import plots
-from refiner.images import ImageSet
-from refiner.neighbors import Graph
+from refiner.images.sets import ImageSet
+from refiner.probing.search import Graph
+from refiner.visuals import plots
 
 pytestmark = pytest.mark.filterwarnings("error")
 

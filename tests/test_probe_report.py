@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 import refiner
-from refiner.__main__ import main
-from refiner.models import build_vit, save_model
-from refiner.probe_report import PARTS, Settings, probe, train_and_test
+from refiner.cli import main
+from refiner.evaluation.probe import PARTS, Settings, probe
+from refiner.images.load import train_and_test
+from refiner.models.load import build_vit
+from refiner.models.save import save_model
 
 QUICK = Settings(k=(1, 5), shots=(1, 2), draws=2)
 
@@ -67,7 +69,7 @@ def test_the_page_stands_alone(report):
 
 
 def test_a_resumed_run_does_only_what_is_missing(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("refiner.probe_report.write_page", lambda out, report: None)
+    monkeypatch.setattr("refiner.evaluation.probe.write_page", lambda out, report: None)
     options = {"n": 64, "n_test": 48, "progress": False}
     some = Settings(parts=("knn", "measures"), k=(1,))
     first = probe(models[0], out=tmp_path, settings=some, **options)
@@ -82,7 +84,7 @@ def test_a_resumed_run_does_only_what_is_missing(models, tmp_path, monkeypatch):
     kept = again["models"][models[0]]["cls"]
     assert kept["knn"]["accuracy"][0][0] == 0.123
     assert kept["measures"] == first["models"][models[0]]["cls"]["measures"]
-    monkeypatch.setattr("refiner.probe_report.extract", None)  # all is done: nothing to extract
+    monkeypatch.setattr("refiner.evaluation.probe.extract", None)  # all is done: nothing to extract
     probe(models[0], out=tmp_path, settings=some, resume=True, **options)
     with pytest.raises(ValueError, match="settings differ"):
         probe(models[0], out=tmp_path, settings=QUICK, resume=True, **options)
@@ -158,7 +160,7 @@ def test_sets_of_different_classes_are_not_compared(tmp_path, monkeypatch):
         pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
         return refiner.ImageSet(pixels, torch.tensor([0, 1]), classes)
 
-    monkeypatch.setattr("refiner.probe_report.load_images", load)
+    monkeypatch.setattr("refiner.evaluation.probe.load_images", load)
     with pytest.raises(ValueError, match="differ in b, c"):
         train_and_test("digits", None, None, 4)
 

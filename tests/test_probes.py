@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from refiner.probes import _drawn, factor_probe, linear_probe, low_shot, shuffled_by_class
+from refiner.probing.probes import _drawn, factor_probe, linear_probe, low_shot, shuffled_by_class
 
 CLASSES = 5
 

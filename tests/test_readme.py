@@ -153,7 +153,8 @@ def test_the_plans_memory_is_the_simulated_one():
 
 def test_the_evaluation_in_words_is_its_report():
     """What the page says of all protocols, and that every one of them was measured."""
-    from refiner.evaluate import ROWS, comparison
+    from refiner.evaluation.compare import ROWS
+    from refiner.evaluation.report import comparison
 
     report = json.loads((ROOT / "benchmarks" / "results" / "evaluate_toybox.json").read_text())
     assert set(ROWS) < set(report["rows"]) and report["failed"] == report["left_out"] == {}
@@ -229,7 +230,7 @@ def test_cifar_in_words_is_its_result():
 
 
 def test_the_evaluation_of_cifar_in_words_is_its_report():
-    from refiner.evaluate import comparison
+    from refiner.evaluation.report import comparison
 
     report = json.loads((ROOT / "benchmarks" / "results" / "evaluate_cifar10.json").read_text())
     assert report["failed"] == {} and set(report["left_out"]) == {"shifts", "segmentation"}

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refiner.models import build_vit
-from refiner.recipe import (
+from refiner.images.views import View
+from refiner.models.load import build_vit
+from refiner.training.recipe import (
     Recipe,
     complete_recipe,
     head_loss_weights,
@@ -17,8 +18,7 @@ from refiner.recipe import (
     recipe_from,
     swap_chance,
 )
-from refiner.refine import Trainer
-from refiner.views import View
+from refiner.training.refining import Trainer
 
 TINY = Recipe.cpu(batch=8, blocks=(2, 3), frozen_blocks=1, queue=24)
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refiner.encoders import keep_patches
-from refiner.images import ImageSet, load_images
-from refiner.models import allow_any_size, build_vit, copy_model, load_model
-from refiner.toybox import render
-from refiner.views import View
+from refiner.images.load import load_images
+from refiner.images.sets import ImageSet
+from refiner.images.toybox import render
+from refiner.images.views import View
+from refiner.models.encoders import allow_any_size, keep_patches
+from refiner.models.load import build_vit, copy_model, load_model
 
-R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+R = importlib.import_module(
+    "refiner.training.refining"
+)  # the attribute of that name is the function
 TINY = R.Recipe.cpu(batch=8, head_steps=4, steps=6, hidden=16, predictor_hidden=16, out=8,
                     queue=24, frozen_blocks=1, blocks=(2, 3))  # fmt: skip
 

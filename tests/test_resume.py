@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refiner import training
-from refiner.images import ImageSet
-from refiner.models import build_vit, load_model
-from refiner.recipe import Recipe
-from refiner.views import View
+from refiner.images.sets import ImageSet
+from refiner.images.views import View
+from refiner.models.load import build_vit, load_model
+from refiner.training import loop, states
+from refiner.training.recipe import Recipe
 
-R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+R = importlib.import_module(
+    "refiner.training.refining"
+)  # the attribute of that name is the function
 TINY = Recipe.cpu(
     batch=4, head_steps=8, steps=16, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)),
@@ -86,7 +88,7 @@ def mortal(monkeypatch, life):
         file.seek(0)
 
     dying(R, "refine_step")
-    dying(training.torch, "save", half_written)
+    dying(loop.torch, "save", half_written)
     dying(os, "link")
     dying(os, "replace")
     return where
@@ -118,7 +120,7 @@ def test_by_default_states_are_saved_a_minute_apart(model, images, whole, tmp_pa
     monkeypatch.setattr(R, "refine_step", counted)
     for module in (R, training):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(taken)))
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     save = R.Trainer.save
     monkeypatch.setattr(R.Trainer, "save", lambda self: (saved.append(self.done), save(self)))
     options = {"recipe": TINY, "out": tmp_path, "log_every": 1, "progress": False}
@@ -132,7 +134,7 @@ def test_by_default_states_are_saved_a_minute_apart(model, images, whole, tmp_pa
 def test_by_default_the_last_step_is_saved_however_short_the_run(model, images, tmp_path):
     recipe = replace(TINY, head_steps=40, steps=60)
     R.refine(model, images, recipe=recipe, out=tmp_path, progress=False)
-    assert training.load_state(tmp_path / "state.pt")["done"] == 100
+    assert states.load_state(tmp_path / "state.pt")["done"] == 100
     assert not (tmp_path / "state.previous.pt").exists()
 
 
@@ -142,7 +144,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(model, images, whole, tmp_
     asked = []
     options = {"recipe": TINY, "out": tmp_path, "log_every": 1, "progress": False}
     stopped = R.refine(model, images, stop=lambda: asked.append(1) or len(asked) > at, **options)
-    state = training.load_state(tmp_path / "state.pt")
+    state = states.load_state(tmp_path / "state.pt")
     assert stopped.steps == state["done"] == len(stopped.history) == at
     for key, value in stopped.model.state_dict().items():
         assert torch.equal(value, state["ema"]["shadow"][key]), key
@@ -178,8 +180,8 @@ def test_full_disk_leaves_the_states_intact(model, images, whole, tmp_path, monk
         with pytest.raises(OSError, match="No space left|is the disk full"):
             run(model, images, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state.previous.pt", "state.pt"]
-    assert training.load_state(tmp_path / "state.pt")["done"] == 5
-    assert training.load_state(tmp_path / "state.previous.pt")["done"] == 4
+    assert states.load_state(tmp_path / "state.pt")["done"] == 5
+    assert states.load_state(tmp_path / "state.previous.pt")["done"] == 4
     assert_same(whole, run(model, images, tmp_path))
 
 
@@ -207,9 +209,9 @@ def test_a_copy_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refused)
     for step in (1, 2, 3):
-        training.save_state(tmp_path / "state.pt", {"step": step}, keep_previous=True)
-    assert training.load_state(tmp_path / "state.pt") == {"step": 3}
-    assert training.load_state(tmp_path / "state.previous.pt") == {"step": 2}
+        states.save_state(tmp_path / "state.pt", {"step": step}, keep_previous=True)
+    assert states.load_state(tmp_path / "state.pt") == {"step": 3}
+    assert states.load_state(tmp_path / "state.previous.pt") == {"step": 2}
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -243,9 +245,9 @@ def test_only_the_same_model_and_images_go_on(model, images, whole, tmp_path):
 
 def test_states_of_older_versions_still_load(model, images, whole, tmp_path):
     run(model, images, tmp_path)
-    state = training.load_state(tmp_path / "state.previous.pt")
+    state = states.load_state(tmp_path / "state.previous.pt")
     del state["origin"]
-    training.save_state(tmp_path / "state.pt", state)
+    states.save_state(tmp_path / "state.pt", state)
     assert_same(whole, run(model, images, tmp_path))
 
 
@@ -283,6 +285,6 @@ def test_a_broken_weight_is_never_saved(model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(R.EMA, "update", broken)
     with pytest.raises(FloatingPointError, match=r"weight is no longer finite.*state is in"):
         run(model, images, tmp_path)
-    state = training.load_state(tmp_path / "state.pt")
+    state = states.load_state(tmp_path / "state.pt")
     assert state["done"] == TINY.head_steps + 4
     assert all(v.isfinite().all() for v in state["model"].values())

@@ -10,20 +10,17 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.hiera import Hiera
 
 import refiner
-from refiner.features import preprocess
-from refiner.images import ImageSet
-from refiner.models import build_vit
-from refiner.segmentation import (
-    IGNORE,
-    DenseSet,
+from refiner.evaluation.segmentation import (
     at_pixels,
     class_counts,
     iou_of,
     linear_segmentation,
-    load_dense,
-    object_maps,
     patch_maps,
 )
+from refiner.images.dense import IGNORE, DenseSet, load_dense, object_maps
+from refiner.images.sets import ImageSet
+from refiner.models.encoders import preprocess
+from refiner.models.load import build_vit
 
 
 def encoder(**options):

@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from refiner import decoders, measures, widgets
-from refiner import mae as masked
-from refiner.features import extract
-from refiner.images import ImageSet
-from refiner.mae import MAERecipe, parameter_groups, reconstruct
-from refiner.models import build_vit
-from refiner.neighbors import knn_accuracy, knn_predict, nearest_neighbors
-from refiner.planning import NOT_COUNTED
-from refiner.probes import fit_logistic
-from refiner.recipe import Recipe, complete_recipe
-from refiner.refine import Trainer, begin
-from refiner.views import View
-from refiner.watch import online_knn
+from refiner.images.sets import ImageSet
+from refiner.images.views import View
+from refiner.models.load import build_vit
+from refiner.models.mae import MAERecipe, reconstruct
+from refiner.probing import measures
+from refiner.probing.features import extract
+from refiner.probing.logistic import fit_logistic
+from refiner.probing.neighbors import knn_accuracy, knn_predict
+from refiner.probing.search import nearest_neighbors
+from refiner.training import decoders, pretraining
+from refiner.training.planning import NOT_COUNTED
+from refiner.training.pretraining import parameter_groups
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.refining import Trainer, begin
+from refiner.training.watch import online_knn
+from refiner.visuals import widgets
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch knows no CUDA devices"
@@ -148,7 +151,7 @@ def test_a_step_of_pretraining_never_makes_the_host_wait(tools, changes):
         with tools.no_backward(mae):
             for step in range(2):
                 with tools.Waits() as waits:
-                    loss = masked._one_step(mae, optimizer, pixels, recipe, step)
+                    loss = pretraining._one_step(mae, optimizer, pixels, recipe, step)
         assert waits.found == [] and loss.device == tools.GPU
 
 

@@ -17,15 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner import streams
-from refiner.__main__ import main
-from refiner.images import load_images
-from refiner.models import build_vit
-from refiner.planning import plan
-from refiner.recipe import Recipe
-from refiner.refine import refine
-from refiner.streams import SHARD, StreamBatches, open_stream, shard_paths
-from refiner.views import View
+from refiner.cli import main
+from refiner.images import streams
+from refiner.images.load import load_images
+from refiner.images.streams import SHARD, StreamBatches, open_stream, shard_paths
+from refiner.images.views import View
+from refiner.models.load import build_vit
+from refiner.training.planning import plan
+from refiner.training.recipe import Recipe
+from refiner.training.refining import refine
 
 CPU = torch.device("cpu")
 SIZES = (7, 5, 9)
@@ -186,7 +186,7 @@ def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_p
     state = torch.load(tmp_path / "state.pt")
     assert len(state["stream"]) == 1 and state["done"] == 6
     # The same run, interrupted there: schedules depend on the steps, so it is killed instead.
-    from refiner.refine import Trainer
+    from refiner.training.refining import Trainer
 
     step, calls = Trainer.one_step, []
 
@@ -286,7 +286,7 @@ def test_a_set_without_images_is_refused(tmp_path):
 
 
 def test_importing_does_not_import_datasets():
-    code = "import sys, refiner.streams; assert 'datasets' not in sys.modules"
+    code = "import sys, refiner.images.streams; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from refiner.mae import MAERecipe, random_masking
+from refiner.models.mae import MAERecipe, random_masking
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -75,9 +75,9 @@ def test_the_arms_differ_in_their_decoder_only_and_start_alike(scripts):
 
 def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     """A whole ladder of seconds: every rung is trained, kept, and found again."""
-    from refiner.images import ImageSet
-    from refiner.refine import Recipe
-    from refiner.toybox import render
+    from refiner.images.sets import ImageSet
+    from refiner.images.toybox import render
+    from refiner.training.recipe import Recipe
 
     cifar = scripts["cifar10"]
     scene = render(232)
@@ -137,7 +137,7 @@ def test_a_result_keeps_the_rungs_that_were_not_asked_for(scripts, tmp_path):
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_cifar_presets_fit_together(scripts, preset):
     """The recipe refines the network that the preset pretrains, heads included."""
-    refine_module = importlib.import_module("refiner.refine")
+    refine_module = importlib.import_module("refiner.training.refining")
     chosen = scripts["cifar10"].PRESETS[preset]
     mae = chosen.mae.build()
     images = torch.randint(256, (chosen.refine.batch, 3, 32, 32), dtype=torch.uint8)

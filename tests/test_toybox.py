@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from refiner import toybox
-from refiner.toybox import FACTORS, HELD_OUT, TOYS, render
+from refiner.images import toybox
+from refiner.images.toybox import FACTORS, HELD_OUT, TOYS, render
 
 
 def test_image_depends_on_its_index_alone():

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refiner import images
-from refiner.__main__ import changed, main
-from refiner.protocols import EvaluationSettings
+from refiner.base.settings import changed
+from refiner.cli import main
+from refiner.evaluation.protocols import EvaluationSettings
+from refiner.images import load as images
+from refiner.images import sets
 
 TINY_MAE = ["steps=3", "batch=4", "dim=16", "depth=12", "heads=2", "decoder_dim=12"]
 TINY_HEADS = ["steps=2", "head_steps=2", "batch=4", "hidden=8", "predictor_hidden=8", "out=4"]
@@ -175,7 +177,7 @@ def test_a_folder_too_large_for_memory_is_refined(photos, trained, tmp_path, mon
         assert main([*command, "--knn-every", "1", *settings(TINY_HEADS)]) == 0
         history = json.loads((out / "history.json").read_text())
         results.append([(entry["loss"], entry.get("knn")) for entry in history])
-    assert isinstance(images.load_images(photos, size=32).images, images.LazyImages)
+    assert isinstance(images.load_images(photos, size=32).images, sets.LazyImages)
     assert results[0] == results[1]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from refiner import views
-from refiner.views import View, make_view, make_views
+from refiner.images import views
+from refiner.images.views import View, make_view, make_views
 
 PLAIN = View(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, gray=0)
 

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from refiner import watch
-from refiner.features import extract
-from refiner.heads import IDHeads, NeighborQueue
-from refiner.images import ImageSet
-from refiner.models import allow_any_size, build_vit
-from refiner.neighbors import knn_accuracy
-from refiner.recipe import Recipe, complete_recipe
-from refiner.training import Batches
-from refiner.views import View
+from refiner.images.sets import ImageSet
+from refiner.images.views import View
+from refiner.models.encoders import allow_any_size
+from refiner.models.load import build_vit
+from refiner.probing.features import extract
+from refiner.probing.neighbors import knn_accuracy
+from refiner.training import watch
+from refiner.training.heads import IDHeads, NeighborQueue
+from refiner.training.loop import Batches
+from refiner.training.recipe import Recipe, complete_recipe
+from refiner.visuals import live
 
-R = importlib.import_module("refiner.refine")  # the attribute of that name is the function
+R = importlib.import_module(
+    "refiner.training.refining"
+)  # the attribute of that name is the function
 TINY = Recipe.cpu(
     batch=4, head_steps=2, steps=4, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
     frozen_blocks=0, views=(View(size=8), View(size=8)),
@@ -172,12 +176,12 @@ def test_the_live_figure_replaces_itself(model, monkeypatch):
         return SimpleNamespace(update=updates.append)
 
     monkeypatch.setattr("IPython.display.display", display)
-    figure = watch.LiveFigure(every=0)
+    figure = live.LiveFigure(every=0)
     history = R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1,
                        watch=[figure]).history  # fmt: skip
     assert len(shown) == 1 and shown[0][1] is True and len(updates) == len(history) - 1
     assert len(figure.figure.axes[0].lines[0].get_xdata()) == len(history)
-    rarely = watch.LiveFigure(every=3600)
+    rarely = live.LiveFigure(every=3600)
     R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1, watch=[rarely])
     assert len(shown) == 2, "one drawing an hour"
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refiner import widgets
-from refiner.heads import IDHeads, NeighborQueue
-from refiner.mae import MAERecipe, reconstruct
-from refiner.models import build_vit
-from refiner.recipe import Recipe
-from refiner.views import View, make_view
+from refiner.images.views import View, make_view
+from refiner.models import encoders
+from refiner.models.load import build_vit
+from refiner.models.mae import MAERecipe, reconstruct
+from refiner.training.heads import IDHeads, NeighborQueue
+from refiner.training.recipe import Recipe
+from refiner.visuals import widgets
 
 SMALL = {"size": 16, "patch": 4, "dim": 24, "depth": 3, "heads": 3}
 
@@ -75,9 +76,9 @@ def test_attention_is_what_the_block_applies(model):
     maps = widgets.attention_maps(model, image)
     assert maps.shape == (3, 3, 17, 17)
     assert torch.allclose(maps.sum(-1), torch.ones(3, 3, 17), atol=1e-5)
-    from refiner.features import preprocess
+    from refiner.models.encoders import preprocess
 
-    x, _ = widgets.embed(model, preprocess(image[None], model.refiner_card))
+    x, _ = encoders.embed(model, preprocess(image[None], model.refiner_card))
     for weights, block in zip(maps, model.blocks, strict=True):
         inside = block.norm1(x)
         values = block.attn.qkv(inside).reshape(1, 17, 3, 3, 8)[:, :, 2].transpose(1, 2)

@@ -1,0 +1,149 @@
+"""Small helpers on tensors that several rooms share: devices, precision, chunks, drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refiner.base.errors import UserError
+
+GROUP = 16  # keys whose maximum stands for them
+# A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
+
+
+def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores and their keys: those of the k groups with the largest maxima."""
+    n_keys = scores_QK.shape[1]
+    n_groups = n_keys // GROUP
+    if n_groups < 2 * k:
+        return scores_QK.topk(k, dim=1)
+    grouped = scores_QK[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
+    groups_Qk = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    members = torch.arange(GROUP, device=scores_QK.device) * n_groups
+    some = (groups_Qk[:, :, None] + members).flatten(1)
+    rest = torch.arange(n_groups * GROUP, n_keys, device=scores_QK.device)
+    some = torch.cat([some, rest.expand(len(some), -1)], dim=1)
+    top, where = scores_QK.gather(1, some).topk(k, dim=1)
+    return top, some.gather(1, where)
+
+
+def _chunk_rows(device: torch.device, bytes_a_row: int) -> int:
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
+
+
+def device_for(device: str | torch.device | None, like: Tensor) -> torch.device:
+    """The device asked for; by default a GPU if there is one, else where ``like`` is."""
+    if device is None:
+        return torch.device("cuda") if torch.cuda.is_available() else like.device
+    return torch.device(device)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients, and float32 products that are float32: no autocast, no TF32."""
+    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        matmul.allow_bf16_reduced_precision_reduction = reduced
+
+
+def _check_features(queries: Tensor, keys: Tensor) -> None:
+    match = (
+        queries.ndim == keys.ndim
+        and queries.ndim in (2, 3)
+        and queries.shape[-1] == keys.shape[-1]
+        and queries.shape[:-2] == keys.shape[:-2]
+    )
+    if not match:
+        raise UserError(
+            "features must be [N, D] or [L, N, D] with the same D and L, not "
+            f"{list(queries.shape)} and {list(keys.shape)}"
+        )
+    if keys.shape[-2] >= 2**24:
+        raise UserError(f"at most {2**24 - 1} keys can be searched, not {keys.shape[-2]}")
+    for name, x in (("queries", queries), ("keys", keys)):
+        if not x.is_floating_point():
+            raise UserError(f"features must be floats, but the {name} are {x.dtype}")
+
+
+@torch.no_grad()
+def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets [N, D] and [Q, D] shifted and scaled by the train set's mean and deviation.
+
+    Returns:
+        float32. Features that are constant on the train set, up to float32 rounding, become zero
+        on both: there is no scale to measure them by.
+    """
+    mean, scale = mean_and_scale(train)
+    return tuple(((x.double() - mean) * scale).float() for x in (train, test))
+
+
+def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation of every feature, float64 [D]."""
+    parts = x_ND.split(512)  # in the cache
+    mean = sum(x.sum(0, dtype=torch.float64) for x in parts) / len(x_ND)
+    variance = sum((x.double() - mean).square_().sum(0) for x in parts) / len(x_ND)
+    std = variance.sqrt()
+    return mean, torch.where(std > 1e-7 * mean.abs(), 1 / std, 0)
+
+
+def check_labels(labels: Tensor, features: Tensor, name: str) -> Tensor:
+    """Labels as int64, where small integers would overflow; they may be an array or a list.
+
+    Raises:
+        ValueError: unless they are integers from 0, one a feature.
+    """
+    if labels is None:
+        raise UserError(f"the {name} images have no labels")
+    labels, n = torch.as_tensor(labels), features.shape[-2]
+    if labels.shape != (n,):
+        raise UserError(f"{n} {name} features do not match labels of shape {list(labels.shape)}")
+    if labels.is_floating_point() or (n and int(labels.long().min()) < 0):
+        raise UserError(
+            f"the {name} labels must be whole numbers from 0, integers, not {labels.dtype}"
+        )
+    return labels.long()
+
+
+def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, step) alone."""
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def draw(*shape: int, generator: torch.Generator | None = None,
+         device: torch.device | None = None) -> Tensor:  # fmt: skip
+    """Uniform numbers from 0 to 1, drawn where the generator lives and given on ``device``.
+
+    With a generator on the GPU nothing travels, and the host need not wait.
+    """
+    home = device if generator is None else generator.device
+    return torch.rand(*shape, generator=generator, device=home).to(device or home)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A small tensor that is copied to a device once, not at every step."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def take(pixels, index: Tensor, device: torch.device) -> Tensor:
+    """The images of one step on the device; a tensor that lies there already is not copied."""
+    on_device = isinstance(pixels, Tensor) and pixels.device.type == device.type
+    if on_device:
+        return pixels[index.to(device, non_blocking=True)]
+    chosen = pixels[index]
+    return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen

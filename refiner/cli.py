@@ -1,0 +1,496 @@
+"""The command line: ``refiner course`` and its sisters.
+
+One function adds a subcommand, one runs it; what is heavy is imported where it runs, so that
+``refiner --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import refiner
+from refiner.base.errors import UserError
+from refiner.base.settings import changed, parse_setting
+from refiner.training.recipe import refine_preset
+
+USER_ERRORS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        0 if all went well, 1 if something that ran failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `refiner models | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except USER_ERRORS as error:
+        if getattr(args, "debug", False) or not is_for_user(error):
+            raise
+        print(f"refiner: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show where an error arose")
+    parser = argparse.ArgumentParser(prog="refiner", description=refiner.__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=refiner.__version__)
+    subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
+    for add in (add_course, add_pretrain, add_refine, add_probe, add_evaluate, add_models):
+        add(subparsers, common)
+    return parser
+
+
+def is_for_user(error: BaseException) -> bool:
+    """Whether an error is a user's to mend: files, and what this library raises itself.
+
+    A ValueError from inside another library is a bug of ours and keeps its traceback.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, OSError) or Path(last).parent == Path(__file__).parent
+
+
+def sentence(error: BaseException) -> str:
+    """An error's message on one line; for the system's own, what and which file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+# ---------------------------------------------------------------- course
+
+
+def add_course(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner course``: runs the notebooks."""
+    parser = subparsers.add_parser(
+        "course",
+        parents=[common],
+        help="run the course's notebooks and write a report",
+        description="Runs the notebooks, each in a fresh process, and writes a report that opens "
+        "without a network. The exit status is 1 if a notebook failed.",
+    )
+    add = parser.add_argument
+    add("--preset", choices=("cpu", "gpu"), default="cpu", help="how big the experiments are")
+    add("--only", action="append", metavar="NAME", help="a notebook's name or number; repeatable")
+    add("--out", default="runs/course", metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="keep notebooks that finished and did not change")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
+        help="set a notebook's parameter; repeatable")  # fmt: skip
+    add("--timeout", type=float, default=900.0, metavar="SECONDS",
+        help="longest time for one cell; default: %(default)g")  # fmt: skip
+    add("--notebooks", metavar="FOLDER", help="default: notebooks")
+    add("--write-back", action="store_true",
+        help="store the outputs in the notebooks themselves")  # fmt: skip
+    add("--status", action="store_true",
+        help="run nothing; show which exercises you have solved")  # fmt: skip
+    parser.set_defaults(command=course_command)
+
+
+def course_command(args: argparse.Namespace) -> int:
+    """Runs the notebooks; 1 if one failed. With --status it only shows the solved exercises."""
+    from refiner.course.exercises import status
+    from refiner.course.run import run_course
+
+    if args.status:
+        print(status(args.notebooks))
+        return 0
+    try:
+        summary = run_course(
+            args.notebooks,
+            args.out,
+            preset=args.preset,
+            only=args.only,
+            parameters=dict(map(parse_setting, args.parameters)),
+            resume=args.resume,
+            timeout=args.timeout,
+            write_back=args.write_back,
+        )
+    except KeyboardInterrupt:
+        print("\nFinished notebooks are kept; go on with the same command and --resume.",
+              file=sys.stderr)  # fmt: skip
+        raise
+    entries = [summary["notebooks"][name] for name in summary["selected"]]
+    return int(any(entry["status"] != "ok" for entry in entries))
+
+
+# ---------------------------------------------------------------- pretrain, refine, models
+
+
+def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
+    add = parser.add_argument
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder of images; refine also takes tar shards, as "
+        "'shards-{000..010}.tar' in quotes, and hf:NAME of a Hugging Face set")  # fmt: skip
+    add("--n", "--images", type=int, metavar="IMAGES", dest="n",
+        help="how many images; default: all (of a stream: how many it holds, for the plan). Say "
+        "--images under accelerate launch or torchrun, which take --n for their own")  # fmt: skip
+    add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="go on from the state in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--save-every", type=int, metavar="STEPS",
+        help="steps between saved states; default: 100, if the last was a minute ago")  # fmt: skip
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="change a value of the recipe; repeatable")  # fmt: skip
+
+
+def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner pretrain``: trains a masked autoencoder."""
+    parser = subparsers.add_parser(
+        "pretrain",
+        parents=[common],
+        help="train a masked autoencoder",
+        description="Trains a masked autoencoder with the recipe of the embedded checkpoint. "
+        "Ctrl-C loses a minute or two; go on with --resume.",
+    )
+    parser.add_argument("--start", metavar="NAME",
+                        help="a checkpoint to train on: its encoder, and its decoder where it has "
+                        "the recipe's shape")  # fmt: skip
+    _add_training(parser, "runs/mae")
+    parser.set_defaults(command=pretrain_command)
+
+
+def pretrain_command(args: argparse.Namespace) -> int:
+    """Trains and writes model, decoder, card and history."""
+    from refiner.base.parallel import check_device
+    from refiner.images.load import load_images
+    from refiner.models.mae import MAERecipe
+    from refiner.training.pretraining import pretrain, recipe_for, start_from
+
+    check_device(args.device)
+    recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings)
+    start = start_from(args.start, recipe) if args.start else None
+    check_out(args.out)
+    images = load_images(args.data, n=args.n, size=recipe.size)
+    run = resumable(pretrain, images, recipe=recipe, start=start, **training_options(args))
+    last = run.history[-1]
+    print(f"{args.out}: loss {last['loss']:.4f} after {last['seconds'] / 60:.1f} minutes")
+    return 0
+
+
+def add_refine(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner refine``: heads and NNA on a masked-image model."""
+    parser = subparsers.add_parser(
+        "refine",
+        parents=[common],
+        help="refine a masked-image model with ID heads and NNA",
+        description="Refines a model with heads on its last blocks and Nearest Neighbor Alignment. "
+        "First it says what it will do, how long that takes and how much memory it needs. The "
+        "folder that it writes opens with refiner and with timm. Several GPUs: `accelerate launch "
+        "-m refiner refine ...`; several processes without a GPU: `torchrun --nproc-per-node 2 -m "
+        "refiner refine ...`.",
+    )
+    parser.add_argument("--model", default="mae_toybox", metavar="NAME",
+                        help="a model's name or folder; default: %(default)s")  # fmt: skip
+    parser.add_argument(
+        "--preset", choices=("cpu", "gpu", "fitted", "L/16", "H/14", "2B/14"), default="cpu",
+        help="fitted scales the paper's recipe to model and data; the sizes are the paper's own "
+        "recipes; default: %(default)s",
+    )  # fmt: skip
+    _add_training(parser, "runs/refined")
+    add = parser.add_argument
+    add("--plan", action="store_true", help="only say what would be done")
+    add("--knn-every", type=int, default=0, metavar="STEPS",
+        help="hold a tenth of the labelled images out and follow their k-NN accuracy")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write event files to --out as well")
+    parser.set_defaults(command=refine_command)
+
+
+def refine_command(args: argparse.Namespace) -> int:
+    """Refines and writes model, heads, card and history."""
+    from refiner.base import parallel
+    from refiner.models.load import load_model
+    from refiner.training import watch
+    from refiner.training.planning import plan
+    from refiner.training.refining import refine
+
+    parallel.join(args.device)
+    model = load_model(args.model)
+    size = model.refiner_card["preprocessing"]["size"]
+    first = refine_preset(args.preset, model, size, 10**7, args.settings)  # errors come first
+    check_out(args.out)
+    options = training_options(args)
+    images = refinable_images(args, size, min(view.size for view in first.views))
+    if args.knn_every:
+        images, held_out = images.holdout(0.1)
+        options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
+        options["evaluate_every"] = args.knn_every
+    recipe = refine_preset(args.preset, model, size, images, args.settings)
+    if args.plan or not args.resume:
+        ahead = str(plan(model, images, recipe=recipe, device=args.device))
+        if parallel.rank() == 0:
+            print(ahead, flush=True)
+    if args.plan:
+        return 0
+    if args.tensorboard and parallel.rank() == 0:
+        options["watch"] = [watch.TensorBoard(Path(args.out) / "tensorboard")]
+    run = resumable(refine, model, images, recipe=recipe, **options)
+    if parallel.rank() == 0:
+        print(f"{args.out}: refined in {run.history[-1]['seconds'] / 60:.1f} minutes")
+    return 0
+
+
+def refinable_images(args: argparse.Namespace, size: int, smallest: int):
+    """An image set, or a stream for tar shards and ``hf:`` names.
+
+    Args:
+        args: the command line.
+        size: to which images are resized, pixels.
+        smallest: size of the smallest view, which the images need to have.
+
+    Raises:
+        ValueError: for images that are too small, and a stream that shall be evaluated.
+    """
+    from refiner.images.load import is_stream, load_images
+    from refiner.images.streams import open_stream
+
+    if not is_stream(args.data):
+        check_sides(args.data, size, smallest)
+        return load_images(args.data, n=args.n, size=size)
+    if args.knn_every:
+        raise UserError("a stream has no labels to hold out; leave --knn-every out")
+    return open_stream(args.data, n=args.n, size=size)
+
+
+def check_sides(folder: str, size: int, smallest: int) -> None:
+    """Looks at some image files' sizes; named sets are left alone.
+
+    Raises:
+        ValueError: when most are smaller than the smallest view.
+    """
+    from refiner.images.folders import shorter_sides
+
+    sides = sorted(shorter_sides(Path(folder)))
+    if not sides or sides[len(sides) // 2] >= size:
+        return
+    side = sides[len(sides) // 2]
+    if side < smallest:
+        raise UserError(
+            f"most images of {folder} have {side} pixels a side, fewer than a view of {smallest}; "
+            "give larger images, or a model and a recipe for small ones"
+        )
+    print(f"Most images of {folder} have {side} pixels a side and are enlarged to {size}.",
+          file=sys.stderr)  # fmt: skip
+
+
+def add_probe(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner probe``: what every block of a model knows."""
+    parser = subparsers.add_parser(
+        "probe",
+        parents=[common],
+        help="measure every block of one or several models",
+        description="Measures every block: k-NN, linear probes, probes with few labels, clusters, "
+        "measures without labels and, where they are known, factors of the images. Writes "
+        "report.json, figures and index.html, a page that opens without a network.",
+    )
+    add = parser.add_argument
+    add("--model", action="append", metavar="NAME", dest="models",
+        help="a model's name or folder; repeat it to compare; default: mae_toybox")  # fmt: skip
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder; default: %(default)s")  # fmt: skip
+    add("--out", default="runs/probe", metavar="FOLDER", help="default: %(default)s")
+    add("--n", type=int, metavar="IMAGES", help="how many train images; default: all")
+    add("--n-test", type=int, metavar="IMAGES", help="how many test images; default: all")
+    add("--parts", nargs="+", metavar="PART",
+        help="only these of knn, linear, low_shot, clustering, measures, factors")  # fmt: skip
+    add("--k", type=int, nargs="+", metavar="K", help="neighbors that vote; default: 1 10 20")
+    add("--shots", type=int, nargs="+", metavar="N", help="labels a class; default: 1 2 5 10")
+    add("--fractions", type=float, nargs="+", metavar="SHARE",
+        help="shares of the labels, such as 0.01 0.1; default: none")  # fmt: skip
+    add("--draws", type=int, metavar="N", help="random sets of few labels; default: 10")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--resume", action="store_true", help="keep the parts that are done in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    parser.set_defaults(command=probe_command)
+
+
+def probe_command(args: argparse.Namespace) -> int:
+    """Probes and writes the report."""
+    from refiner.base.parallel import check_device
+    from refiner.evaluation.probe import Settings, probe
+
+    check_device(args.device)
+    names = ("parts", "k", "shots", "fractions", "draws", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    check_out(args.out)
+    report = resumable(
+        probe, args.models or ["mae_toybox"], args.data, out=args.out, n=args.n,
+        n_test=args.n_test, settings=Settings(**given), resume=args.resume, device=args.device,
+    )  # fmt: skip
+    for sentence in report["left_out"]:
+        print(f"left out: {sentence}")
+    print(f"{Path(args.out) / 'index.html'}: the report")
+    return 0
+
+
+def add_evaluate(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner evaluate``: before and after under every protocol."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure one or two models under every protocol of the paper",
+        description="k-NN, linear probes, few labels, clusters, corrupted images, shifted factors, "
+        "dense labels, fine-tuning and transfer. Every row is written to report.json as soon as it "
+        "is done; at the end index.html shows tables and figures. The exit status is 1 if a row "
+        "failed; --resume tries it again.",
+    )
+    add = parser.add_argument
+    add("--before", default="mae_toybox", metavar="NAME",
+        help="a model's name or folder; default: %(default)s")  # fmt: skip
+    add("--after", metavar="NAME", help="another to compare with it")
+    add("--data", default="toybox", metavar="NAME",
+        help="an image set or a folder, with labels; default: %(default)s")  # fmt: skip
+    add("--transfer", nargs="+", default=[], metavar="NAME", help="more image sets or folders")
+    add("--dense", metavar="FOLDER",
+        help="images and annotations in ADE20K's form; default: Toybox's own masks")  # fmt: skip
+    add("--out", default="runs/evaluate", metavar="FOLDER", help="default: %(default)s")
+    add("--preset", choices=("cpu", "gpu"),
+        help="how much is measured; default: gpu where there is one, else cpu")  # fmt: skip
+    add("--rows", nargs="+", metavar="ROW",
+        help="only these of knn, linear, few, clusters, corruptions, shifts, segmentation, "
+        "finetune, finetune_few, transfer")  # fmt: skip
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="change a value of the preset, such as n=1000; repeatable")  # fmt: skip
+    add("--resume", action="store_true", help="keep the rows that are done in --out")
+    add("--device", help="default: cuda if there is one, else cpu")
+    parser.set_defaults(command=evaluate_command)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Evaluates and writes the report; 1 if a row failed."""
+    import torch
+
+    from refiner.base.parallel import check_device
+    from refiner.evaluation.compare import evaluate
+    from refiner.evaluation.protocols import EvaluationSettings
+    from refiner.evaluation.report import findings
+
+    check_device(args.device)
+    on_gpu = (args.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    preset = getattr(EvaluationSettings, args.preset or ("gpu" if on_gpu else "cpu"))()
+    settings = changed(preset, args.settings)
+    check_out(args.out)
+    report = resumable(
+        evaluate, args.before, args.after, args.data, out=args.out, transfers=args.transfer,
+        dense=args.dense, rows=args.rows, settings=settings, resume=args.resume,
+        device=args.device,
+    )  # fmt: skip
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    for name, sides in report["failed"].items():
+        for side, reason in sides.items():
+            print(f"failed: {name}, {side}: {reason}", file=sys.stderr)
+    print("\n".join(findings(report)))
+    print(f"{Path(args.out) / 'index.html'}: the report")
+    return int(bool(report["failed"]))
+
+
+def add_models(subparsers, common: argparse.ArgumentParser) -> None:
+    """``refiner models``: what load_model takes."""
+    parser = subparsers.add_parser(
+        "models",
+        parents=[common],
+        help="list the models that can be named",
+        description="Lists the embedded checkpoints and the catalogue of masked-image models. Any "
+        "of these names works where a model is asked for; so do other names of timm, folders, "
+        "files in the formats of the listed repositories, and their addresses.",
+    )
+    add = parser.add_argument
+    add("filter", nargs="*", metavar="WORD",
+        help="only models whose name, method, class or source holds every word")  # fmt: skip
+    add("--json", action="store_true", help="all that is known of each, as JSON")
+    parser.set_defaults(command=models_command)
+
+
+def models_command(args: argparse.Namespace) -> int:
+    """Prints the embedded checkpoints and the catalogue.
+
+    Raises:
+        ValueError: when nothing has the words that were asked for.
+    """
+    from refiner.models.catalogue import search, table
+
+    words = " ".join(args.filter)
+    entries = search(words)
+    if args.json:
+        import json
+
+        print(json.dumps([entry.as_dict() for entry in entries], indent=1))
+        return 0
+    if not args.filter:
+        print_embedded()
+    elif not entries:
+        raise UserError(f"no model of the catalogue has {words!r}; `refiner models` lists all")
+    print(table(entries))
+    print(
+        "\nGB: the encoder in float32, files with a decoder or optimizer are larger. labels: also "
+        "trained with labels.\nWeights are fetched when a model is first loaded."
+    )
+    return 0
+
+
+def print_embedded() -> None:
+    """One line for each checkpoint that comes with the course."""
+    from refiner.models.load import embedded_models, read_card
+
+    for name in embedded_models():
+        card = read_card(name)
+        shape = ", ".join(f"{key} {value}" for key, value in card["architecture"].items())
+        print(f"{name}: {card['method']}; {shape}")
+    print()
+
+
+def training_options(args: argparse.Namespace) -> dict:
+    """What both trainings take beside data and recipe.
+
+    Raises:
+        ValueError: for a number of steps below 1.
+    """
+    options = {"out": args.out, "resume": args.resume, "device": args.device}
+    if args.save_every is not None:
+        if args.save_every < 1:
+            raise UserError(f"--save-every needs at least 1 step, got {args.save_every}")
+        options["save_every"] = args.save_every
+    return options
+
+
+def check_out(out: str) -> None:
+    """Makes sure, before the work starts and without making it, that a folder can be written.
+
+    Raises:
+        OSError: naming the place that is in the way or not writable.
+    """
+    place = Path(out).resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, not a folder; choose another --out")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"no permission to write to {place}; choose another --out")
+
+
+def resumable(train, *args, **kwargs):
+    """Runs a training; after Ctrl-C, says how to go on."""
+    try:
+        return train(*args, **kwargs)
+    except KeyboardInterrupt:
+        print(f"\nThe last saved state is in {kwargs['out']}; go on with the same command and "
+              "--resume.", file=sys.stderr)  # fmt: skip
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

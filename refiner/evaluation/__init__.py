@@ -1,0 +1,1 @@
+"""Probing and comparing whole models under the protocols of the paper."""

@@ -1,0 +1,277 @@
+"""``refiner evaluate``: one or two models under every protocol, row by row.
+
+A row is one protocol of :mod:`refiner.evaluation.protocols`. Each row of each model is written down
+as soon as it is done, so an interrupted run goes on there, and a row that fails is noted without
+losing the others.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from refiner.base.errors import UserError
+from refiner.base.files import write_json
+from refiner.base.pages import BAR, json_ready
+from refiner.base.places import machine
+from refiner.evaluation import protocols
+from refiner.evaluation.protocols import EvaluationSettings, Subject
+from refiner.images.dense import DenseSet, load_dense, object_maps
+from refiner.images.load import train_and_test
+from refiner.images.sets import ImageSet
+from refiner.models.encoders import Encoder
+from refiner.models.load import load_model
+
+# ---------------------------------------------------------------- the rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A protocol.
+
+    Attributes:
+        title: for people.
+        measure: from a subject to its scores.
+        cost: of one model, in seconds on a CPU, for the estimate of the time that is left.
+        needs: what it needs of the data: "toybox", "dense", or nothing.
+        short: the word for the spider plot.
+    """
+
+    title: str
+    measure: Callable[[Subject], list[dict]]
+    cost: float
+    needs: str = ""
+    short: str = ""
+
+
+ROWS = {
+    "knn": Row("k-NN", protocols.knn, 15, short="k-NN"),
+    "linear": Row("Linear probe", protocols.linear, 30, short="linear"),
+    "few": Row("Few labels", protocols.low_shot, 5, short="1 label\na class"),
+    "clusters": Row("k-means", protocols.clusters, 10, short="clusters\n(ACC)"),
+    "corruptions": Row("Corrupted images", protocols.corruptions, 30, short="corrupted"),
+    "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox",
+                  "shifted\nfactors"),
+    "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense",
+                        "segmentation\n(mIoU)"),
+    "finetune": Row("Full fine-tuning", protocols.full_finetuning, 40, short="fine-tuning"),
+    "finetune_few": Row("Fine-tuning, few labels", protocols.few_finetuning, 25,
+                        short="fine-tuning,\nfew labels"),
+}  # fmt: skip
+TRANSFER = Row("Transfer", protocols.transfer, 25)
+
+
+def rows_for(rows: Sequence[str] | None, transfers: Sequence[str]) -> dict[str, Row]:
+    """The rows of a run by name, each transfer set its own.
+
+    Raises:
+        ValueError: for an unknown row, or a transfer set that is given twice.
+    """
+    unknown = [r for r in rows or () if r not in (*ROWS, "transfer")]
+    if unknown:
+        known = ", ".join((*ROWS, "transfer"))
+        raise UserError(f"unknown row {', '.join(unknown)!r}: choose among {known}")
+    if len(set(transfers)) < len(transfers):
+        raise UserError(f"give each transfer set once, not {list(transfers)}")
+    chosen = {name: row for name, row in ROWS.items() if not rows or name in rows}
+    if not rows or "transfer" in rows:
+        for data in transfers:
+            title = f"Transfer: {Path(data).name}"
+            chosen[f"transfer:{data}"] = replace(TRANSFER, title=title, short=Path(data).name)
+    return chosen
+
+
+# ---------------------------------------------------------------- running
+
+
+def evaluate(
+    before: str,
+    after: str | None = None,
+    data: str | Path = "toybox",
+    out: str | Path = "runs/evaluate",
+    *,
+    transfers: Sequence[str] = (),
+    dense: str | Path | None = None,
+    rows: Sequence[str] | None = None,
+    settings: EvaluationSettings | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict:
+    """Measures one or two models under every protocol and writes a report.
+
+    Args:
+        before, after: models as :func:`refiner.load_model` takes them; ``after`` may be left out.
+        data: an image set or a folder, with labels. A folder without a test (or val) part lends a
+            fifth of its images.
+        out: gets ``report.json`` after every row, and ``index.html`` with figures at the end.
+        transfers: more image sets or folders, for k-NN and linear probes.
+        dense: a folder with ``images`` and ``annotations`` (:func:`refiner.load_dense`); without
+            one, Toybox's objects are segmented where the data are Toybox.
+        rows: only these rows; default all that the data allow.
+        settings: default :meth:`EvaluationSettings.cpu`, or with CUDA
+            :meth:`EvaluationSettings.gpu`.
+        resume: keep the rows that are in ``out``; failed ones are tried again.
+        device: where to run; default CUDA if there is one.
+        progress: show a bar with the remaining time.
+
+    Returns:
+        The content of ``report.json``: ``rows`` → row → "before" / "after" → scores and seconds;
+        ``failed`` → row → "before" / "after" → reason; ``left_out`` → row → reason.
+
+    Raises:
+        ValueError: for unknown rows, data without labels, or another run's folder to resume.
+        FileNotFoundError: for a model or image set that is not there.
+    """
+    from refiner.evaluation.report import write_page
+
+    on_gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    settings = settings or (EvaluationSettings.gpu() if on_gpu else EvaluationSettings.cpu())
+    transfers, out = [str(t) for t in transfers], Path(out)
+    wanted = rows_for(rows, transfers)
+    models = {"before": str(before)} | ({"after": str(after)} if after else {})
+    asked = {"models": models, "data": str(data), "dense": None if dense is None else str(dense),
+             "settings": json_ready(asdict(settings))}  # fmt: skip
+    loaded = {side: load_model(name) for side, name in models.items()}
+    report = _started(out, asked, resume)
+    bench = _Bench(loaded, settings, data, dense, device, progress)
+    report["images"] = bench.facts()
+    report["left_out"] = left_out = bench.left_out(wanted)
+    todo = [(r, side) for side in models for r in wanted if r not in left_out]
+    with tqdm(total=sum(wanted[r].cost for r, _ in todo), desc="evaluating", unit="",
+              bar_format=BAR, disable=not progress) as bar:  # fmt: skip
+        for name, side in todo:
+            bar.set_description_str(f"{side}: {wanted[name].title}")
+            if side not in report["rows"].get(name, {}):
+                _measure(report, name, wanted[name], side, bench)
+                write_json(out / "report.json", report)
+            bar.update(wanted[name].cost)
+    titles = {name: [row.title, row.short] for name, row in wanted.items()}
+    report["titles"] = report.get("titles", {}) | titles
+    done = report["rows"]  # in the order of the protocols, whatever was tried again
+    report["rows"] = {name: done[name] for name in (*wanted, *done) if name in done}
+    write_json(out / "report.json", report)
+    write_page(out, report)
+    return report
+
+
+def _started(out: Path, asked: dict, resume: bool) -> dict:
+    """What was done before, or an empty report."""
+    path = out / "report.json"
+    if not (resume and path.exists()):
+        return asked | {"machine": machine(), "rows": {}, "failed": {}}
+    report = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key, value in asked.items() if report.get(key) != value]
+    if changed:
+        raise UserError(
+            f"cannot resume {out}: {', '.join(changed)} differ from the earlier run; use the same "
+            "options, or another --out"
+        )
+    return report
+
+
+def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> None:
+    """Adds a row's scores to the report, or why there are none."""
+    began, worked = time.monotonic(), time.process_time()
+    try:
+        scores = row.measure(bench.subject(side, name))
+    # Whatever a protocol stumbles over (memory, a download, a model that cannot do it), the other
+    # rows must not be lost; the reason is shown in the report.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        report["failed"].setdefault(name, {})[side] = reason
+        return
+    found = {
+        "seconds": round(time.monotonic() - began, 2),
+        "cpu_seconds": round(time.process_time() - worked, 2),
+        "scores": scores,
+    }
+    report["rows"].setdefault(name, {})[side] = found
+    report["failed"].get(name, {}).pop(side, None)
+    if not report["failed"].get(name, True):
+        del report["failed"][name]
+
+
+class _Bench:
+    """The images of a run, loaded once for each size, and a subject for each model."""
+
+    def __init__(self, models: dict[str, Encoder], settings: EvaluationSettings, data,
+                 dense, device, progress: bool):  # fmt: skip
+        self.models, self.settings = models, settings
+        self.data, self.dense, self.device, self.progress = data, dense, device, progress
+        self.loaded: dict[tuple, object] = {}
+        self.main: dict[str, Subject] = {}
+        for side in models:
+            train, test = self.images(data, side)
+            if train.labels is None or test.labels is None:
+                raise UserError(
+                    f"{data} has no labels: evaluate needs one sub-folder a class (refiner probe "
+                    "measures images without labels)"
+                )
+
+    def size(self, side: str) -> int:
+        return self.models[side].refiner_card["preprocessing"]["size"]
+
+    def images(self, data, side: str) -> tuple[ImageSet, ImageSet]:
+        key = str(data), self.size(side)
+        if key not in self.loaded:
+            n, n_test = self.settings.n, self.settings.n_test
+            try:
+                self.loaded[key] = train_and_test(data, n, n_test, key[1])
+            except ValueError:  # the set may have fewer; anything else is raised again
+                train, test = train_and_test(data, None, None, key[1])
+                self.loaded[key] = train[:n], test[:n_test]
+        return self.loaded[key]
+
+    def dense_images(self, side: str) -> tuple[DenseSet, DenseSet]:
+        settings, size = self.settings, self.size(side)
+        limits = zip(("train", "test"), (settings.dense, settings.dense_test), strict=True)
+        if self.dense is None:
+            pairs = zip(self.images(self.data, side), limits, strict=True)
+            return tuple(object_maps(images[:n]) for images, (_, n) in pairs)
+        key = "dense", size
+        if key not in self.loaded:
+            self.loaded[key] = tuple(
+                load_dense(self.dense, split=split, n=n, size=size, progress=False)
+                for split, n in limits
+            )
+        return self.loaded[key]
+
+    def facts(self) -> dict:
+        train, test = self.images(self.data, "before")
+        return {"train": len(train), "test": len(test), "classes": len(train.labels.unique())}
+
+    def left_out(self, rows: dict[str, Row]) -> dict[str, str]:
+        """Rows that the data do not allow, and why."""
+        train, _ = self.images(self.data, "before")
+        have = {
+            "": True,
+            "toybox": str(self.data) == "toybox",
+            "dense": self.dense is not None or train.masks is not None,
+        }
+        why = {
+            "toybox": "only Toybox's factors can be drawn from outside of their range",
+            "dense": "the images have no masks; --dense names a folder with images and annotations",
+        }
+        return {name: why[row.needs] for name, row in rows.items() if not have[row.needs]}
+
+    def subject(self, side: str, row: str) -> Subject:
+        """What a row measures."""
+        kind, _, data = row.partition(":")
+        if kind == "transfer":
+            return Subject(self.models[side], *self.images(data, side), self.settings, self.device)
+        if side not in self.main:
+            self.main = {}  # one model's features at a time
+            self.main[side] = Subject(self.models[side], *self.images(self.data, side),
+                                      self.settings, self.device,
+                                      progress=self.progress)  # fmt: skip
+        subject = self.main[side]
+        if kind == "segmentation":
+            subject.dense = self.dense_images(side)
+        return subject

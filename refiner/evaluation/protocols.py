@@ -1,0 +1,477 @@
+"""The protocols of the paper's tables: functions from a model and its images to plain scores.
+
+Linear probing, k-NN, few labels, clusters, transfer, robustness, dense labels and fine-tuning; each
+protocol takes a :class:`Subject` and returns a list of dicts made by :func:`score`.
+
+Nothing is ever chosen with test labels: they are read by the last line of a protocol, which counts
+what is right. Blocks, poolings and penalties are chosen on held-out train images; a recipe is what
+it is before the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refiner.base import tensors
+from refiner.base.pages import json_ready
+from refiner.evaluation.probe import NAMES
+from refiner.evaluation.segmentation import linear_segmentation
+from refiner.images import toybox
+from refiner.images.corruptions import CORRUPTIONS, corrupted
+from refiner.images.dense import DenseSet
+from refiner.images.sets import ImageSet
+from refiner.models.encoders import Encoder
+from refiner.probing import measures, neighbors, probes
+from refiner.probing.features import Features, extract
+from refiner.probing.probes import LinearProbe, linear_probe
+from refiner.training.finetuning import FinetuneRecipe, few_labels, finetune
+
+K = 10  # neighbors that vote
+# Toybox factors outside of what the train images show: the variant's changes, and what is kept of
+# its images (None keeps all). Angles in degrees.
+SHIFTS: dict[str, tuple[dict, Callable | None]] = {
+    "turned further (yaw 50 to 90°)": ({"yaw": 90.0}, lambda f: np.abs(f["yaw"]) > 50),
+    "tilted further (roll 11 to 30°)": ({"roll": 30.0}, lambda f: np.abs(f["roll"]) > 11),
+    "smaller (scale 0.5 to 0.75)": ({"scale": (0.5, 0.75)}, None),
+    "moved away (0.12 to 0.3)": (
+        {"shift": 0.3}, lambda f: np.maximum(np.abs(f["x"]), np.abs(f["y"])) > 0.12
+    ),
+    "stronger colours": ({"saturation": (0.8, 1.0)}, None),
+    "busy background": (
+        {"busy": True, "background_contrast": 0.3, "background_saturation": 0.4}, None
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is measured. Numbers of images are upper limits.
+
+    Attributes:
+        n, n_test: train and test images; None takes all.
+        linear_blocks: last blocks of the linear probes to choose from, evenly spaced over the
+            second half of the depth; 0 takes every block.
+        shots, fractions, draws: of the probes with few labels.
+        kmeans_seeds: runs of k-means.
+        corrupted: test images that are corrupted.
+        severities: of the corruptions.
+        shifted: images rendered for each shift.
+        dense, dense_test: images of the segmentation.
+        dense_pixels: of each that its classifier learns from.
+        full: recipe of full fine-tuning.
+        full_images, full_seeds: train images and runs of it.
+        few: recipe of fine-tuning with few labels.
+        few_sizes, few_draws: labels a class (or shares), and runs of it.
+        finetune_test: test images for both.
+        seed: of everything random.
+    """
+
+    n: int | None = None
+    n_test: int | None = None
+    linear_blocks: int = 0
+    shots: tuple[int, ...] = (1, 2, 5)
+    fractions: tuple[float, ...] = (0.01, 0.1)
+    draws: int = 10
+    kmeans_seeds: int = 5
+    corrupted: int | None = 5000
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    shifted: int = 2048
+    dense: int | None = 5000
+    dense_test: int | None = 2000
+    dense_pixels: int = 32
+    full: FinetuneRecipe = field(default_factory=FinetuneRecipe.gpu)
+    full_images: int | None = None
+    full_seeds: int = 3
+    few: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe.low_shot("gpu"))
+    few_sizes: tuple[float, ...] = (1, 5, 0.01, 0.1)
+    few_draws: int = 3
+    finetune_test: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def cpu(cls, **changes) -> EvaluationSettings:
+        """Minutes for the embedded models on two cores."""
+        small = cls(
+            n=3200, n_test=1024, linear_blocks=3, fractions=(0.02, 0.1), kmeans_seeds=3,
+            corrupted=96, shifted=192, dense=512, dense_test=256, dense_pixels=16,
+            full=FinetuneRecipe.cpu(), full_images=640, full_seeds=2,
+            few=FinetuneRecipe.low_shot("cpu"), few_sizes=(5,), few_draws=2, finetune_test=512,
+        )  # fmt: skip
+        return replace(small, **changes)
+
+    @classmethod
+    def gpu(cls, **changes) -> EvaluationSettings:
+        """Everything, on all images."""
+        return replace(cls(), **changes)
+
+
+# ---------------------------------------------------------------- a model and its images
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model with the images it is measured on; what several rows need is made once.
+
+    Attributes:
+        model: the encoder.
+        train, test: the images, with labels.
+        settings: see :class:`EvaluationSettings`.
+        device: where to run; None decides by itself.
+        dense: images with maps, train and test, if there are any.
+        progress: show a bar while fine-tuning.
+    """
+
+    model: Encoder
+    train: ImageSet
+    test: ImageSet
+    settings: EvaluationSettings
+    device: torch.device | str | None = None
+    dense: tuple[DenseSet, DenseSet] | None = None
+    progress: bool = False
+
+    def extract(self, images: ImageSet | Iterable[Tensor], **options) -> Features:
+        return extract(self.model, images, device=self.device, progress=False, **options)
+
+    @cached_property
+    def features(self) -> tuple[Features, Features]:
+        """Of train and test images."""
+        return self.extract(self.train), self.extract(self.test)
+
+    @property
+    def poolings(self) -> list[str]:
+        """The kinds of features: the patch mean, and before it the class token if there is one."""
+        return [p for p in ("cls", "patch") if p in self.features[0]]
+
+    @cached_property
+    def linear(self) -> ChosenProbe:
+        """The linear probe that is best on held-out train images."""
+        return choose_probe(
+            self.features[0], self.train.labels, count=self.settings.linear_blocks,
+            seed=self.settings.seed, device=self.device,
+        )  # fmt: skip
+
+
+def score(name: str, value: float, spread: float, of: str, **more) -> dict:
+    """One figure of a row.
+
+    Args:
+        name: what was measured.
+        value: a share, from 0 to 1.
+        spread: its standard deviation over ``of``.
+        of: what was varied: "test images", "draws", "seeds", or two of them.
+        **more: ``main=True`` for the figure that stands for its row, ``choice`` for what was chosen
+            on train images, ``detail`` for more numbers.
+    """
+    return {
+        "name": name,
+        "value": float(value),
+        "spread": float(spread),
+        "of": of,
+        **json_ready(more),
+    }
+
+
+def share(name: str, right: Tensor, **more) -> dict:
+    """The score of a share of right answers, bool [N] (or their mean over some trials, [N]).
+
+    Its spread is the standard error over the images.
+    """
+    right = right.double()
+    spread = right.std(correction=0) / math.sqrt(len(right))
+    return score(name, float(right.mean()), float(spread), "test images", **more)
+
+
+# ---------------------------------------------------------------- frozen features
+
+
+def knn(s: Subject) -> list[dict]:
+    """Weighted k-NN: the last block, and the block that train images choose by leave-one-out."""
+    (x, z), y, t = s.features, s.train.labels, s.test.labels
+    scores, candidates = [], []
+    for i, pooling in enumerate(s.poolings):
+        right = _knn_predictions(x[pooling][-1], y, z[pooling][-1], s.device) == t
+        scores.append(share(f"last block, {NAMES[pooling]}", right, main=i == 0))
+        alone = neighbors.knn_accuracy(x[pooling], y, k=K, device=s.device)
+        candidates += [(float(a), pooling, b) for b, a in enumerate(alone)]
+    alone, pooling, b = max(candidates, key=lambda c: c[0])
+    right = _knn_predictions(x[pooling][b], y, z[pooling][b], s.device) == t
+    choice = {"block": x.blocks[b], "pooling": pooling, "leave_one_out": alone}
+    return [*scores, share("chosen block and pooling", right, choice=choice)]
+
+
+def _knn_predictions(x: Tensor, y: Tensor, z: Tensor, device) -> Tensor:
+    return neighbors.knn_predict(x, y, z, k=min(K, len(x)), device=device)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenProbe:
+    """A linear probe and the features it reads.
+
+    Attributes:
+        poolings: which are joined.
+        rows: which of the extracted blocks are joined.
+        probe: fitted on the joined features [N, D].
+        choice: what was chosen, and its accuracy on held-out train images.
+    """
+
+    poolings: tuple[str, ...]
+    rows: tuple[int, ...]
+    probe: LinearProbe
+    choice: dict
+
+    def joined(self, features: Features) -> Tensor:
+        """The probe's input, [N, D], of features that hold every block."""
+        return torch.cat([features[p][r] for r in self.rows for p in self.poolings], dim=-1)
+
+    def predict(self, features: Features) -> Tensor:
+        """Labels, int64 [N]."""
+        return self.probe.predict(self.joined(features))
+
+
+def choose_probe(features: Features, labels: Tensor, *, count: int = 0, seed: int = 0,
+                 device=None) -> ChosenProbe:  # fmt: skip
+    """The best linear probe on held-out train images.
+
+    Tried are blocks × {class token, class token and patch mean} × {one block, the last four up to
+    it} × penalties, as in DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193).
+
+    Args:
+        features: of the train images.
+        labels: int64 [N].
+        count: how many blocks of the second half of the depth; 0 tries every block.
+        seed: of the held-out part.
+        device: where to fit.
+    """
+    depth = len(features.blocks)
+    ends = range(depth)
+    if count:
+        ends = np.linspace(depth - 1, depth // 2, min(count, depth - depth // 2)).round()
+        ends = sorted({int(e) for e in ends})
+    kinds = [("cls",), ("cls", "patch")] if "cls" in features else [("patch",)]
+    best = (-1.0, None)
+    for poolings in kinds:
+        for width in sorted({1, min(4, depth)}):
+            lasts = [e for e in ends if e >= width - 1]
+            x = torch.stack([
+                torch.cat([features[p][r] for r in range(e - width + 1, e + 1) for p in poolings],
+                          dim=-1) for e in lasts
+            ])  # fmt: skip
+            # The last argument's labels only score what is not read here.
+            found = linear_probe(x, labels, x[:, :1], labels[:1], seed=seed, device=device)
+            for i, e in enumerate(lasts):
+                held = float(found.validation[:, i].max())
+                if held > best[0]:
+                    best = held, (poolings, tuple(range(e - width + 1, e + 1)), found, i)
+    held, (poolings, rows, found, i) = best
+    choice = {"blocks": [features.blocks[r] for r in rows], "poolings": list(poolings),
+              "penalty": float(found.penalty[i]), "validation": held}  # fmt: skip
+    return ChosenProbe(poolings, rows, _one_block(found, i), choice)
+
+
+def _one_block(probe: LinearProbe, i: int) -> LinearProbe:
+    return replace(
+        probe, accuracy=probe.accuracy[i], penalty=probe.penalty[i], weights=probe.weights[i],
+        bias=probe.bias[i], validation=probe.validation[:, i], objective=probe.objective[i],
+        gap=probe.gap[i], converged=probe.converged[i],
+    )  # fmt: skip
+
+
+def linear(s: Subject) -> list[dict]:
+    """Linear probes: the one chosen on held-out train images, and the last block's."""
+    (x, z), y, t = s.features, s.train.labels, s.test.labels
+    scores = [share("chosen probe", s.linear.predict(z) == t, main=True, choice=s.linear.choice)]
+    for pooling in s.poolings:
+        found = linear_probe(x[pooling][-1], y, z[pooling][-1], t, seed=s.settings.seed,
+                             device=s.device)  # fmt: skip
+        right = found.predict(z[pooling][-1]) == t
+        choice = {"penalty": float(found.penalty)}
+        scores.append(share(f"last block, {NAMES[pooling]}", right, choice=choice))
+    return scores
+
+
+def low_shot(s: Subject) -> list[dict]:
+    """Linear classifiers that see a few labels, over several draws; last block."""
+    (x, z), settings, scores = s.features, s.settings, []
+    shots = probes.possible_shots(settings.shots, settings.fractions, s.train.labels)
+    for pooling in s.poolings:
+        found = probes.low_shot(
+            x[pooling][-1], s.train.labels, z[pooling][-1], s.test.labels, shots=shots,
+            fractions=settings.fractions, draws=settings.draws, seed=settings.seed,
+            device=s.device,
+        )  # fmt: skip
+        for size, mean, spread in zip(found.sizes, found.mean, found.spread, strict=True):
+            name = f"{_labels(size)}, {NAMES[pooling]}"
+            main = size == 1 and pooling == s.poolings[0]
+            scores.append(score(name, mean, spread, "draws", main=main))
+    return scores
+
+
+def _labels(size: float) -> str:
+    if size < 1:
+        return f"{100 * size:g} % of the labels"
+    return f"{size:g} label{'s' if size > 1 else ''} a class"
+
+
+def clusters(s: Subject) -> list[dict]:
+    """k-means on the test images, as many clusters as the train images have classes."""
+    k, scores = len(s.train.labels.unique()), []
+    for pooling in s.poolings:
+        z = s.features[1][pooling][-1]
+        runs = [
+            measures.clustering(z, s.test.labels, k=k, seed=s.settings.seed + i, device=s.device)
+            for i in range(s.settings.kmeans_seeds)
+        ]
+        for name in ("acc", "nmi", "ari"):
+            values = torch.stack([run[name] for run in runs]).double()
+            main = name == "acc" and pooling == s.poolings[0]
+            scores.append(score(f"{name.upper()}, {NAMES[pooling]}", values.mean(),
+                                values.std(correction=0), "seeds", main=main))  # fmt: skip
+    return scores
+
+
+# ---------------------------------------------------------------- other images
+
+
+def transfer(s: Subject) -> list[dict]:
+    """k-NN and the chosen linear probe on another image set."""
+    x, z = s.features
+    scores = [share("linear probe", s.linear.predict(z) == s.test.labels, main=True,
+                    choice=s.linear.choice)]  # fmt: skip
+    for pooling in s.poolings:
+        right = _knn_predictions(x[pooling][-1], s.train.labels, z[pooling][-1], s.device)
+        scores.append(share(f"k-NN, {NAMES[pooling]}", right == s.test.labels))
+    return scores
+
+
+def _right(s: Subject, features: Features, labels: Tensor) -> dict[str, Tensor]:
+    """Which of some images the clean train images' probe and neighbors get right, bool [N] each."""
+    x, y, main = s.features[0], s.train.labels, s.poolings[0]
+    near = _knn_predictions(x[main][-1], y, features[main][-1], s.device)
+    return {"linear probe": s.linear.predict(features) == labels, "k-NN": near == labels}
+
+
+def corruptions(s: Subject) -> list[dict]:
+    """The chosen probe and k-NN, learned from clean images, on corrupted test images."""
+    test = s.test[: s.settings.corrupted]
+    right = {"linear probe": [], "k-NN": []}
+    device = tensors.device_for(s.device, test.labels)
+    for name in CORRUPTIONS:
+        for severity in s.settings.severities:
+            batches = corrupted(test, name, severity, seed=s.settings.seed, device=device)
+            for kind, r in _right(s, s.extract(batches), test.labels).items():
+                right[kind].append(r)
+    clean = _right(s, s.extract(test), test.labels)
+    scores = []
+    for kind, each in right.items():
+        # [corruptions, severities, N]; an image's trials are no independent images.
+        table = torch.stack(each).double().unflatten(0, (len(CORRUPTIONS), -1))
+        detail = {
+            "corruptions": list(CORRUPTIONS),
+            "severities": s.settings.severities,
+            "accuracy": table.mean(-1),
+            "clean": float(clean[kind].double().mean()),
+        }
+        scores.append(share(kind, table.mean((0, 1)), main=kind == "linear probe", detail=detail))
+    return scores
+
+
+def shifts(s: Subject) -> list[dict]:
+    """The same on Toybox images whose factors lie outside of what the train images show."""
+    size, scores, every = s.test.images.shape[-1], [], []
+    for name in SHIFTS:
+        images = shifted_toybox(name, s.settings.shifted, size=size, seed=s.settings.seed)
+        right = _right(s, s.extract(images), images.labels)["linear probe"]
+        every.append(right.double().mean())
+        scores.append(share(name, right))
+    mean = torch.stack(every).mean()
+    spread = math.sqrt(sum(x["spread"] ** 2 for x in scores)) / len(scores)
+    return [score("mean, linear probe", mean, spread, "test images", main=True), *scores]
+
+
+def shifted_toybox(name: str, n: int, *, size: int = 32, seed: int = 0) -> ImageSet:
+    """Test images of Toybox with one factor outside of the train images' range.
+
+    Args:
+        name: a key of :data:`SHIFTS`.
+        n: images to render; where a range has a hole about half of them are kept.
+        size: height and width, pixels.
+        seed: of the scenes.
+    """
+    changes, keep = SHIFTS[name]
+    variant = replace(toybox.VARIANTS["toybox"], **changes)
+    scene = toybox.render(n, split="test", size=size, seed=seed, variant=variant)
+    images = ImageSet(scene.images, scene.labels, scene.classes, scene.factors, name, scene.masks)
+    return images if keep is None else images[torch.from_numpy(keep(scene.factors))]
+
+
+def segmentation(s: Subject) -> list[dict]:
+    """Linear segmentation on patch features: the last block, and one that train images choose."""
+    train, test = s.dense
+    depth = len(s.model.blocks)
+    blocks = sorted({depth, max(1, round(depth * 5 / 6)), max(1, round(depth * 2 / 3))})
+    found = linear_segmentation(s.model, train, test, blocks=blocks, seed=s.settings.seed,
+                                pixels=s.settings.dense_pixels, device=s.device)  # fmt: skip
+    last, best = len(blocks) - 1, found.best
+    of = "test images"
+    scores = [score("mIoU, last block", found.miou[last], found.spread[last], of, main=True)]
+    choice = {"block": blocks[best], "validation": found.validation[best]}
+    scores.append(score("mIoU, chosen block", found.miou[best], found.spread[best], of,
+                        choice=choice))  # fmt: skip
+    if not found.object_iou[last].isnan():
+        scores.append(score("object IoU, last block", found.object_iou[last],
+                            found.object_spread[last], of))  # fmt: skip
+    return scores
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def full_finetuning(s: Subject) -> list[dict]:
+    """The whole encoder trained on all labels, over several seeds."""
+    settings = s.settings
+    train = s.train[: settings.full_images]
+    test = s.test[: settings.finetune_test]
+    runs = [
+        _finetuned(s, train, test, replace(settings.full, seed=settings.seed + i))
+        for i in range(settings.full_seeds)
+    ]
+    name = f"{len(train)} images, {settings.full_seeds} seeds"
+    return [_over_runs(name, runs, "seeds", len(test), main=True)]
+
+
+def few_finetuning(s: Subject) -> list[dict]:
+    """The same on a few labels, over several draws."""
+    settings, scores = s.settings, []
+    test = s.test[: settings.finetune_test]
+    for i, size in enumerate(settings.few_sizes):
+        runs = [
+            _finetuned(s, few_labels(s.train, size, draw=d, seed=settings.seed), test,
+                       replace(settings.few, seed=settings.seed + d))
+            for d in range(settings.few_draws)
+        ]  # fmt: skip
+        scores.append(_over_runs(_labels(size), runs, "draws", len(test), main=i == 0))
+    return scores
+
+
+def _finetuned(s: Subject, train: ImageSet, test: ImageSet, recipe: FinetuneRecipe) -> float:
+    run = finetune(s.model, train, recipe=recipe, device=s.device, progress=s.progress)
+    return run.accuracy(test)
+
+
+def _over_runs(name: str, runs: Sequence[float], of: str, n_test: int, **more) -> dict:
+    """Mean over runs. Spread: of a run, by what is drawn for it and by its test images.
+
+    A few runs that happen to agree would otherwise look infinitely sure.
+    """
+    mean = float(np.mean(runs))
+    images = mean * (1 - mean) / n_test
+    spread = math.sqrt(images + (np.var(runs, ddof=1) if len(runs) > 1 else 0.0))
+    of = f"{of} and test images" if len(runs) > 1 else "test images"
+    return score(name, mean, spread, of, detail={"runs": list(runs)}, **more)

@@ -1,0 +1,1 @@
+"""Images: sets, folders, streams, Toybox, views and corruptions."""

@@ -1,0 +1,381 @@
+"""Image sets: the embedded Toybox, scikit-learn's digits, what torchvision fetches, your folder.
+
+Every set comes as an :class:`ImageSet`. Its order is such that every prefix is a fair sample:
+``images[:100]`` shows all classes about equally often, and ``load_images(name, n=100)`` gives the
+same hundred images.
+
+Shape legend: N images, B images of a batch, H height, W width, S output size (height and width).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.base.files import replacing
+from refiner.base.places import cache_folder
+from refiner.images import named_sets, toybox
+from refiner.images.folders import (
+    _common_size,
+    _files_of,
+    has_classes,
+    read_files,
+    resize,
+    split_folder,
+)
+from refiner.images.sets import ImageSet, LazyImages, balanced_order
+
+
+def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
+    """Train and test images; a folder without a test part lends a fifth, whatever n is."""
+    split = _test_split(data)
+    if split is None:
+        return load_holdout(data, 0.2, n=n, n_test=n_test, size=size)
+    train = load_images(data, split="train", n=n, size=size)
+    test = load_images(data, split=split, n=n_test, size=size)
+    _check_classes(train, test)
+    return train, test
+
+
+def _test_split(data) -> str | None:
+    """The split to test on: labelled, if train is; None where the train part has to lend one."""
+    if str(data) in BUILT_IN or not Path(data).is_dir():
+        return "test"
+    labelled = has_classes(split_folder(Path(data), "train"))
+    for split in ("test", "val"):
+        try:
+            folder = split_folder(Path(data), split)
+        except ValueError:
+            continue
+        if has_classes(folder) or not labelled:
+            return split
+    return None
+
+
+def _check_classes(train: ImageSet, test: ImageSet) -> None:
+    """Refuses two labelled sets whose labels mean different classes."""
+    labelled = train.labels is not None and test.labels is not None
+    if labelled and train.classes != test.classes:
+        apart = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
+        raise UserError(
+            f"the classes of {train.name} and {test.name} differ in {', '.join(apart[:10])}: give "
+            "both splits the same class folders"
+        )
+
+
+BUILT_IN = (*toybox.VARIANTS, "digits", "cifar10", "cifar100", *named_sets.SOURCES)
+TARS = (".tar", ".tar.gz", ".tgz")
+MEMORY_LIMIT = 2 * 1024**3  # bytes of uint8 pixels; a larger folder stays on disk
+TOYBOX_DEFAULT_N = {"train": 8192, "val": 2048, "test": 2048}
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_images(
+    name: str | os.PathLike,
+    *,
+    split: str = "train",
+    n: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    cache: bool = True,
+    progress: bool = True,
+    device: str | torch.device = "cpu",
+) -> ImageSet:
+    """Loads images by name, or from a folder.
+
+    - ``"toybox"``, ``"toybox-hard"``, ``"toybox-new"`` are rendered (see
+    :mod:`refiner.images.toybox`),
+      with every factor known. Splits train, val, test; by default 8192, 2048, 2048 images.
+    - ``"cifar10"``, ``"cifar100"`` are downloaded once through torchvision. Splits train, test.
+    - ``"flowers102"``, ``"oxfordiiitpet"``, ``"dtd"``, ``"caltech101"``, ``"sun397"``,
+      ``"food101"``, ``"imagenette"`` are downloaded once through torchvision. Splits train, test,
+      and val where the set has one. Caltech101 and SUN397 have none: 30 and 50 images of each
+      class, always the same, are the train split.
+    - ``"digits"`` comes with scikit-learn; every fifth image is the test split.
+    - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
+      class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
+      sub-folders, or all, are called train, val (valid, validation) or test, ``split`` chooses
+      among them, also one folder further inside, as archives unpack, and the classes are those of
+      all splits together; if not, the whole folder is the train split and other splits are an
+      error (:meth:`ImageSet.holdout` makes one).
+      Hidden files and other file types are ignored. Images are turned upright (EXIF), converted to
+      RGB (transparency onto white), resized by the shorter side and cropped at the centre.
+
+    Args:
+        name: one of the names above, or the path of a folder.
+        split: "train", "val" or "test".
+        n: only so many images, the classes balanced; None for all. A smaller n is a prefix.
+        size: height and width in pixels. Default: 32 for Toybox, CIFAR and digits; in other sets
+            the size that a sample of 64 files agrees on if it is square, else 224.
+        seed: of Toybox's scenes; for the other sets of the order, and so of which n.
+        cache: keep rendered Toybox images on disk, see :func:`cache_folder`.
+        progress: show a bar while rendering or reading.
+        device: where the images are rendered and kept.
+
+    Returns:
+        An :class:`ImageSet`. A folder of more than 2 GB of pixels is not read into memory but
+        on demand; there, a broken file is an error when it is reached.
+
+    Raises:
+        ValueError: for an unknown split, an n that is not positive or larger than the set, or a
+            folder without readable images.
+        FileNotFoundError: for a name that is neither built in nor a folder, with the nearest name.
+        ConnectionError: when a set is not on disk and cannot be downloaded.
+
+    Warns:
+        UserWarning: once, when images of a folder cannot be read (they are left out) or are all of
+            one class, or when a cache file is damaged (it is made again) or cannot be written.
+    """
+    _check_n(n)
+    if size is not None and size < 1:
+        raise UserError(f"size must be at least 1 pixel, not {size}")
+    if str(name) in toybox.VARIANTS:
+        found = _load_toybox(str(name), split, n, size or 32, seed, cache, progress, device)
+    elif str(name) in ("cifar10", "cifar100"):
+        found = _load_cifar(str(name), split, n, size or 32, seed)
+    elif str(name) == "digits":
+        found = _load_digits(split, n, size or 32, seed)
+    elif str(name) in named_sets.SOURCES:
+        found = _load_named(str(name), split, n, size, seed, progress)
+    else:
+        found = _load_folder(Path(name), split, n, size, seed, progress)
+    return found.to(device)
+
+
+def _check_split(split: str, known: Sequence[str], name: str) -> None:
+    if split not in known:
+        raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(known)}")
+
+
+def _check_n(n: int | None) -> None:
+    if n is not None and n < 1:
+        raise UserError(f"n must be at least 1, not {n}")
+
+
+def _first(n: int | None, available: int, name: str) -> int:
+    if n is not None and n > available:
+        raise UserError(f"{name} has {available} images, fewer than the {n} asked for")
+    return available if n is None else n
+
+
+# ---------------------------------------------------------------- Toybox and its cache
+
+
+def _load_toybox(variant, split, n, size, seed, cache, progress, device) -> ImageSet:
+    _check_split(split, tuple(toybox.SPLITS), variant)
+    n = TOYBOX_DEFAULT_N[split] if n is None else n
+    # The renderer's source is part of the key: an edited renderer never meets old images.
+    source = hashlib.sha256(Path(toybox.__file__).read_bytes()).hexdigest()[:12]
+    path = cache_folder() / f"{variant}-{split}-{size}px-seed{seed}-{source}.npz"
+    arrays = _read_cache(path) if cache else None
+    have = len(arrays["images"]) if arrays else 0
+    if have < n:  # image i does not depend on n, so only the missing ones are rendered
+        scene = toybox.render(
+            range(have, n), split=split, size=size, seed=seed, variant=variant,
+            device=device, progress=progress,
+        )  # fmt: skip
+        new = {"images": scene.images, "labels": scene.labels, "masks": scene.masks}
+        new = {k: v.cpu().numpy() for k, v in new.items()}
+        new |= {f"factor/{k}": v for k, v in scene.factors.items()}
+        arrays = {k: np.concatenate([arrays[k], v]) if arrays else v for k, v in new.items()}
+        if cache:
+            _write_cache(path, arrays)
+    take = {k: v[:n] for k, v in arrays.items()}
+    return ImageSet(
+        torch.from_numpy(take["images"]),
+        torch.from_numpy(take["labels"]),
+        toybox.VARIANTS[variant].toys,
+        {k.removeprefix("factor/"): v for k, v in take.items() if k.startswith("factor/")},
+        f"{variant} {split}",
+        torch.from_numpy(take["masks"]),
+    )
+
+
+def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file; None when there is none or it cannot be used."""
+    try:
+        # An npz file is a zip file: reading an array checks its CRC, so damage is noticed.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        wanted = {"images", "labels", "masks", *(f"factor/{k}" for k in toybox.FACTORS)}
+        if set(arrays) != wanted or len({len(v) for v in arrays.values()}) != 1:
+            raise UserError("not the expected arrays")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        warnings.warn(
+            f"the cached images in {path} are damaged ({error}) and are rendered again",
+            stacklevel=4,
+        )
+        return None
+    return arrays
+
+
+def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    # Written beside and renamed: a second process sees no file or a whole one.
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        warnings.warn(
+            f"the rendered images cannot be kept in {path.parent} ({error.strerror or error}); "
+            "they will be rendered again next time. Set REFINER_CACHE to a writable folder.",
+            stacklevel=4,
+        )
+
+
+# ---------------------------------------------------------------- small known sets
+
+
+def _load_digits(split: str, n: int | None, size: int, seed: int) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    _check_split(split, ("train", "test"), "digits")
+    data = load_digits()
+    fifth = np.arange(len(data.images)) % 5 == 4
+    part = fifth if split == "test" else ~fifth
+    gray = torch.from_numpy(data.images[part] * (255 / 16)).round().to(torch.uint8)
+    labels = torch.from_numpy(data.target[part]).to(torch.int64)
+    order = balanced_order(labels, len(labels), seed=seed)[: _first(n, len(labels), "digits")]
+    images = resize(gray[order, None].expand(-1, 3, -1, -1), size)
+    return ImageSet(images, labels[order], tuple(map(str, range(10))), name=f"digits {split}")
+
+
+def _load_cifar(name: str, split: str, n: int | None, size: int, seed: int) -> ImageSet:
+    from torchvision import datasets
+
+    _check_split(split, ("train", "test"), name)
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    root = cache_folder() / name
+    _fetch(kind.url, root / kind.filename, kind.tgz_md5, name)
+    data = kind(root, train=split == "train", download=True)  # unpacks, and checks what is there
+    labels = torch.tensor(data.targets, dtype=torch.int64)
+    order = balanced_order(labels, len(labels), seed=seed)[: _first(n, len(labels), name)]
+    pixels = torch.from_numpy(data.data[order.numpy()])  # [N, H, W, 3]
+    images = resize(pixels.permute(0, 3, 1, 2).contiguous(), size)
+    return ImageSet(images, labels[order], tuple(data.classes), name=f"{name} {split}")
+
+
+def _fetch(url: str, path: Path, md5: str, name: str) -> None:
+    """Downloads a file once; a failure leaves nothing behind and says what to put where."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    if check_integrity(path, md5):
+        return
+    try:
+        with replacing(path) as temporary:
+            download_url(url, temporary.parent, temporary.name, md5)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise ConnectionError(
+            f"{name} could not be downloaded ({error}): put {path.name}, "
+            f"from the data set's own page, into {path.parent}"
+        ) from error
+
+
+def _load_named(name: str, split: str, n: int | None, size, seed: int, progress: bool) -> ImageSet:
+    _check_split(split, tuple(named_sets.SOURCES[name].splits), name)
+    paths, labels, classes = named_sets.list_files(name, split, cache_folder())
+    labels = torch.tensor(labels, dtype=torch.int64)
+    found = _read_set(paths, labels, classes, cache_folder() / name, n, size, seed, progress)
+    return replace(found, name=f"{name} {split}")
+
+
+def _load_folder(
+    folder: Path, split: str, n: int | None, size: int | None, seed: int, progress: bool
+) -> ImageSet:
+    if not folder.is_dir():
+        raise FileNotFoundError(_no_folder(folder))
+    return _read_set(*_files_of(folder, split), n, size, seed, progress)
+
+
+def load_holdout(
+    folder: str | os.PathLike, share: float = 0.2, *, n: int | None = None,
+    n_test: int | None = None, size: int | None = None, seed: int = 0, progress: bool = True,
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """Train images of a folder, and a part of them that is held out to test on.
+
+    The part does not depend on n and n_test, and only as many files are read as they ask for.
+
+    Args:
+        folder: see :func:`load_images`.
+        share: of the train images that is held out, see :meth:`ImageSet.holdout`.
+        n, n_test: only so many of the rest and of the part.
+        size, seed, progress: see :func:`load_images`.
+
+    Raises:
+        ValueError: as :func:`load_images`, and for n or n_test above what the parts hold.
+    """
+    paths, labels, classes, folder = _files_of(Path(folder), "train")
+    size = size or _common_size(paths)
+    order = balanced_order(labels, len(paths), seed=seed)
+    files = ImageSet(LazyImages(paths, size), labels, classes)[order]
+    parts = []
+    for part, limit, what in zip(files.holdout(share), (n, n_test), ("train", "test"), strict=True):
+        _check_n(limit)
+        _first(limit, len(part), f"the {what} part of {folder}")
+        some = part.images.paths, part.labels, classes, folder
+        parts.append(_read_set(*some, limit, size, seed, progress))
+    return parts[0], parts[1]
+
+
+def _read_set(
+    paths: list[Path], labels: Tensor | None, classes: tuple[str, ...], folder: Path,
+    n: int | None, size: int | None, seed: int, progress: bool,
+) -> ImageSet:  # fmt: skip
+    """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
+    order = balanced_order(labels, len(paths), seed=seed)[: _first(n, len(paths), str(folder))]
+    paths = [paths[i] for i in order]
+    labels = None if labels is None else labels[order]
+    size = size or _common_size(paths)
+    if len(paths) * 3 * size * size > MEMORY_LIMIT:
+        return ImageSet(LazyImages(paths, size), labels, classes, name=str(folder))
+
+    pixels, broken = read_files(paths, size, progress=progress)
+    if not broken:
+        return ImageSet(pixels, labels, classes, name=str(folder))
+    if len(broken) == len(paths):
+        path, reason = next(iter(broken.items()))
+        raise UserError(
+            f"none of the {len(paths)} images in {folder} can be read; {path.name}: {reason}"
+        )
+    named = ", ".join(str(path.relative_to(folder)) for path in sorted(broken)[:5])
+    rest = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+    warnings.warn(
+        f"{len(broken)} of {len(paths)} images cannot be read and are left out: {named}{rest}",
+        stacklevel=4,
+    )
+    good = torch.tensor([path not in broken for path in paths])
+    labels = None if labels is None else labels[good]
+    return ImageSet(pixels[good], labels, classes, name=str(folder))
+
+
+def is_stream(name: str | os.PathLike) -> bool:
+    """Whether a name is that of tar shards or of a Hugging Face set (``hf:…``)."""
+    return str(name).startswith("hf:") or str(name).lower().endswith(TARS)
+
+
+def _no_folder(folder: Path) -> str:
+    if is_stream(folder):
+        return (
+            f"{folder} is a stream, which only `refiner refine` and refiner.open_stream read; for "
+            "all else unpack it into a folder"
+        )
+    if folder.exists():
+        return f"{folder} is a file: give the folder that holds the images"
+    near = difflib.get_close_matches(str(folder), BUILT_IN, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(BUILT_IN)}"
+    return f"no image set or folder called {str(folder)!r}; {hint}"

@@ -1,0 +1,232 @@
+"""Sets of images in memory or on disk, their labels and factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.images.folders import read_files, resize
+
+# ---------------------------------------------------------------- the set
+
+
+@dataclass(repr=False)
+class ImageSet:
+    """Images with what is known about them.
+
+    Indexing with a slice, list, array or tensor (indices or a boolean mask) gives a smaller
+    ImageSet; an int gives a set of one image.
+
+    Attributes:
+        images: uint8 [N, 3, H, W]; for a large folder a :class:`LazyImages`, which is indexed the
+            same way and reads the files on demand.
+        labels: int64 [N], indices into ``classes``; None when unlabelled.
+        classes: the classes' names; empty when unlabelled.
+        factors: one float array [N] per known factor of variation; empty when unknown. For units
+            see :data:`refiner.images.toybox.FACTORS`.
+        name: where the images come from.
+        masks: float32 [N, H, W], how much of each pixel the object covers, 0 to 1; None when
+            unknown.
+    """
+
+    images: Tensor | LazyImages
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
+    name: str = "images"
+    masks: Tensor | None = None
+
+    def __post_init__(self):
+        n = len(self.images)
+        lengths = {"factor " + k: len(v) for k, v in self.factors.items()}
+        lengths |= {k: len(v) for k in ("labels", "masks") if (v := getattr(self, k)) is not None}
+        wrong = [f"{length} {what}" for what, length in lengths.items() if length != n]
+        if wrong:
+            raise UserError(f"{n} images do not match {', '.join(wrong)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        size = "×".join(map(str, self.images.shape[1:]))
+        parts = [f"{len(self)} images of {size}"]
+        parts.append(f"{len(self.classes)} classes" if self.labels is not None else "unlabelled")
+        if self.factors:
+            parts.append(f"{len(self.factors)} factors")
+        if isinstance(self.images, LazyImages):
+            parts.append("read on demand")
+        return f"ImageSet({self.name!r}: {', '.join(parts)})"
+
+    def __getitem__(self, index) -> ImageSet:
+        where = _positions(index, len(self))
+        lazy = isinstance(self.images, LazyImages)
+        pick = lambda x: None if x is None else x[where.to(x.device)]  # noqa: E731
+        return replace(
+            self,
+            images=self.images.select(where) if lazy else pick(self.images),
+            labels=pick(self.labels),
+            factors={name: values[where.numpy()] for name, values in self.factors.items()},
+            masks=pick(self.masks),
+        )
+
+    def batch(self, indices, size: int | None = None) -> Tensor:
+        """Pixels of some images, uint8 [B, 3, H, W], or [B, 3, size, size] when a size is given."""
+        where = _positions(indices, len(self))
+        if isinstance(self.images, Tensor):
+            where = where.to(self.images.device)
+        pixels = self.images[where]
+        return pixels if size is None else resize(pixels, size)
+
+    def to(self, device: str | torch.device) -> ImageSet:
+        """The same set with images, labels and masks on another device (lazy images stay files)."""
+        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
+        return replace(
+            self, images=move(self.images), labels=move(self.labels), masks=move(self.masks)
+        )
+
+    def holdout(self, share: float = 0.2, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+        """Splits off the same share of every class, for choosing settings without the test images.
+
+        Of a class of n images, share · n are held out, rounded so that the total is right, and at
+        most n − 1: every class stays in the rest.
+
+        Args:
+            share: of the images that are held out, above 0 and below 1.
+            seed: which images.
+
+        Returns:
+            The rest and the held-out part; together every image once.
+
+        Raises:
+            ValueError: when a part would be empty, or for labels below 0.
+        """
+        held = round(share * len(self))
+        if not 0 < held < len(self):
+            raise UserError(f"a share of {share} of {len(self)} images leaves one part empty")
+        order = balanced_order(self.labels, len(self), seed=seed)
+        if self.labels is not None:
+            order, most = _by_share(order, self.labels.cpu(), share)
+            held = min(held, most)
+            if held == 0:
+                raise UserError("every class has one image: none can be held out")
+        return self[order[held:].sort().values], self[order[:held].sort().values]
+
+
+def _positions(index, n: int) -> Tensor:
+    """Any index as int64 positions [B] on the CPU, negative ones resolved."""
+    if isinstance(index, slice):
+        return torch.from_numpy(np.arange(n)[index].copy())  # torch has no negative steps
+    where = torch.as_tensor(index).cpu().reshape(-1)
+    if where.is_floating_point() and len(where):
+        raise IndexError("images are indexed by whole numbers or a boolean mask, not by floats")
+    if where.dtype == torch.bool:
+        if len(where) != n:
+            raise IndexError(f"a mask of {len(where)} does not fit {n} images")
+        return where.nonzero()[:, 0]
+    where = where.to(torch.int64)
+    if len(where) and not (-n <= int(where.min()) and int(where.max()) < n):
+        raise IndexError(f"index out of range for {n} images")
+    return torch.where(where < 0, where + n, where)
+
+
+def balanced_order(labels: Tensor | None, n: int, *, seed: int = 0) -> Tensor:
+    """A seeded shuffle whose every prefix holds the classes in equal numbers, as far as they last.
+
+    Args:
+        labels: int64 [N], or None for a plain shuffle.
+        n: number of images.
+
+    Returns:
+        int64 [N], a permutation.
+
+    Raises:
+        ValueError: for labels below 0.
+    """
+    shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    if labels is None:
+        return shuffled
+    if n and int(labels.min()) < 0:
+        raise UserError(
+            f"labels are classes from 0, not {int(labels.min())}: leave images without a class "
+            "out, or give no labels"
+        )
+    # Sorting by rank deals the classes out in turn.
+    return shuffled[torch.argsort(_ranks(labels.cpu()[shuffled]), stable=True)]
+
+
+def _ranks(y: Tensor) -> Tensor:
+    """How many of its own class come before each image, int64 [N]."""
+    by_class = torch.argsort(y, stable=True)
+    counts = torch.bincount(y)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty(len(y), dtype=torch.int64)
+    rank[by_class] = torch.arange(len(y)) - starts[y[by_class]]
+    return rank
+
+
+def _by_share(order: Tensor, labels: Tensor, share: float) -> tuple[Tensor, int]:
+    """A balanced order with the same share of each class in front, and how many may be taken.
+
+    Args:
+        order: of :func:`balanced_order`.
+        labels: int64 [N].
+        share: above 0 and below 1.
+    """
+    y = labels[order]
+    counts = torch.bincount(y)
+    present = counts[counts > 0]
+    # Classes that differ by one image at most are dealt out in equal numbers.
+    equal = int(present.max() - present.min() <= 1)
+    lower = (share * (counts - equal) + 1e-9).floor()  # 0.1 · 30 is a little more than 3
+    upper = (share * (counts + equal) - 1e-9).ceil()
+    lower, upper = (torch.minimum(x.long(), counts - 1).clamp(min=0) for x in (lower, upper))
+    rank = _ranks(y)
+    turn = (rank >= lower[y]).long() + (rank >= upper[y]).long()
+    return order[torch.argsort(turn, stable=True)], int(upper.sum())
+
+
+# ---------------------------------------------------------------- folders
+
+
+class LazyImages:
+    """Image files that look like a uint8 tensor [N, 3, S, S] and are read when indexed.
+
+    Attributes:
+        paths: the files.
+        size: S, in pixels.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, paths: Sequence[Path], size: int):
+        self.paths, self.size = list(paths), size
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self.paths), 3, self.size, self.size])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def select(self, index) -> LazyImages:
+        """Some of the files, still unread."""
+        return LazyImages([self.paths[i] for i in _positions(index, len(self))], self.size)
+
+    def __getitem__(self, index) -> Tensor:
+        """Pixels, uint8 [B, 3, S, S], or [3, S, S] for an int.
+
+        Raises:
+            OSError: when a file cannot be read, with its name.
+        """
+        chosen = self.select(index)
+        pixels, broken = read_files(chosen.paths, self.size, progress=False)
+        if broken:
+            path, reason = next(iter(broken.items()))
+            raise OSError(f"cannot read {path}: {reason}")
+        return pixels[0] if isinstance(index, int) else pixels

@@ -1,0 +1,336 @@
+"""Images that arrive as a stream: tar shards, or a Hugging Face set, larger than any disk.
+
+A stream consists of shards that are read from front to back. Image k of shard s always has the id
+s · 2³² + k, so the neighbor queue knows a sample again in whatever order it comes. With several
+processes each has its own shards, every ``world``-th; it reads them in another order every epoch,
+and shuffles what it reads in blocks of a few thousand images. Where it stands is saved with a
+training's state: a resumed run reads on at that block and meets the images that an uninterrupted
+run meets.
+
+Tar shards are those of WebDataset (github.com/webdataset/webdataset): ``shards-{000..010}.tar``,
+local or behind any address that fsspec opens. Hugging Face sets need the package ``datasets``.
+
+Shape legend: B images of a batch, S height and width.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from glob import glob
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.images.folders import EXTENSIONS, read_image
+
+SHARD = 2**32  # ids from one shard's first image to the next one's
+Reader = Callable[[int, int], Iterator[bytes]]
+
+
+@dataclass(repr=False)
+class ImageStream:
+    """Images of shards, decoded while they are read; what :func:`open_stream` returns.
+
+    Attributes:
+        read: (shard, images to skip) → the encoded images of a shard in their order.
+        shards: how many there are.
+        size: S, pixels.
+        name: where they come from.
+        n: images in all shards; None when nobody said. ``len()`` is then an error.
+        block: images that are shuffled together; they are held encoded.
+    """
+
+    read: Reader
+    shards: int
+    size: int
+    name: str = "stream"
+    n: int | None = None
+    block: int = 2048
+    seen: list[bytes] = field(default_factory=list)
+
+    dtype = torch.uint8
+    labels = None
+
+    def __len__(self) -> int:
+        if self.n is None:
+            raise UserError(
+                f"nobody knows how many images {self.name} holds: say it with --images N (n=N)"
+            )
+        return self.n
+
+    def __repr__(self) -> str:
+        count = "" if self.n is None else f"{self.n} "
+        return (
+            f"ImageStream({self.name!r}: {count}images of {self.size} px in {self.shards} shards)"
+        )
+
+    def sample(self, k: int) -> Tensor:
+        """The first k readable images, uint8 [k, 3, S, S], read once.
+
+        Raises:
+            ValueError: when all shards hold fewer.
+        """
+        if len(self.seen) < k:
+            everything = (x for s in range(self.shards) for x in self.read(s, 0))
+            good = (x for x in everything if decode(x, self.size) is not None)
+            self.seen = list(islice(good, k))
+        if len(self.seen) < k:
+            raise UserError(
+                f"{len(self.seen)} images in {self.name} are fewer than one batch of {k}; "
+                "give more images or a smaller batch"
+            )
+        return torch.stack([decode(x, self.size) for x in self.seen[:k]])
+
+
+def open_stream(name: str, *, size: int, split: str = "train", n: int | None = None,
+                block: int = 2048) -> ImageStream:  # fmt: skip
+    """Opens tar shards or a Hugging Face set for :func:`refiner.refine`.
+
+    Args:
+        name: ``"path/shards-{000..010}.tar"``, also with ``*`` or an address (``https://…``,
+            ``s3://…``); or ``"hf:owner/name"``, ``"hf:owner/name:configuration"``, or ``"hf:"`` and
+            a local folder of parquet files.
+        size: height and width of the decoded images, pixels: shorter side resized, centre cropped.
+        split: of a Hugging Face set.
+        n: how many images there are, where it is known: an epoch's length, for the plan.
+        block: images that are shuffled together.
+
+    Raises:
+        FileNotFoundError: naming the shard that is not there.
+        ModuleNotFoundError: when ``datasets`` is needed and missing.
+        ValueError: for a set without images.
+    """
+    name = str(name)
+    if name.startswith("hf:"):
+        read, shards = _hugging_face(name.removeprefix("hf:"), split)
+    else:
+        paths = shard_paths(name)
+        read, shards = partial(_read_tar, paths), len(paths)
+    return ImageStream(read, shards, size, name, n, block)
+
+
+# ---------------------------------------------------------------- tar shards
+
+
+def shard_paths(pattern: str) -> list[str]:
+    """``a-{08..10}.tar`` → a-08.tar, a-09.tar, a-10.tar; ``*`` and ``?`` match local files.
+
+    Raises:
+        FileNotFoundError: for a local file that is missing, or when nothing matches.
+    """
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found:
+        low, high = found.groups()
+        numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
+        each = [pattern[: found.start()] + i + pattern[found.end() :] for i in numbers]
+        return [path for one in each for path in shard_paths(one)]
+    if "://" in pattern:
+        return [pattern]
+    matching = sorted(glob(pattern)) if set("*?") & set(pattern) else [pattern]
+    if not matching or not all(map(os.path.isfile, matching)):
+        raise FileNotFoundError(
+            f"there is no shard {pattern}; give tar files such as shards-{{000..010}}.tar"
+        )
+    return matching
+
+
+def _read_tar(paths: Sequence[str], shard: int, skip: int) -> Iterator[bytes]:
+    """Encoded images of one tar file, the first image of each sample (files of one stem)."""
+    import fsspec
+
+    before, count = None, 0
+    try:
+        with (
+            fsspec.open(paths[shard], "rb") as file,
+            tarfile.open(fileobj=file, mode="r|*") as tar,
+        ):
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem = folder, base.split(".")[0]
+                if not member.isfile() or not base.lower().endswith(EXTENSIONS) or stem == before:
+                    continue
+                before, count = stem, count + 1
+                if count > skip:
+                    yield tar.extractfile(member).read()
+    except (tarfile.TarError, EOFError) as error:
+        raise OSError(f"cannot read {paths[shard]}: {error}") from error
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _hugging_face(name: str, split: str) -> tuple[Reader, int]:
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "hf: needs the package datasets: pip install 'mim-refiner-lab[stream]'"
+        ) from error
+    path, _, configuration = name.partition(":")
+    data = load_dataset(path, configuration or None, split=split, streaming=True)
+    data = data if data.features else data._resolve_features()
+    column = _image_column(data.features, name)
+    if hasattr(data.features[column], "decode"):
+        from datasets import Image
+
+        data = data.cast_column(column, Image(decode=False))
+
+    def read(shard: int, skip: int) -> Iterator[bytes]:
+        for row in data.shard(data.num_shards, shard).skip(skip):
+            value = row[column]
+            encoded = value["bytes"] if isinstance(value, dict) else value
+            yield Path(value["path"]).read_bytes() if encoded is None else encoded
+
+    return read, data.num_shards
+
+
+def _image_column(features, name: str) -> str:
+    """The column of images, or of a file's bytes."""
+    for column, kind in features.items():
+        binary = getattr(kind, "dtype", None) in ("binary", "large_binary")
+        if type(kind).__name__ == "Image" or binary or (isinstance(kind, dict) and "bytes" in kind):
+            return column
+    raise UserError(f"{name} has no column of images, only {', '.join(features)}")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def decode(encoded: bytes, size: int) -> Tensor | None:
+    """uint8 [3, S, S], or None when it cannot be read."""
+    try:
+        pixels = read_image(io.BytesIO(encoded), size)
+    except Exception:  # Pillow's decoders meet damaged files with errors of a dozen types
+        return None
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+class StreamBatches:
+    """The images of each step, read and decoded ahead of it.
+
+    An image that cannot be decoded is replaced by another of its batch, with a warning once.
+
+    Args:
+        stream: the images.
+        batch: images a step that this process takes.
+        device: where they shall be.
+        seed: of the order.
+        rank, world: which process this is, of how many.
+        steps: no batch is prepared from this step on.
+        ahead: batches that are prepared while a step runs.
+
+    Raises:
+        ValueError: for fewer shards than processes.
+    """
+
+    def __init__(self, stream: ImageStream, batch: int, device: torch.device, *, seed: int = 0,
+                 rank: int = 0, world: int = 1, steps: int, ahead: int = 2):  # fmt: skip
+        if stream.shards < world:
+            raise UserError(
+                f"{stream.shards} shards of {stream.name} cannot be shared by {world} processes; "
+                "give each at least one"
+            )
+        self.stream, self.batch, self.device, self.seed = stream, batch, device, seed
+        self.rank, self.own = rank, np.arange(rank, stream.shards, world)
+        self.steps, self.ahead, self.next = steps, ahead, 0
+        # Number of a block's first image → block, epoch, shard and image from which to read on.
+        self.starts: dict[int, tuple[int, int, int, int]] = {0: (0, 0, 0, 0)}
+        self.reader, self.decoders = ThreadPoolExecutor(1), None
+        self.coming: dict[int, Future] = {}
+        self.samples: Iterator[tuple[int, bytes]] | None = None
+        self.warned = False
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 [B, 3, S, S] and ids int64 [B] of a step; steps come one after another."""
+        if self.samples is None:
+            self.next = step
+            (first,) = self.starts
+            self.samples = islice(self._shuffled(first), step * self.batch - first, None)
+            self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        for soon in range(self.next, min(step + 1 + self.ahead, self.steps)):
+            self.coming[soon] = self.reader.submit(self._take)
+            self.next = soon + 1
+        return self.coming.pop(step).result()
+
+    def position(self, done: int) -> list[int]:
+        """Where a run reads on after so many steps: the start of a block, in five numbers."""
+        first = max(b for b in list(self.starts) if b <= done * self.batch)
+        for earlier in [b for b in list(self.starts) if b < first]:
+            del self.starts[earlier]
+        return [first, *self.starts[first]]
+
+    def resume(self, position: Sequence[int]) -> None:
+        """Reads on where :meth:`position` was."""
+        first, *start = position
+        self.starts = {first: tuple(start)}
+
+    def close(self) -> None:
+        """Ends the threads; what they had begun is thrown away."""
+        for pool in (self.reader, self.decoders):
+            if pool:
+                pool.shutdown(cancel_futures=True)
+        # The generator knows this object: a cycle, which would keep batches on the device.
+        self.samples = None
+        self.coming.clear()
+
+    def _take(self) -> tuple[Tensor, Tensor]:
+        ids, encoded = zip(*islice(self.samples, self.batch), strict=True)
+        size = self.stream.size
+        pixels = list(self.decoders.map(partial(decode, size=size), encoded))
+        good = [i for i, x in enumerate(pixels) if x is not None]
+        if not good:
+            raise OSError(f"no image of a whole batch of {self.stream.name} can be read")
+        if len(good) < len(ids) and not self.warned:
+            self.warned = True
+            bad = next(i for i, x in enumerate(pixels) if x is None)
+            warnings.warn(
+                f"image {ids[bad] % SHARD} of shard {ids[bad] // SHARD} of {self.stream.name} "
+                "cannot be read; such images are replaced by others",
+                stacklevel=2,
+            )
+        use = [i if pixels[i] is not None else good[i % len(good)] for i in range(len(ids))]
+        batch = torch.stack([pixels[i] for i in use])
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        return batch, torch.tensor([ids[i] for i in use])
+
+    def _shuffled(self, first: int) -> Iterator[tuple[int, bytes]]:
+        """Ids and encoded images without end, shuffled within blocks, from a block's start on."""
+        block, epoch, at, image = self.starts[first]
+        while True:
+            rest, whole = self._epoch(epoch, at, image), (at, image) == (0, 0)
+            while held := list(islice(rest, self.stream.block)):
+                first, block, whole = first + len(held), block + 1, False
+                self.starts[first] = (block, *held[-1][0])
+                for i in self._order(block, len(held)):
+                    yield held[i][1:]
+            if whole:
+                raise OSError(f"no images in the shards of {self.stream.name}")
+            epoch, at, image = epoch + 1, 0, 0
+
+    def _epoch(self, epoch: int, at: int, image: int) -> Iterator[tuple[tuple, int, bytes]]:
+        """(where to read on, id, encoded image) of this process's shards from some image on."""
+        order = self._order(-epoch - 1, len(self.own))
+        while at < len(order):
+            shard = int(self.own[order[at]])
+            for encoded in self.stream.read(shard, image):
+                image += 1
+                yield (epoch, at, image), shard * SHARD + image - 1, encoded
+            at, image = at + 1, 0
+
+    def _order(self, which: int, n: int) -> np.ndarray:
+        """A permutation by seed, process and a number: of blocks above 0, of epochs below."""
+        mixed = [self.seed, self.rank, abs(which), int(which < 0)]
+        return np.random.default_rng(mixed).permutation(n)

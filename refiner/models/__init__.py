@@ -1,0 +1,1 @@
+"""Encoders: what they are made of, loading, saving and converting them."""

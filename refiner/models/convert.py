@@ -1,0 +1,355 @@
+"""Checkpoints of other repositories, read safely and renamed to timm's names.
+
+Formats, told apart by their keys (facts from the named repositories; nothing is guessed):
+
+- *MAE* (facebookresearch/mae, also MAWS and iBOT's teacher): timm's names; ``decoder_*`` and
+  ``mask_token`` where a decoder is included.
+- *dBOT* (liuxingbin/dbot): MAE's, with ``decoder_predp``, which predicts features, not pixels.
+- *CrossMAE* (TonyLianLong/CrossMAE): MAE's encoder without final norm, a cross-attention decoder.
+- *I-JEPA* (facebookresearch/ijepa): ``target_encoder`` under ``module.``, no class token.
+- *data2vec 2.0* (facebookresearch/fairseq, examples/data2vec): ``modality_encoders.IMAGE.*``;
+  post-norm; the first blocks may lie in ``context_encoder.blocks`` (two of the base model's).
+- *MIM-Refiner* (ml-jku/MIM-Refiner): ``pos_embed.embed``, ``cls_tokens.tokens``; post-norm where
+  there is an ``embed_norm``.
+
+Positions get one row for each prefix token; it is zero where the original adds none.
+
+Shape legend: D width, N patches, P patch size, K entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.models.encoders import plain_vit, sincos_positions
+
+DECODER_PREFIXES = ("decoder_", "mask_token")
+WRAPPERS = ("state_dict", "model", "target_encoder", "teacher")
+# The usual rule is 64 channels a head; these widths of known models break it.
+HEADS = {1280: 16, 1408: 16, 2560: 32, 4096: 32}
+FORMATS = "MAE, MAWS, iBOT, dBOT, CrossMAE, I-JEPA, data2vec 2.0 (fairseq), MIM-Refiner"
+IMAGE = "modality_encoders.IMAGE."
+DATA2VEC_NAMES = (
+    (f"{IMAGE}local_encoder.proj.", "patch_embed.proj."),
+    (f"{IMAGE}extra_tokens", "prefix_tokens"),
+    (f"{IMAGE}fixed_positional_encoder.positions", "pos_embed"),
+    (f"{IMAGE}context_encoder.norm.", "norm_pre."),
+    (f"{IMAGE}context_encoder.blocks.", "blocks."),
+)
+REFINER_NAMES = (
+    ("pos_embed.embed", "pos_embed"),
+    ("cls_tokens.tokens", "prefix_tokens"),
+    ("embed_norm.", "norm_pre."),
+)
+PLAIN_NAMES = (("register_tokens", "reg_token"),)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint in timm's names.
+
+    Attributes:
+        format: which of the formats above it was.
+        architecture: for :func:`refiner.models.load.build_vit`.
+        encoder: float32 tensors, exactly those of the model.
+        decoder: MAE's decoder where the file has one, else empty.
+        left_out: keys that have no place in an encoder (heads, other decoders), shortened.
+    """
+
+    format: str
+    architecture: dict
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_file(path: str | Path) -> Mapping:
+    """Reads a checkpoint without running anything in it.
+
+    ``.safetensors`` by that library, all else by ``torch.load(weights_only=True)``. Of Python's
+    own types only plain containers, NumPy numbers and ``argparse.Namespace`` (the settings in full
+    checkpoints of MAE and its kin) are let through.
+
+    Raises:
+        FileNotFoundError: without such a file.
+        ValueError: for a damaged or incomplete file, and for one that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} was refused: reading it would call {wanted.group(1)}, and a file that "
+                "calls code can do anything to your machine; ask its authors for the weights alone "
+                "(safetensors, or a plain state_dict)"
+            ) from None
+        if "Unsupported operand" in str(error) and path.read_bytes()[:1] == b"\x80":
+            raise UserError(
+                f"{path} was refused: it is a Python pickle, not torch's, and reading it could run "
+                "code; ask its authors for the weights alone (safetensors, or a plain state_dict)"
+            ) from None
+        raise _damaged(path) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise _damaged(path) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+def _harmless() -> list:
+    scalar = np.float64(1).__reduce__()[0]  # NumPy's function for a pickled number
+    homes = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = ("float64", "float32", "int64", "int32", "bool")
+    return [argparse.Namespace, np.dtype, *((scalar, home) for home in homes),
+            *(type(np.dtype(kind)) for kind in kinds)]  # fmt: skip
+
+
+def _damaged(path: Path) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(
+        f"{path} ({size:,} bytes) is damaged, incomplete or no checkpoint; download it again"
+    )
+
+
+# ---------------------------------------------------------------- converting
+
+
+def convert(content: Mapping, *, name: str = "the file", num_heads: int | None = None,
+            size: int = 224) -> Converted:  # fmt: skip
+    """Renames a checkpoint's tensors and works out its architecture.
+
+    Args:
+        content: of :func:`read_file`.
+        name: for error messages.
+        num_heads: attention heads a block, which the keys cannot tell; default the width / 64, or
+            what models of this width have.
+        size: image size, only used if the file has no positions; they are then sine-cosine.
+
+    Raises:
+        ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
+    """
+    state, left_out = _unwrap(content, name)
+    kind = _format(state, name)
+    state, decoder, dropped = _renamed(state, kind)
+    _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
+    architecture = _architecture(state, kind, num_heads, size, name)
+    state = _with_positions(state, architecture, name)
+    _check(state, architecture, name, kind)
+    state = {k: v.to(torch.float32, copy=True).contiguous() for k, v in state.items()}
+    decoder = {k: v.to(torch.float32, copy=True).contiguous() for k, v in decoder.items()}
+    return Converted(kind, architecture, state, decoder, _shortened(left_out + dropped))
+
+
+def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The encoder's tensors, prefixes of wrapping modules removed, and what lay beside them."""
+    inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), Mapping)), content)
+    tensors = {k: v for k, v in inner.items() if isinstance(v, Tensor)}
+    left_out = [k for k in inner if k not in tensors] if inner is not content else []
+    if not tensors:
+        raise UserError(f"{name} holds no weights; at its top are {', '.join(map(str, content))}")
+    if all(k.startswith("module.") for k in tensors):
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    if any(k.startswith(f"model.{IMAGE}") for k in tensors):  # fairseq's fine-tuned models
+        tensors = {k.removeprefix("model."): v for k, v in tensors.items()}
+    if any(k.startswith("backbone.") for k in tensors):
+        left_out += [k for k in tensors if not k.startswith("backbone.")]
+        tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if k not in left_out}
+    return tensors, left_out
+
+
+def _format(state: Mapping, name: str) -> str:
+    """The format's name, from the keys alone."""
+    if any(k.startswith(IMAGE) for k in state):
+        return "data2vec 2.0"
+    if "pos_embed.embed" in state:
+        return "MIM-Refiner"
+    if any("relative_position" in k or "rope" in k or "w12" in k for k in state):
+        raise UserError(
+            f"{name} has relative or rotary positions, as BEiT and EVA-02; load those by timm's "
+            "name, such as 'beitv2_base_patch16_224.in1k_ft_in22k' (see `refiner models`)"
+        )
+    if not ({"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} & set(state)):
+        first = ", ".join(list(state)[:3])
+        raise UserError(f"{name} has keys of no known format ({first}, …); known are {FORMATS}")
+    if any(".cross_attn." in k for k in state):
+        return "CrossMAE"
+    if "decoder_predp.weight" in state:
+        return "dBOT"
+    return "MAE" if "cls_token" in state else "I-JEPA"
+
+
+def _renamed(state: Mapping, kind: str) -> tuple[dict, dict, list[str]]:
+    """Tensors in timm's names, MAE's decoder, and keys that were dropped."""
+    names = {"data2vec 2.0": DATA2VEC_NAMES, "MIM-Refiner": REFINER_NAMES}.get(kind, PLAIN_NAMES)
+    first = 0
+    if kind == "data2vec 2.0":
+        numbers = [re.match(rf"{IMAGE}context_encoder\.blocks\.(\d+)\.", k) for k in state]
+        first = 1 + max((int(m.group(1)) for m in numbers if m), default=-1)
+    encoder, decoder, dropped = {}, {}, []
+    for key, value in state.items():
+        if _is_decoder(key, kind):
+            decoder[key] = value
+        elif key.startswith(("head.", "fc_norm.")):
+            dropped.append(key)
+        else:
+            new = next((b + key.removeprefix(a) for a, b in names if key.startswith(a)), key)
+            new = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", new)
+            if first and key.startswith("blocks."):
+                new = re.sub(r"\d+", lambda m: str(int(m.group()) + first), new, count=1)
+            encoder[new] = value
+    if "prefix_tokens" in encoder:
+        tokens = encoder.pop("prefix_tokens")
+        encoder["cls_token"] = tokens[:, :1]
+        if tokens.shape[1] > 1:
+            encoder["reg_token"] = tokens[:, 1:]
+    if kind != "MAE" or "decoder_pred.weight" not in decoder:
+        dropped, decoder = dropped + list(decoder), {}
+    return encoder, decoder, dropped
+
+
+def _is_decoder(key: str, kind: str) -> bool:
+    if kind == "data2vec 2.0":
+        return "decoder" in key or key.startswith("recon_proj.")
+    return key.startswith((*DECODER_PREFIXES, "masked_embed", "dec_norms.", "wfm."))
+
+
+def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, name: str) -> dict:
+    """What build_vit needs; only what differs from its defaults beyond the five sizes."""
+    patch_weight = state["patch_embed.proj.weight"]
+    if patch_weight.ndim != 4 or patch_weight.shape[1] != 3:
+        shape = list(patch_weight.shape)
+        raise UserError(f"{name}: patch_embed.proj.weight is {shape}, expected [D, 3, P, P]")
+    dim, _, patch, _ = patch_weight.shape
+    blocks = [int(m.group(1)) for k in state if (m := re.match(r"blocks\.(\d+)\.", k))]
+    mlp = len(state["blocks.0.mlp.fc1.weight"])
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    details = {
+        "mlp": None if mlp == 4 * dim else mlp,
+        "class_token": "cls_token" in state,
+        "registers": registers,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "layer_scale": "blocks.0.ls1.gamma" in state,
+        "final_norm": "norm.weight" in state,
+        "post_norm": "norm_pre.weight" in state,
+    }
+    if details["post_norm"]:
+        del details["final_norm"]
+    usual = {"mlp": None, "class_token": True, "registers": 0, "qkv_bias": True,
+             "layer_scale": False, "final_norm": True, "post_norm": False}  # fmt: skip
+    if "pos_embed" in state:
+        rows = _position_rows(state["pos_embed"], details, kind, name)
+        size = patch * math.isqrt(_positions_3d(state["pos_embed"]).shape[1] - rows)
+    return {
+        "size": size, "patch": patch, "dim": dim, "depth": 1 + max(blocks),
+        "heads": _heads(dim, num_heads, name),
+    } | {k: v for k, v in details.items() if v != usual[k]}  # fmt: skip
+
+
+def _heads(dim: int, num_heads: int | None, name: str) -> int:
+    usual = 0 if dim % 64 else dim // 64
+    heads = num_heads or HEADS.get(dim) or usual
+    if heads and dim % heads == 0:
+        return heads
+    if num_heads is None:
+        raise UserError(
+            f"{name}: the number of heads cannot be told for a model {dim} wide; give it, as in "
+            "load_model(path, num_heads=2)"
+        )
+    raise UserError(f"{name}: num_heads={num_heads} does not divide the width {dim}")
+
+
+def _positions_3d(positions: Tensor) -> Tensor:
+    """[1, K, D]; MIM-Refiner's are [1, rows, columns, D]."""
+    return positions.flatten(1, 2) if positions.ndim == 4 else positions
+
+
+def _position_rows(positions: Tensor, details: Mapping, kind: str, name: str) -> int:
+    """How many of the positions belong to prefix tokens."""
+    if positions.ndim not in (3, 4):
+        raise UserError(f"{name}: pos_embed is {list(positions.shape)}, expected [1, N, D]")
+    n = _positions_3d(positions).shape[1]
+    cls = int(details["class_token"])
+    choices = [0] if kind in ("data2vec 2.0", "MIM-Refiner") else [cls + details["registers"], cls]
+    for rows in choices:
+        if n > rows and math.isqrt(n - rows) ** 2 == n - rows:
+            return rows
+    raise UserError(f"{name}: {n} positions are no square grid of patches; only those are known")
+
+
+def _with_positions(state: dict, architecture: Mapping, name: str) -> dict:
+    """Positions [1, prefix + N, D] with a row for every prefix token."""
+    grid = architecture["size"] // architecture["patch"]
+    prefix = int(architecture.get("class_token", True)) + architecture.get("registers", 0)
+    if "pos_embed" not in state:
+        dim = architecture["dim"]
+        return state | {"pos_embed": sincos_positions((grid, grid), dim, prefix)}
+    positions = _positions_3d(state["pos_embed"])
+    have = positions.shape[1] - grid**2  # rows of the class token, and maybe of the registers
+    if have < prefix:
+        gap = positions.new_zeros(*positions.shape[:1], prefix - have, positions.shape[2])
+        positions = torch.cat([positions[:, :have], gap, positions[:, have:]], dim=1)
+    return state | {"pos_embed": positions}
+
+
+# ---------------------------------------------------------------- checking
+
+
+def _need(state: Mapping, keys: tuple[str, ...], name: str, kind: str) -> None:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise UserError(f"{name} ({kind}'s format) does not fit a ViT: missing {_listed(missing)}")
+
+
+def _check(state: Mapping, architecture: Mapping, name: str, kind: str) -> None:
+    """Compares keys and shapes with the model's; no memory is used for it."""
+    with torch.device("meta"):
+        expected = {k: v.shape for k, v in plain_vit(**architecture).state_dict().items()}
+    missing = [k for k in expected if k not in state]
+    extra = [k for k in state if k not in expected]
+    wrong = [
+        f"{k} {list(state[k].shape)} instead of {list(shape)}"
+        for k, shape in expected.items()
+        if k in state and state[k].shape != shape
+    ]
+    problems = {"missing": missing, "extra": extra, "of wrong shape": wrong}
+    if found := [f"{word} {_listed(keys)}" for word, keys in problems.items() if keys]:
+        depth, dim = architecture["depth"], architecture["dim"]
+        raise UserError(
+            f"{name} ({kind}'s format) does not fit a ViT of {depth} blocks, {dim} wide: "
+            + "; ".join(found)
+        )
+
+
+def _listed(keys: list[str], most: int = 6) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def _shortened(keys: list[str]) -> tuple[str, ...]:
+    """First parts of keys: ``decoder_blocks.0.norm1.bias`` → ``decoder_blocks``."""
+    return tuple(dict.fromkeys(key.split(".")[0] for key in keys))

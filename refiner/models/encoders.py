@@ -1,0 +1,527 @@
+"""Encoders of several classes behind one interface: tokens in, one block at a time.
+
+timm's masked-image models are VisionTransformer (MAE, I-JEPA, BEiT-3, …), Beit (relative
+positions), Eva (rotary positions) and Hiera (stages of growing width). :func:`embed` makes the
+tokens of the first block, :func:`run_block` applies a block, whatever the class.
+
+Shape legend: B images, T tokens (prefix tokens, then patches), N patches, K kept patches, D width,
+P prefix tokens, R entries of a table of relative positions, A attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    Attention,
+    Format,
+    build_sincos2d_pos_embed,
+    gen_relative_position_index,
+    resample_abs_pos_embed,
+    resize_rel_pos_bias_table,
+)
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from refiner.base.errors import UserError
+from refiner.base.tensors import constant
+
+Encoder = VisionTransformer | Beit | Eva | Hiera
+SUPPORTED = "VisionTransformer, Beit (BEiT, BEiT v2), Eva (EVA-02) and, for probing only, Hiera"
+
+
+class PostNormBlock(Block):
+    """A transformer block with its norms behind the additions (data2vec 2.0, arXiv 2212.07525).
+
+    ``x = norm1(x + attn(x)); x = norm2(x + mlp(x))``. Parameter names are those of timm's Block.
+    """
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.norm1(x_BTD + self.drop_path1(self.ls1(self.attn(x_BTD))))
+        return self.norm2(x_BTD + self.drop_path2(self.ls2(self.mlp(x_BTD))))
+
+
+# ---------------------------------------------------------------- plain ViTs
+
+
+def timm_arguments(
+    *,
+    size: int,
+    patch: int,
+    dim: int,
+    depth: int,
+    heads: int,
+    mlp: int | None = None,
+    class_token: bool = True,
+    registers: int = 0,
+    qkv_bias: bool = True,
+    layer_scale: bool = False,
+    final_norm: bool = True,
+) -> dict:
+    """timm's arguments for a ViT described in our words; plain JSON types.
+
+    Args:
+        size, patch: height and width of image and patch, pixels.
+        dim, depth, heads: width, blocks, attention heads a block.
+        mlp: hidden width of the blocks' perceptrons; default four times ``dim``.
+        class_token, registers: the prefix tokens, in this order. Each has a row in the positions.
+        qkv_bias: whether queries, keys and values have biases.
+        layer_scale: whether each block's two additions are scaled by channel.
+        final_norm: whether there is a norm after the last block.
+    """
+    ratio = 4.0 if mlp in (None, 4 * dim) else (mlp + 0.5) / dim  # timm rounds down
+    return {
+        "img_size": size, "patch_size": patch, "embed_dim": dim, "depth": depth,
+        "num_heads": heads, "mlp_ratio": ratio, "class_token": class_token,
+        "global_pool": "token" if class_token else "avg", "fc_norm": False,
+        "reg_tokens": registers, "qkv_bias": qkv_bias,
+        "init_values": 1e-5 if layer_scale else None, "final_norm": final_norm,
+    }  # fmt: skip
+
+
+def plain_vit(*, post_norm: bool = False, **description) -> VisionTransformer:
+    """A VisionTransformer without head, with timm's initial weights (none on the meta device).
+
+    Args:
+        post_norm: data2vec 2.0's architecture: a norm after the embedding (``norm_pre``), blocks of
+            :class:`PostNormBlock`, no norm after them.
+        **description: see :func:`timm_arguments`.
+    """
+    shapes_only = torch.get_default_device().type == "meta"
+    options = {"num_classes": 0, "weight_init": "skip" if shapes_only else ""}
+    if not post_norm:
+        return VisionTransformer(**timm_arguments(**description), **options)
+    arguments = timm_arguments(**description | {"final_norm": False})
+    model = VisionTransformer(**arguments, **options, block_fn=PostNormBlock)
+    # timm's own pre_norm would take the bias from the patch embedding.
+    model.norm_pre = type(model.blocks[0].norm1)(model.embed_dim)
+    return model
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
+    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens.
+
+    The order of channels is that of facebookresearch/mae (sines and cosines of the column, then of
+    the row), so that its files without positions can be completed; timm's own order is another.
+    """
+    positions_ND = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
+    sin_row, sin_column, cos_row, cos_column = positions_ND.chunk(4, dim=1)
+    positions_ND = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
+    return F.pad(positions_ND, (0, 0, prefix, 0))[None]
+
+
+# ---------------------------------------------------------------- what a model is
+
+
+def check_supported(model: nn.Module, name: str) -> None:
+    """Refuses a model that cannot be run block by block.
+
+    Raises:
+        ValueError: saying what is supported.
+    """
+    if not isinstance(model, Encoder) or getattr(model, "rope_mixed", False):
+        raise UserError(f"{name} is a {type(model).__name__}; supported are {SUPPORTED}")
+
+
+def check_refinable(model: Encoder) -> None:
+    """Refuses a model that can be probed but not refined.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if isinstance(model, Hiera):
+        raise UserError(
+            "Hiera can be probed but not refined: its blocks have different widths and its tokens "
+            "no fixed place; choose a model of the classes VisionTransformer, Beit or Eva"
+        )
+
+
+def has_class_token(model: Encoder) -> bool:
+    """Whether the first token is a class token."""
+    return getattr(model, "cls_token", None) is not None
+
+
+def prefix_tokens(model: Encoder) -> int:
+    """How many tokens stand before the patches."""
+    return getattr(model, "num_prefix_tokens", 0)
+
+
+def patch_count(model: Encoder) -> int:
+    """Patches of an image of the model's own size."""
+    if isinstance(model, Hiera):
+        rows, columns = model.tokens_spatial_shape
+        return rows * columns
+    return model.patch_embed.num_patches
+
+
+def final_pooling(model: Encoder) -> str:
+    """What the final norm is made for: "cls", or "patch" for the mean of the patches."""
+    return "cls" if has_class_token(model) and model.global_pool != "avg" else "patch"
+
+
+def width(model: Encoder) -> int:
+    """Width of the features: of the last block in a Hiera, of every block in the others."""
+    return model.num_features
+
+
+def allow_any_size(model: Encoder) -> Encoder:
+    """Lets a model take other image sizes by interpolating its positions; returns the model.
+
+    Raises:
+        ValueError: for a Hiera, and for an Eva with rotary positions that were computed for one
+            size (load_model's are not).
+    """
+    check_refinable(model)
+    patch = model.patch_embed
+    patch.strict_img_size = False
+    if isinstance(model, Beit):
+        return model  # its relative positions are interpolated in run_block
+    if isinstance(model, Eva) and model.rope is not None and not model.dynamic_img_size:
+        raise UserError("an Eva takes other sizes only if created with dynamic_img_size=True")
+    model.dynamic_img_size = True
+    patch.flatten, patch.output_fmt = False, Format.NHWC
+    return model
+
+
+# ---------------------------------------------------------------- block by block
+
+
+def embed(model: Encoder, images: Tensor) -> tuple[Tensor, dict]:
+    """The tokens that enter the first block.
+
+    Args:
+        images: normalised [B, 3, H, W].
+
+    Returns:
+        Tokens [B, T, D], and what the blocks need besides them, for :func:`run_block`.
+    """
+    x = model.patch_embed(images)
+    if isinstance(model, VisionTransformer):
+        return model.norm_pre(model.patch_drop(model._pos_embed(x))), {}
+    if isinstance(model, Eva):
+        x_BTD, rope = model._pos_embed(x)
+        return model.norm_pre(x_BTD), {} if rope is None else {"rope": rope}
+    if isinstance(model, Hiera):
+        return model.unroll(model._pos_embed(x)), {}
+    return _embed_beit(model, x, _grid(model, images))
+
+
+def run_block(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
+    """One block's output, [B, T, D]; ``context`` is that of :func:`embed`."""
+    if "grid" in context:
+        return _beit_block(block, x_BTD, **context)
+    return block(x_BTD, **context)
+
+
+def class_token_of(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
+    """A block's output for its first token, where no other is read afterwards.
+
+    A plain block asks, adds and multiplies for that token alone, 10 of its 12 D² multiplications a
+    token less; in the others everything runs.
+
+    Returns:
+        [B, 1, D], or [B, T, D] where everything ran.
+    """
+    attn = getattr(block, "attn", None)
+    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention
+    plain = plain and getattr(attn, "gate", None) is None  # timm knows gates from 1.0.28 on
+    if not plain or context:
+        return run_block(block, x_BTD, context)
+    first_B1D = x_BTD[:, :1]
+    if isinstance(block, PostNormBlock):
+        first_B1D = block.norm1(first_B1D + block.drop_path1(block.ls1(_ask_first(attn, x_BTD))))
+        return block.norm2(first_B1D + block.drop_path2(block.ls2(block.mlp(first_B1D))))
+    attended = _ask_first(attn, block.norm1(x_BTD))
+    first_B1D = first_B1D + block.drop_path1(block.ls1(attended))
+    return first_B1D + block.drop_path2(block.ls2(block.mlp(block.norm2(first_B1D))))
+
+
+def _ask_first(attn: Attention, x_BTD: Tensor) -> Tensor:
+    """Attention of the first token to all, [B, 1, D]."""
+    b, t, _ = x_BTD.shape
+    d, bias = attn.attn_dim, attn.qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:d], bias[d:])
+    q = F.linear(x_BTD[:, :1], attn.qkv.weight[:d], q_bias)
+    kv = F.linear(x_BTD, attn.qkv.weight[d:], kv_bias)
+    q = attn.q_norm(q.reshape(b, 1, attn.num_heads, -1).transpose(1, 2))
+    k, v = kv.reshape(b, t, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    drop = attn.attn_drop.p if attn.training else 0.0
+    x_B1D = F.scaled_dot_product_attention(q, attn.k_norm(k), v, dropout_p=drop)
+    return attn.proj_drop(attn.proj(attn.norm(x_B1D.transpose(1, 2).flatten(2))))
+
+
+def keep_patches(model: Encoder, x_BTD: Tensor, context: dict,
+                 kept_BK: Tensor) -> tuple[Tensor, dict]:  # fmt: skip
+    """Drops patches before the first block.
+
+    Args:
+        x_BTD, context: of :func:`embed`.
+        kept_BK: int64 [B, K], which of the N patches stay, on the tokens' device.
+
+    Returns:
+        Tokens [B, P + K, D] and the context that goes with them.
+    """
+    prefix = prefix_tokens(model)
+    patches = x_BTD[:, prefix:].gather(1, kept_BK[:, :, None].expand(-1, -1, x_BTD.shape[2]))
+    x_BTD = torch.cat([x_BTD[:, :prefix], patches], dim=1)
+    if "rope" in context:  # [N, 2 * D / A] for every image → [B, 1, K, …]
+        context = {"rope": context["rope"][kept_BK][:, None]}
+    if isinstance(model, Beit):
+        grid = context.get("grid", tuple(model.patch_embed.grid_size))
+        context = {"grid": grid, "kept_BK": kept_BK, "shared": model.rel_pos_bias}
+    return x_BTD, context
+
+
+def pool(model: Encoder, x_BTD: Tensor, pooling: str) -> Tensor:
+    """Class token ("cls") or mean of the patch tokens ("patch"), [B, D]."""
+    return x_BTD[:, 0] if pooling == "cls" else x_BTD[:, prefix_tokens(model) :].mean(1)
+
+
+def final_features(model: Encoder, x_BTD: Tensor, pooling: str) -> Tensor:
+    """Pooled output of the last block after the model's final norm, [B, D].
+
+    Models made for mean pooling have that norm behind the pooling, under another name.
+    """
+    if isinstance(model, Hiera):
+        return model.forward_head(x_BTD, pre_logits=True)
+    return model.fc_norm(pool(model, model.norm(x_BTD), pooling))
+
+
+# ---------------------------------------------------------------- BEiT's relative positions
+
+
+def _grid(model: Encoder, images: Tensor) -> tuple[int, int]:
+    patch = model.patch_embed.patch_size
+    return images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+
+
+def _embed_beit(model: Beit, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict]:
+    own = tuple(model.patch_embed.grid_size)
+    x_BTD = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+    if model.pos_embed is not None:
+        x_BTD = x_BTD + resample_abs_pos_embed(model.pos_embed, grid, own)
+    x_BTD = model.pos_drop(x_BTD)
+    if grid != own:
+        return x_BTD, {"grid": grid, "kept_BK": None, "shared": model.rel_pos_bias}
+    if model.rel_pos_bias is None:
+        return x_BTD, {}
+    return x_BTD, {"shared_rel_pos_bias": model.rel_pos_bias()}
+
+
+def _beit_block(block: nn.Module, x_BTD: Tensor, grid: tuple[int, int], kept_BK: Tensor | None,
+                shared: nn.Module | None) -> Tensor:  # fmt: skip
+    """timm's BEiT block with relative positions of another grid, or of some patches only."""
+    sources = [s for s in (block.attn, shared) if s is not None and s.window_size]
+    bias = sum(relative_bias(s.relative_position_bias_table, tuple(s.window_size), grid, kept_BK)
+               for s in sources)  # fmt: skip
+    attended = _biased_attention(block.attn, block.norm1(x_BTD), bias if sources else None)
+    gamma1, gamma2 = (1 if g is None else g for g in (block.gamma_1, block.gamma_2))
+    x_BTD = x_BTD + block.drop_path1(gamma1 * attended)
+    return x_BTD + block.drop_path2(gamma2 * block.mlp(block.norm2(x_BTD)))
+
+
+def _biased_attention(attn: nn.Module, x_BTD: Tensor, bias: Tensor | None) -> Tensor:
+    b, t, _ = x_BTD.shape
+    offset = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    qkv = F.linear(x_BTD, attn.qkv.weight, offset)
+    q, k, v = qkv.reshape(b, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    bias = None if bias is None else bias.to(q.dtype)
+    x_BTD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    return attn.proj_drop(attn.proj(x_BTD.reshape(b, t, -1)))
+
+
+def relative_bias(table_RA: Tensor, window: tuple[int, int], grid: tuple[int, int],
+                  kept_BK: Tensor | None = None) -> Tensor:  # fmt: skip
+    """BEiT's attention bias for a grid other than the one its table was made for.
+
+    Args:
+        table_RA: one bias per offset of two patches and head, then three for the class token.
+        window: the table's grid of patches (rows, columns).
+        grid: the images' grid.
+        kept_BK: which patches are there; None is all.
+
+    Returns:
+        [1, A, 1 + N, 1 + N], or [B, A, 1 + K, 1 + K] for kept patches; differentiable.
+    """
+    if window != grid:
+        table_RA = _resizing(window, grid).to(table_RA) @ table_RA
+    index = gen_relative_position_index(grid, class_token=True, device=table_RA.device)
+    if kept_BK is None:
+        return table_RA[index].permute(2, 0, 1)[None]
+    token_BT = F.pad(kept_BK + 1, (1, 0))  # the class token is token 0
+    return table_RA[index[token_BT[:, :, None], token_BT[:, None, :]]].permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _resizing(window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """timm's interpolation of a table as a matrix [new R, R]: it is linear in the values."""
+    old, new = ((2 * h - 1) * (2 * w - 1) + 3 for h, w in (window, grid))
+    return resize_rel_pos_bias_table(torch.eye(old), grid, (new, old), old_window_size=window)
+
+
+TOKENS_A_BATCH = {"cpu": 2**13, "cuda": 2**17}  # on a CPU, larger batches are no faster
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turns pixels into a model's input, on the images' own device.
+
+    Args:
+        images: uint8 [B, 3, H, W], values 0 to 255.
+        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels), "mean" and
+            "std" (of brightness 0 to 1), "interpolation" ("bicubic" or "bilinear") and, optional,
+            "crop_pct", the share of the shorter side that is kept.
+        dtype: of the result.
+
+    Returns:
+        Normalised [B, 3, size, size]. If the size differs, images are cropped to their central
+        square (its middle ``crop_pct``) and resized with antialiasing.
+
+    Raises:
+        ValueError: for anything but uint8 [B, 3, H, W].
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(
+            f"preprocess takes uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}"
+        )
+    how = card["preprocessing"]
+    size, (h, w) = how["size"], images.shape[2:]
+    x = images.to(dtype) / 255
+    if (h, w) != (size, size):
+        side = round(min(h, w) * how.get("crop_pct", 1.0))
+        top, left = (h - side) // 2, (w - side) // 2
+        x = x[:, :, top : top + side, left : left + side]
+        mode = how.get("interpolation", "bicubic")
+        x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
+        x = x.clamp(0, 1)  # bicubic overshoots at edges
+    mean, std = (constant(tuple(how[key]), x.device, dtype) for key in ("mean", "std"))
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def preprocessing_card(model: Encoder) -> dict:
+    """The model's ``refiner_card``, or what timm knows about a model that has none.
+
+    Returns:
+        A dict with the key "preprocessing", see :func:`preprocess`. Where timm says nothing
+        either, ImageNet's mean and deviation and the size that the model was built for.
+    """
+    card = getattr(model, "refiner_card", None)
+    if card and "preprocessing" in card:
+        return card
+    known = getattr(model, "pretrained_cfg", None) or {}
+    known = known if isinstance(known, dict) else known.to_dict()
+    built_for = getattr(model.patch_embed, "img_size", None)
+    how = {
+        "size": built_for[0] if built_for else known["input_size"][-1],
+        "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
+        "interpolation": known.get("interpolation") or "bicubic",
+    }
+    if known.get("crop_pct"):
+        how["crop_pct"] = known["crop_pct"]
+    return {"preprocessing": how}
+
+
+def block_numbers(blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The blocks asked for, from 1; None is every block of the model.
+
+    Raises:
+        ValueError: for blocks that the model does not have.
+    """
+    if blocks is None:
+        return tuple(range(1, depth + 1))
+    numbers = tuple(int(b) + depth + 1 if b < 0 else int(b) for b in blocks)
+    if not numbers or not all(1 <= number <= depth for number in numbers):
+        raise UserError(
+            f"blocks count from 1: choose among 1 to {depth} (or -{depth} to -1, from the end), "
+            f"not {blocks}"
+        )
+    return numbers
+
+
+def default_batch(model: Encoder, device: torch.device) -> int:
+    """As many images as keep the tokens of a pass within the device's budget."""
+    tokens = patch_count(model) + prefix_tokens(model)
+    budget = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH["cpu"])
+    return min(1024, max(1, budget // tokens))
+
+
+@contextmanager
+def borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
+    """Eval mode on a device without gradients; afterwards every module is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    home = next(model.parameters()).device
+    try:
+        model.eval()
+        if home != device:
+            model.to(device)
+        # Not inference_mode: its tensors could not be used to train a probe.
+        with torch.no_grad():
+            yield
+    finally:
+        if home != device:
+            model.to(home)
+        for module, training in modes.items():
+            module.training = training
+
+
+# ---------------------------------------------------------------- features of the views
+
+
+def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
+                  pooling: str | tuple[str, ...] = "cls", kept_BK: Tensor | None = None,
+                  frozen_blocks: int = 0, recompute: bool = False) -> Tensor:  # fmt: skip
+    """Pooled output of the chosen blocks, [T, B, D], in one pass.
+
+    Args:
+        model: an encoder that takes any size (:func:`refiner.models.encoders.allow_any_size`).
+        x_BCHW: normalised views of one size.
+        blocks: counted from 1, ascending; the last block's is read after the final norm.
+        pooling: "cls" or "patch", or one for each of ``blocks``.
+        kept_BK: int64 [B, K], the patches that stay; None keeps all.
+        frozen_blocks: the embedding and this many blocks run without gradient.
+        recompute: run the other blocks again in the backward pass instead of storing activations.
+    """
+    depth = len(model.blocks)
+    numbers = block_numbers(blocks, depth)
+    poolings = [pooling] * len(numbers) if isinstance(pooling, str) else pooling
+    reads = dict(zip(numbers, poolings, strict=True))
+    with torch.no_grad() if frozen_blocks else nullcontext():
+        x_BND, context = embed(model, x_BCHW)
+        if kept_BK is not None:
+            x_BND, context = keep_patches(model, x_BND, context, kept_BK)
+    pooled = []
+    top = max(numbers)
+    for number, block in enumerate(model.blocks[:top], start=1):
+        run = class_token_of if number == top and reads[number] == "cls" else run_block
+        with torch.no_grad() if number <= frozen_blocks else nullcontext():
+            if recompute and number > frozen_blocks and torch.is_grad_enabled():
+                x_BND = checkpoint(run, block, x_BND, context, use_reentrant=False)
+            else:
+                x_BND = run(block, x_BND, context)
+        if number in reads:
+            take_out = final_features if number == depth else pool
+            pooled.append(take_out(model, x_BND, reads[number]))
+    return torch.stack(pooled)
+
+
+def freeze_first(model: Encoder, blocks: int) -> None:
+    """Takes the embedding and the first ``blocks`` blocks out of training; 0 freezes nothing."""
+    model.requires_grad_(True)
+    if blocks:
+        for part in (model.patch_embed, *model.blocks[:blocks]):
+            part.requires_grad_(False)
+        for name in ("cls_token", "pos_embed", "reg_token"):
+            if getattr(model, name, None) is not None:
+                getattr(model, name).requires_grad_(False)

@@ -1,0 +1,390 @@
+"""Models: build, load and save encoders: the front door to every masked-image model.
+
+Every model is one of timm's (a VisionTransformer, mostly; see :mod:`refiner.models.encoders`) in
+eval mode that carries ``refiner_card``, a plain dict: where it comes from, how it was made, and how
+images have to be preprocessed for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import build_sincos2d_pos_embed
+from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
+
+from refiner.base.errors import UserError
+from refiner.base.places import data_folder
+from refiner.models.catalogue import Entry, find, nearest
+from refiner.models.convert import DECODER_PREFIXES, convert, read_file
+from refiner.models.download import download, from_hub
+from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
+
+PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+# What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use.
+IMAGENET = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
+            "interpolation": "bicubic", "crop_pct": 0.875}  # fmt: skip
+FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
+
+
+def embedded_models() -> list[str]:
+    """Names of the checkpoints that come with the course."""
+    return sorted(path.stem for path in data_folder().glob("*.safetensors"))
+
+
+def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12, heads: int = 3,
+              seed: int | None = None, **details) -> VisionTransformer:  # fmt: skip
+    """A plain ViT with random weights.
+
+    Positions start as 2-D sine-cosine (as in MAE) and are trained; those of prefix tokens are zero.
+
+    Args:
+        size: image height and width, pixels.
+        patch: patch height and width, pixels.
+        seed: of the weights; None uses torch's global generator.
+        **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
+            ``final_norm``, ``post_norm``: see :func:`refiner.models.encoders.plain_vit`. By default
+            a pre-norm ViT with a class token.
+
+    Returns:
+        A timm VisionTransformer in eval mode, with a ``refiner_card``.
+
+    Raises:
+        ValueError: when the patch does not divide the size or the heads the width.
+    """
+    if size % patch or dim % heads or dim % 4:
+        raise UserError(
+            f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
+        )
+    architecture = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    architecture |= details
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = plain_vit(**architecture)
+    positions = build_sincos2d_pos_embed(model.patch_embed.grid_size, dim, interleave_sin_cos=False)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.pos_embed[0, model.num_prefix_tokens :] = positions
+    model.refiner_card = {
+        "name": "random",
+        "architecture": architecture,
+        "preprocessing": {"size": size, **PREPROCESSING},
+    }
+    return model.eval()
+
+
+def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
+    """The same architecture with fresh weights: the control for everything that is measured.
+
+    Raises:
+        ValueError: for a model that neither :func:`build_vit` nor :func:`load_model` made.
+    """
+    card = getattr(model, "refiner_card", {})
+    if "architecture" in card:
+        twin = build_vit(**card["architecture"], seed=seed)
+    elif "timm" in card:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin = timm.create_model(card["timm"]["architecture"], **card["timm"]["model_args"])
+        twin.eval().refiner_card = {"name": "random", "timm": copy.deepcopy(card["timm"])}
+    else:
+        raise UserError(
+            "random_like needs a model of build_vit or load_model; build a random one in timm"
+        )
+    twin.refiner_card["preprocessing"] = dict(card["preprocessing"])
+    return twin
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(name: str | Path, *, num_heads: int | None = None,
+               size: int | None = None) -> Encoder:  # fmt: skip
+    """Loads an encoder by name, path or address.
+
+    Args:
+        name: one of
+            an embedded checkpoint (``"mae_toybox"``);
+            a model of the catalogue (``"mae_refined_l16"``; ``refiner models`` lists them) or any
+            other model of timm of a supported class (``"vit_base_patch16_224.mae"``), fetched on
+            first use;
+            a folder written by :func:`save_model` or by timm (or its ``model.safetensors``), or a
+            repository ``"hf-hub:…"``;
+            a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
+            data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
+            an http(s) address of such a file.
+        num_heads: attention heads a block, for a file: its keys cannot tell. Default 64 channels a
+            head, or what the known models of that width have; needed where 64 does not divide it.
+        size: other image size than the model's own, pixels; positions are interpolated.
+
+    Returns:
+        A timm model in eval mode; ``.refiner_card`` tells origin, architecture and preprocessing.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones; an unsupported model; a file
+            that is damaged, wants to run code or does not fit (what is missing, extra or of wrong
+            shape is listed).
+        FileNotFoundError: when a file is missing or cannot be fetched; it says what to put where.
+    """
+    model = _load(str(name), num_heads)
+    return model if size is None else resized(model, size)
+
+
+def _load(name: str, num_heads: int | None) -> Encoder:
+    name = str(_whole(name))
+    path, entry = Path(name), find(name)
+    if name in embedded_models() or path.is_dir() or _has_card(path):
+        if num_heads is not None:
+            raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
+        return _load_carded(name)
+    if path.is_file():
+        return _load_file(path, num_heads, name=path.stem)
+    if entry is not None and entry.address:
+        return _load_entry(entry, num_heads)
+    if name.startswith(("http://", "https://")):
+        return _load_file(download(name), num_heads, name=Path(name).stem)
+    if path.suffix in FILE_KINDS or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
+        raise FileNotFoundError(f"there is no file or folder {name}")
+    if num_heads is not None:
+        raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
+    return _load_timm(name)
+
+
+def _whole(name: str | Path) -> str | Path:
+    """The folder of a saved model whose weights are named: they alone do not tell the network."""
+    path = Path(name)
+    if path.name != "model.safetensors" or not path.is_file():
+        return name
+    if (path.parent / "card.json").is_file():
+        return path.parent
+    config = path.parent / "config.json"  # of timm, unless of another library
+    timms = config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8"))
+    return path.parent if timms else name
+
+
+def _has_card(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.with_suffix(".json").is_file()
+
+
+def _load_carded(name: str) -> Encoder:
+    """An embedded checkpoint, or a folder of ours or of timm's."""
+    folder = Path(name)
+    ours = not folder.is_dir() or (folder / "card.json").is_file()
+    if not ours and (folder / "config.json").is_file():
+        return _load_timm_folder(f"local-dir:{name}", folder / "config.json")
+    card = read_card(name)
+    if "architecture" not in card:  # one of timm's models, or refined from one
+        model = timm.create_model(f"local-dir:{name}", pretrained=True)
+        check_supported(model, name)
+    else:
+        model = build_vit(**card["architecture"])
+        model.load_state_dict(read_checkpoint(name)[1])
+    model.refiner_card = card
+    return model.eval()
+
+
+def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransformer:
+    """A checkpoint in another repository's format."""
+    found = convert(read_file(path), name=str(path), num_heads=num_heads)
+    with torch.device("meta"):  # large models would take their time to draw random weights
+        model = build_vit(**found.architecture)
+    model.load_state_dict(found.encoder, assign=True)
+    model.refiner_card |= {
+        "name": name,
+        "format": found.format,
+        "left_out": list(found.left_out),
+        "preprocessing": {"size": found.architecture["size"], **IMAGENET},
+    }
+    return model
+
+
+def _load_entry(entry: Entry, num_heads: int | None) -> VisionTransformer:
+    """A model of the catalogue that lies at an address."""
+    path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
+    model = _load_file(path, num_heads or entry.shape[2], name=entry.name)
+    model.refiner_card |= {"origin": entry.address, **_told(entry)}
+    return model
+
+
+def resized(model: Encoder, size: int) -> Encoder:
+    """The same model made for another image size, its positions interpolated.
+
+    Raises:
+        ValueError: for a Hiera, or a size that the patch does not divide.
+    """
+    if isinstance(model, Hiera):
+        raise UserError("a Hiera takes one image size only")
+    patch = model.patch_embed.patch_size[0]
+    if size % patch:
+        raise UserError(f"size {size} is no multiple of the patch of {patch} pixels")
+    model.set_input_size(img_size=(size, size))
+    card = model.refiner_card = copy.deepcopy(model.refiner_card)
+    card["preprocessing"]["size"] = size
+    if "architecture" in card:
+        card["architecture"]["size"] = size
+    if "timm" in card:
+        card["timm"]["model_args"]["img_size"] = size
+    return model
+
+
+def read_checkpoint(name: str | Path, *,
+                    num_heads: int | None = None) -> tuple[dict, dict, dict] | None:  # fmt: skip
+    """Card, encoder and decoder of an embedded checkpoint, a folder, a file or a catalogue model.
+
+    Args:
+        name: as for :func:`load_model`, but for timm's models.
+        num_heads: for a file in another repository's format.
+
+    Returns:
+        The card and two dicts of float32 tensors, the decoder's empty where there is none; None
+        when ``name`` is none of these.
+
+    Raises:
+        FileNotFoundError: when weights or card are missing.
+    """
+    name = _whole(name)
+    path, entry = Path(name), find(str(name))
+    if str(name) in embedded_models():
+        path = data_folder() / f"{name}.safetensors"
+    elif entry is not None and entry.address:
+        path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
+    if path.is_dir():
+        card, state = read_card(path), load_file(path / "model.safetensors")
+        decoder = path / "decoder.safetensors"
+        state |= load_file(decoder) if decoder.is_file() else {}
+    elif _has_card(path):
+        card, state = read_card(name), load_file(path)
+    elif path.is_file():
+        found = convert(read_file(path), name=str(path), num_heads=num_heads)
+        preprocessing = {"size": found.architecture["size"], **IMAGENET}
+        card = {"name": path.stem, "architecture": found.architecture, "format": found.format,
+                "preprocessing": preprocessing}  # fmt: skip
+        return card, found.encoder, found.decoder
+    else:
+        return None
+    state = {k: v.float() for k, v in state.items()}
+    decoder = {k: v for k, v in state.items() if k.startswith(DECODER_PREFIXES)}
+    return card, {k: v for k, v in state.items() if k not in decoder}, decoder
+
+
+def read_card(name: str | Path) -> dict:
+    """The card alone of an embedded checkpoint, a folder of :func:`save_model`, or a file.
+
+    Raises:
+        FileNotFoundError: when card or weights are missing.
+    """
+    path = Path(_whole(name))
+    if str(name) in embedded_models():
+        path = data_folder() / f"{name}.safetensors"
+    if path.is_dir():
+        missing = [f for f in ("card.json", "model.safetensors") if not (path / f).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{path} is not a saved model: {' and '.join(missing)} missing. "
+                "Give a folder that save_model, `refiner pretrain` or `refiner refine` wrote."
+            )
+        return json.loads((path / "card.json").read_text())
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def _load_timm(name: str) -> Encoder:
+    """A pretrained model of timm, by name or from the hub."""
+    hub = name.startswith("hf-hub:")
+    known = timm.is_model(name) and ("." not in name or name in timm.list_pretrained())
+    if not hub and not known:
+        near = nearest(name, [*embedded_models(), *timm.list_pretrained("*vit*")])
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise UserError(
+            f"no model {name!r}: neither a path nor one of the embedded models "
+            f"({', '.join(embedded_models())}) nor of the catalogue (`refiner models`) nor a "
+            f"pretrained model of timm.{hint}"
+        )
+    if hub:
+        repository = name.removeprefix("hf-hub:")
+        from_hub(repository, "model.safetensors")
+        return _load_timm_folder(name, from_hub(repository, "config.json"))
+    options = _timm_options(name, name)
+    path = _timm_file(name)
+    if path.suffix != ".safetensors":  # I-JEPA's original files
+        model = _load_file(path, None, name=name)
+        return _carded(model, name, "timm")
+    overlay = {"pretrained_cfg_overlay": {"file": str(path)}}
+    model = timm.create_model(name, pretrained=True, **options, **overlay)
+    return _carded(model, name, "timm", {"architecture": name.split(".")[0], "model_args": options})
+
+
+def _load_timm_folder(source: str, config: Path) -> Encoder:
+    """A folder or repository that timm wrote; ``config`` is its ``config.json``."""
+    told = json.loads(config.read_text())
+    name, given = told["architecture"], told.get("model_args", {})
+    options = given | _timm_options(name, source, **given)
+    model = timm.create_model(source, pretrained=True, **options)
+    return _carded(model, source, source, {"architecture": name, "model_args": options})
+
+
+def _timm_options(architecture: str, name: str, **given) -> dict:
+    """Arguments for timm; checks, before anything is fetched, that the class is supported."""
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **given | {"num_classes": 0})
+    check_supported(model, name)
+    # Rotary positions are computed for one size otherwise.
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if isinstance(model, Eva) else {})
+
+
+def _timm_file(name: str) -> Path:
+    """The weights of one of timm's models in the cache, fetched if need be."""
+    config = get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise UserError(f"timm has no pretrained weights for {name}")
+    if config.hf_hub_id:
+        repository = config.hf_hub_id
+        return from_hub(repository, config.hf_hub_filename or "model.safetensors")
+    return download(config.url)
+
+
+def _carded(model: torch.nn.Module, name: str, origin: str, recipe: dict | None = None) -> Encoder:
+    """A model of timm with the card that tells where it is from and what it needs."""
+    check_supported(model, name)
+    known = model.pretrained_cfg if recipe else get_pretrained_cfg(name).to_dict()
+    config = timm.data.resolve_data_config(pretrained_cfg=known)
+    card = getattr(model, "refiner_card", {}) | {
+        "name": name,
+        "origin": origin,
+        "preprocessing": {
+            "size": config["input_size"][1],
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "interpolation": config["interpolation"],
+            "crop_pct": config["crop_pct"],
+        },
+    }
+    if recipe:
+        card["timm"] = recipe
+    if entry := find(name):
+        card |= _told(entry)
+    model.refiner_card = card
+    return model.eval()
+
+
+def _told(entry: Entry) -> dict:
+    """What the catalogue adds to a card."""
+    return {
+        "method": f"{entry.method} (arXiv {entry.paper})",
+        "licence": entry.licence,
+        "pooling": entry.pooling.split(),
+    }
+
+
+# ---------------------------------------------------------------- saving
+
+
+def copy_model(model: Encoder) -> Encoder:
+    """An independent copy, card included."""
+    return copy.deepcopy(model)

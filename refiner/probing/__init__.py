@@ -1,0 +1,1 @@
+"""What a block knows: features, neighbors, probes and measures without labels."""

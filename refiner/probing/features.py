@@ -1,0 +1,303 @@
+"""Pooled features of every block in one pass.
+
+Only two vectors of an image and block are kept: the class token and the mean of the patch tokens
+(and other poolings if asked for). They are taken while the pass is under way, so no block's tokens
+have to be stored; features that outgrow a limit go to a file.
+
+Shape legend: N images, B images of a batch, L blocks, T tokens (prefix tokens, then patches),
+D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from refiner.base.errors import UserError
+from refiner.images.sets import ImageSet, LazyImages
+from refiner.models.encoders import (
+    Encoder,
+    block_numbers,
+    borrowed,
+    default_batch,
+    embed,
+    final_features,
+    final_pooling,
+    has_class_token,
+    prefix_tokens,
+    preprocess,
+    preprocessing_card,
+    run_block,
+    width,
+)
+
+POOLINGS = {"max": lambda x_BPD: x_BPD.amax(1), "std": lambda x_BPD: x_BPD.std(1, correction=0)}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Features(Mapping):
+    """Features by kind, all float32 on the CPU.
+
+    ``["cls"]`` and ``["patch"]`` are [L, N, D]: class token and mean of the patch tokens after
+    each block, before the final norm. ``["final"]`` is [N, D]: after the final norm, the class
+    token or, in a model without one or made for mean pooling, the patch mean. Where blocks have
+    different widths (Hiera), narrower ones are filled up with zeros to D, the width of the last:
+    distances, cosines and linear probes stay what they are.
+
+    Attributes:
+        tensors: the tensors by kind.
+        blocks: the number of each of the L blocks, counted from 1.
+    """
+
+    tensors: dict[str, Tensor]
+    blocks: tuple[int, ...]
+
+    def __getitem__(self, kind: str) -> Tensor:
+        if kind == "cls" and kind not in self.tensors:
+            raise KeyError('this model has no class token, use features["patch"]')
+        if kind not in self.tensors:
+            raise KeyError(f"no features {kind!r}, only {', '.join(self.tensors)}")
+        return self.tensors[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in self.tensors.items())
+        return f"Features({shapes})"
+
+    @property
+    def main(self) -> Tensor:
+        """What a refined model pools: "cls" if the model has a class token, else "patch"."""
+        return self.tensors["cls" if "cls" in self.tensors else "patch"]
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def extract(
+    model: Encoder,
+    images: ImageSet | Tensor | Iterable,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    blocks: Sequence[int] | None = None,
+    poolings: Sequence[str] | Mapping[str, Callable[[Tensor], Tensor]] = (),
+    memory: int = 2**33,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Features:
+    """Class token and patch mean of every block, in one pass over the images.
+
+    The model runs in eval mode without gradients and is left as it was found: mode, gradients,
+    device.
+
+    Args:
+        model: a timm VisionTransformer, or one of the other classes of
+            :mod:`refiner.models.encoders`.
+        images: an ImageSet, a uint8 tensor [N, 3, H, W], or an iterable of batches such as a
+            DataLoader, each ``x`` or ``(x, labels, …)``. Float batches are taken as already
+            preprocessed.
+        batch_size: images at once; by default as many as make 8,192 tokens on a CPU and 131,072
+            on a GPU. An iterable brings its own batches.
+        device: where to run; default CUDA if there is one, else the model's device.
+        dtype: of the matrix products, by autocast: bfloat16 by default on CUDA; torch.float32 (the
+            default on a CPU) turns autocast off.
+        blocks: which blocks to keep, counted from 1, negative from the end; default all.
+        poolings: further kinds of features, as ``features["max"]``: "max" and "std" over the patch
+            tokens, or functions by name that make [B, D'] of a block's patch tokens [B, P, D].
+        memory: bytes of features to hold at most. Larger ones are kept in a file and mapped: the
+            same tensors, read from disk where they are used.
+        folder: where that file lies (on a disk, not in memory); default the system's folder for
+            temporary files. It has no name there and vanishes with the features.
+        progress: show a bar.
+
+    Returns:
+        :class:`Features`, float32 on the CPU whatever the dtype. They depend on the batch size
+        only by rounding.
+
+    Raises:
+        ValueError: without images, for features that are not finite, a batch that is not
+            [B, 3, H, W], a block that the model does not have, or an unknown pooling.
+    """
+    if device is None and not torch.cuda.is_available():
+        device = next(model.parameters()).device
+    device = torch.device(device or "cuda")
+    numbers = block_numbers(blocks, len(model.blocks))
+    pools = _pool_functions(poolings)
+    card = preprocessing_card(model)
+    if batch_size is None:
+        batch_size = default_batch(model, device)
+    elif batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+    autocast = dtype is not None and dtype != torch.float32
+    store = _Store(memory, folder, numbers)
+    total = len(images) if isinstance(images, ImageSet | Tensor) else None
+    with (
+        borrowed(model, device),
+        tqdm(total=total, desc="features", unit="image", disable=not progress) as bar,
+    ):
+        own = next(model.parameters()).dtype
+        for batch in _ahead(_batches(images, batch_size)):
+            x = batch.to(device, non_blocking=True)
+            x = preprocess(x, card) if x.dtype == torch.uint8 else x
+            # Turned off, it is so inside of somebody else's autocast too.
+            with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
+                pooled = _pooled_pass(model, x.to(own), numbers, pools)
+            for kind, value in pooled.items():
+                store.put(kind, value.float().cpu())
+            bar.update(len(batch))
+    return Features({kind: store.joined(kind) for kind in list(store.parts)}, numbers)
+
+
+def _pool_functions(poolings) -> dict[str, Callable[[Tensor], Tensor]]:
+    if not isinstance(poolings, Mapping):
+        unknown = [name for name in poolings if name not in POOLINGS]
+        if unknown or isinstance(poolings, str):
+            known = ", ".join(POOLINGS)
+            raise UserError(f"poolings must be a list of names of {known}, not {poolings!r}")
+        poolings = {name: POOLINGS[name] for name in poolings}
+    if taken := {"cls", "patch", "final"} & set(poolings):
+        raise UserError(f"a pooling cannot be called {', '.join(sorted(taken))}")
+    return dict(poolings)
+
+
+def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], pools) -> dict[str, Tensor]:
+    """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
+    wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
+    cls, patch, more = {}, {}, {name: {} for name in pools}
+    x_BTD, context = embed(model, x)
+    for number, block in enumerate(model.blocks, start=1):
+        x_BTD = run_block(block, x_BTD, context)
+        if number in wanted:
+            if with_cls:
+                cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
+            mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
+            patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
+            for name, pool in pools.items():
+                more[name][number] = _vectors(name, pool(x_BTD[:, prefix:]), len(x))
+    pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
+    pooled["patch"] = torch.stack([patch[i] for i in numbers])
+    for name, values in more.items():
+        widest = max(v.shape[1] for v in values.values())
+        padded = [F.pad(values[i], (0, widest - values[i].shape[1])) for i in numbers]
+        pooled[name] = torch.stack(padded)
+    return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
+
+
+def _vectors(name: str, value: Tensor, n: int) -> Tensor:
+    if value.ndim != 2 or len(value) != n:
+        raise UserError(
+            f"the pooling {name!r} must make [B, D] of [B, P, D], not {list(value.shape)}"
+        )
+    return value
+
+
+class _Store:
+    """Batches of features by kind, in memory up to a limit and in a file from there on."""
+
+    def __init__(self, memory: int, folder: str | Path | None, numbers: Sequence[int]):
+        self.memory, self.folder, self.numbers = memory, folder, numbers
+        self.bytes, self.file = 0, None
+        self.parts: dict[str, deque] = {}
+
+    def put(self, kind: str, x: Tensor) -> None:
+        """Adds [..., B, D].
+
+        Raises:
+            ValueError: for values that are not finite, naming the block.
+        """
+        self._check_finite(kind, x)
+        self.bytes += x.nbytes
+        parts = self.parts.setdefault(kind, deque())
+        if self.bytes <= self.memory:
+            parts.append(x)
+            return
+        self.file = self.file or TemporaryFile(dir=self.folder)  # noqa: SIM115
+        parts.append((self.file.tell(), x.shape))
+        self.file.write(x.contiguous().numpy().data)
+
+    def joined(self, kind: str) -> Tensor:
+        """[..., N, D] of all batches; each is freed once it is copied."""
+        parts = self.parts.pop(kind)
+        shapes = [x.shape if isinstance(x, Tensor) else x[1] for x in parts]
+        n, start = sum(shape[-2] for shape in shapes), 0
+        joined = self._empty((*shapes[0][:-2], n, shapes[0][-1]))
+        while parts:
+            part = self._get(parts.popleft())
+            joined[..., start : start + part.shape[-2], :] = part
+            start += part.shape[-2]
+        return joined
+
+    def _get(self, part: Tensor | tuple[int, torch.Size]) -> Tensor:
+        if isinstance(part, Tensor):
+            return part
+        offset, shape = part
+        self.file.seek(offset)
+        values = np.fromfile(self.file, np.float32, shape.numel())
+        return torch.from_numpy(values).view(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        if self.bytes <= self.memory:
+            return torch.empty(shape)
+        with TemporaryFile(dir=self.folder) as file:  # the mapping keeps it
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+
+    def _check_finite(self, kind: str, x: Tensor) -> None:
+        if x.sum(dtype=torch.float64).isfinite():
+            return
+        finite = x.isfinite().flatten(-2).all(-1)
+        first = f" after block {self.numbers[int(finite.int().argmin())]}" if x.ndim == 3 else ""
+        raise UserError(
+            f"the {kind} features{first} are not finite: the weights or the input hold NaN, or "
+            "values overflow (then try dtype=torch.float32)"
+        )
+
+
+def _batches(images, batch_size: int) -> Iterator[Tensor]:
+    """Batches of pixels, uint8 or float [B, 3, H, W]; an error if there are none."""
+    if isinstance(images, ImageSet):
+        images = images.images
+    if isinstance(images, Tensor | LazyImages):
+        items = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    else:
+        items = (item[0] if isinstance(item, list | tuple) else item for item in images)
+    empty = True
+    for x in items:
+        if x.ndim != 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            raise UserError(
+                f"images must be uint8 or float [B, 3, H, W], not {x.dtype} {list(x.shape)}"
+            )
+        if len(x):
+            empty = False
+            yield x
+    if empty:
+        raise UserError("there are no images to extract features from")
+
+
+def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each fetched by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch

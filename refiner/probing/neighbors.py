@@ -1,0 +1,312 @@
+"""Exact nearest neighbors by cosine similarity, and what is read off them: votes and agreement.
+
+The search is a matrix product in float32, a chunk of queries at a time. It keeps every key that can
+belong to the result, given the largest error that float32 can have made, and computes the scores of
+these candidates again in float64, from the features as they came. Queries with too many candidates
+(keys nearly as close as the k-th) are searched in float64 throughout. So the result is that of a
+float64 search at the speed of float32, and neither the chunk size nor the order of the sums can
+change it.
+
+Large searches on a CPU collect the candidates with the compiled loops of
+:mod:`refiner.probing.scan`, while the scores are still in the cache. They meet the keys in random
+order, expect of the rest what the first ones showed, and notice where that was wrong; such queries
+are searched once more. All other searches take a top-k through the maxima of groups of keys.
+
+Shape legend: L blocks of a model, Q queries, K keys, D width, k neighbors, C candidates or classes,
+S several k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from refiner.base.errors import UserError
+from refiner.base.tensors import (
+    _check_features,
+    _chunk_rows,
+    check_labels,
+    device_for,
+    mean_and_scale,
+)
+from refiner.probing.search import Graph, _check_k, _Search
+
+# ---------------------------------------------------------------- k-NN classification
+
+
+@dataclass(frozen=True, eq=False)
+class KNNReport:
+    """What a k-NN classifier says of every block; [S] stands first if a list of S k was asked for.
+
+    Attributes:
+        accuracy: float32 [S, L], share of correct predictions.
+        predictions: int64 [S, L, Q].
+        votes: float32 [S, L, Q, C], a query's adding up to 1; None if not kept.
+        confusion: int64 [S, L, C, C], test images by class (row) and prediction (column).
+        graph: the neighbors, [L, Q, largest k], cosines of the standardised features. Of a
+            leave-one-out report it goes to :func:`refiner.visuals.maps.umap_embedding` as it is.
+
+    Everything lies on the CPU and lacks the axis L for features of [N, D].
+    """
+
+    accuracy: Tensor
+    predictions: Tensor
+    votes: Tensor | None
+    confusion: Tensor
+    graph: Graph
+
+    @property
+    def class_accuracy(self) -> Tensor:
+        """Share of correct predictions by class, float32 [S, L, C]; NaN for absent classes."""
+        return (self.confusion.diagonal(dim1=-2, dim2=-1) / self.confusion.sum(-1)).float()
+
+
+def knn_report(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor | None = None,
+    test_y: Tensor | None = None,
+    *,
+    k: int | Sequence[int] = 10,
+    temperature: float = 0.07,
+    standardize: bool = True,
+    keep_votes: bool = True,
+    chunk: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> KNNReport:
+    """All that a weighted k-NN classifier tells about every block, from one search.
+
+    Features are standardised by the train set, neighbors found by cosine, and each votes for its
+    class with weight exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978; the
+    standardisation follows MIM-Refiner). Everything equals a float64 computation on the features
+    as given; of classes with equal votes the lowest wins.
+
+    Args:
+        train_x: [N, D], or [L, N, D] for L blocks.
+        train_y: integers [N], classes from 0.
+        test_x: [Q, D] or [L, Q, D]. Without it the train images are classified by each other, none
+            by itself (leave-one-out).
+        test_y: integers [Q].
+        k: number of neighbors, or a list of numbers.
+        temperature: of the votes; large values weigh all neighbors alike.
+        standardize: shift and scale each feature by the train set's mean and standard deviation,
+            block by block; features that are constant on the train set are left out.
+        keep_votes: votes take 4 bytes for each of S · L · Q · C.
+        chunk, device, progress: see :func:`nearest_neighbors`.
+
+    Returns:
+        A :class:`KNNReport`. C is the largest label plus one.
+
+    Raises:
+        ValueError: for shapes or lengths that do not match, labels that are not classes, k larger
+            than N, or features that are not finite.
+    """
+    test_y = _test_labels(train_y, test_x, test_y)
+    ks, ascending = _several(k)
+    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
+    train_y = check_labels(train_y, train_x, "train")
+    n_classes = int(max(train_y.max(), test_y.max())) + 1
+    truth = test_y.cpu()
+    found = []
+    for indices, scores, labels in _block_neighbors(
+        train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
+    ):
+        votes, predicted = classify(
+            indices, scores, labels, ascending, temperature, n_classes if keep_votes else None
+        )
+        found.append((predicted, votes, indices.cpu(), scores.float().cpu()))
+    order = [ascending.index(k) for k in ks]
+    predictions = torch.stack([p for p, *_ in found], dim=1)[order]  # [S, L, Q]
+    votes = torch.stack([v for _, v, *_ in found], dim=1)[order] if keep_votes else None
+    cells = (truth * n_classes + predictions).flatten(0, 1)  # [S L, Q]
+    confusion = torch.stack([torch.bincount(c, minlength=n_classes**2) for c in cells])
+    confusion = confusion.view(len(ks), len(found), n_classes, n_classes)
+    accuracy = (predictions == truth).double().mean(-1).float()
+    parts = [accuracy, predictions, votes, confusion]
+    if not isinstance(k, Sequence):
+        parts = [None if x is None else x[0] for x in parts]
+    if train_x.ndim == 2:
+        axis = 1 if isinstance(k, Sequence) else 0
+        parts = [None if x is None else x.squeeze(axis) for x in parts]
+    graph = Graph(torch.stack([i for *_, i, _ in found]), torch.stack([s for *_, s in found]))
+    return KNNReport(*parts, graph[0] if train_x.ndim == 2 else graph)
+
+
+def knn_accuracy(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor | None = None,
+    test_y: Tensor | None = None,
+    *,
+    k: int | Sequence[int] = 10,
+    temperature: float = 0.07,
+    standardize: bool = True,
+    chunk: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Accuracy of a weighted k-NN classifier on every block; see :func:`knn_report` for the rest.
+
+    Returns:
+        float32 shares of correct predictions on the CPU: [L] for [L, N, D], a scalar for [N, D];
+        with a list of S k a leading axis is added, [S, L] or [S].
+
+    Raises:
+        ValueError: as :func:`knn_report`.
+    """
+    test_y = _test_labels(train_y, test_x, test_y)
+    ks, ascending = _several(k)
+    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
+    correct = []
+    for indices, scores, labels in _block_neighbors(
+        train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
+    ):
+        _, predicted = classify(indices, scores, labels, ascending, temperature, None)
+        correct.append((predicted == test_y.cpu()).double().mean(-1).float())
+    accuracy = torch.stack(correct, dim=1)[[ascending.index(k) for k in ks]]  # [S, L]
+    accuracy = accuracy[:, 0] if train_x.ndim == 2 else accuracy
+    return accuracy if isinstance(k, Sequence) else accuracy[0]
+
+
+def knn_predict(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    k: int = 10,
+    temperature: float = 0.07,
+    standardize: bool = True,
+    chunk: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Votes and predictions for images without labels; see :func:`knn_report` for the rest.
+
+    Returns:
+        Votes float32 [L, Q, C], a query's adding up to 1, and predicted classes int64 [L, Q], both
+        on the CPU; without the L for features of [N, D]. C is the largest train label plus one.
+
+    Raises:
+        ValueError: as :func:`knn_report`.
+    """
+    found = [
+        classify(indices, scores, labels, [k], temperature, int(labels.max()) + 1)
+        for indices, scores, labels in _block_neighbors(
+            train_x, train_y, test_x, k, standardize, chunk, device, progress
+        )
+    ]
+    votes, predictions = (torch.stack(part, dim=1)[0] for part in zip(*found, strict=True))
+    return (votes[0], predictions[0]) if train_x.ndim == 2 else (votes, predictions)
+
+
+def _several(k: int | Sequence[int]) -> tuple[list[int], list[int]]:
+    """As a list, and sorted without repeats."""
+    ks = list(k) if isinstance(k, Sequence) else [k]
+    if not ks:
+        raise UserError("k must be a number or a list of at least one")
+    return ks, sorted(set(ks))
+
+
+def _test_labels(train_y: Tensor, test_x: Tensor | None, test_y: Tensor | None) -> Tensor | None:
+    if test_x is None and test_y is not None:
+        raise UserError("test labels without test features; leave both out for leave-one-out")
+    return train_y if test_x is None else test_y
+
+
+def _block_neighbors(train_x, train_y, test_x, k, standardize, chunk, device, progress):
+    """Yields each block's neighbors: indices [Q, k], float64 scores [Q, k], and the labels.
+
+    A block at a time, on the device, so that copies and votes of one block only are held.
+    """
+    alone = test_x is None
+    test_x = train_x if alone else test_x
+    _check_features(test_x, train_x)
+    train_y = check_labels(train_y, train_x, "train")
+    _check_k(k, test_x, train_x, alone)
+    device = device_for(device, test_x)
+    blocks = [(train_x, test_x)] if train_x.ndim == 2 else zip(train_x, test_x, strict=True)
+    total = 1 if train_x.ndim == 2 else len(train_x)
+    for train, test in tqdm(blocks, total=total, desc="k-NN", unit="block", disable=not progress):
+        train, test = train.to(device), test.to(device)
+        how = mean_and_scale(train) if standardize else (None, None)
+        if standardize and not how[0].isfinite().all():  # it would make NaN of the queries
+            raise UserError("the train features hold NaN or infinity")
+        search = _Search(k, alone, chunk=chunk, mean=how[0], scale=how[1])
+        yield *search(test, train), train_y.to(device)
+
+
+def classify(indices, scores, labels, ascending, temperature: float, n_classes: int | None):
+    """Votes float32 [S, Q, C] (None without n_classes) and predictions int64 [S, Q], on the CPU."""
+    if temperature <= 0:
+        raise UserError(f"temperature must be positive, not {temperature}")
+    width = n_classes or int(labels.max()) + 1
+    step = _chunk_rows(indices.device, 8 * width * (1 + len(ascending)))
+    votes, predictions = [], []
+    for some, close in zip(indices.split(step), scores.split(step), strict=True):
+        # Divided by the nearest neighbor's weight: the same winners, and no overflow.
+        weights_Qk = ((close - close[:, :1]) / temperature).exp()
+        classes_Qk = labels[some]
+        votes_QC = weights_Qk.new_zeros(len(weights_Qk), width)
+        start, winners, shares = 0, [], []
+        for k in ascending:  # each adds to the votes of the one before
+            votes_QC.scatter_add_(1, classes_Qk[:, start:k], weights_Qk[:, start:k])
+            winners.append(votes_QC.argmax(1))
+            if n_classes:
+                shares.append((votes_QC / votes_QC.sum(1, keepdim=True)).float())
+            start = k
+        predictions.append(torch.stack(winners).cpu())
+        votes += [torch.stack(shares).cpu()] if n_classes else []
+    return torch.cat(votes, dim=1) if n_classes else None, torch.cat(predictions, dim=1)
+
+
+# ---------------------------------------------------------------- what a graph tells
+
+
+def neighbor_agreement(a: Graph, b: Graph) -> Tensor:
+    """Mean share of neighbors that two graphs of the same queries and keys have in common.
+
+    Returns:
+        float32, [L] for graphs of [L, Q, k], a scalar for [Q, k]; 0 (none) to 1 (the same sets).
+
+    Raises:
+        ValueError: for graphs of different shapes.
+    """
+    if a.indices.shape != b.indices.shape:
+        raise UserError(
+            f"graphs of {list(a.indices.shape)} and {list(b.indices.shape)} cannot be compared"
+        )
+    if a.indices.ndim == 3:
+        return torch.stack([neighbor_agreement(a[l], b[l]) for l in range(len(a.indices))])
+    shared_Qk = (a.indices[:, :, None] == b.indices[:, None, :]).any(-1)
+    return shared_Qk.double().mean().float()
+
+
+def neighbor_accuracy(graph: Graph, labels: Tensor, query_labels: Tensor | None = None) -> Tensor:
+    """Mean share of neighbors that are of the query's class.
+
+    Args:
+        graph: [Q, k] or [L, Q, k].
+        labels: the keys' classes, int64 [K].
+        query_labels: int64 [Q]; left out when queries and keys are the same images.
+
+    Returns:
+        float32, [L] or a scalar.
+
+    Raises:
+        ValueError: for labels that do not match the graph.
+    """
+    labels = torch.as_tensor(labels)
+    query_labels = labels if query_labels is None else torch.as_tensor(query_labels)
+    if len(query_labels) != graph.indices.shape[-2]:
+        raise UserError(
+            f"{len(query_labels)} query labels do not match {graph.indices.shape[-2]} queries"
+        )
+    if int(graph.indices.max()) >= len(labels):
+        raise UserError(f"the graph names keys beyond the {len(labels)} labels")
+    same = labels[graph.indices] == query_labels[:, None]
+    return same.double().mean((-2, -1)).float()

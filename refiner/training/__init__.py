@@ -1,0 +1,1 @@
+"""Training: pretraining, heads and their loss, refining, fine-tuning, planning."""

@@ -1,0 +1,502 @@
+"""Fine-tuning: the whole encoder with a linear head, on all labels or on a few.
+
+The recipe is the one that masked-image models are compared with (BEiT, Bao et al. 2022, arXiv
+2106.08254; MAE, He et al. 2022, arXiv 2111.06377): AdamW with layer-wise decay of the learning
+rate, mixup, CutMix, label smoothing, stochastic depth and averaged weights, all of them timm's.
+RandAugment and random erasing are left out: crop, flip and mild colour jitter take their place.
+
+Everything random in a step depends on (seed, step) alone, so a resumed run equals an uninterrupted
+one. No test image is ever seen: a run is a function of the train images and the recipe.
+
+Shape legend: N images, B images of a batch, D encoder width, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from refiner.base.errors import UserError
+from refiner.base.settings import whole_numbers
+from refiner.base.tensors import constant, step_generator
+from refiner.images.sets import ImageSet
+from refiner.images.views import View, make_view
+from refiner.models.encoders import (
+    Encoder,
+    final_pooling,
+    has_class_token,
+    head_features,
+    preprocess,
+    preprocessing_card,
+    width,
+)
+from refiner.models.load import copy_model
+from refiner.probing.logistic import PENALTIES
+from refiner.probing.probes import linear_probe, shuffled_by_class
+from refiner.training.loop import (
+    Batches,
+    all_finite,
+    autocast,
+    batch_indices,
+    cosine_schedule,
+    keep_on,
+)
+from refiner.training.states import check_origin, load_state, origin, save_state, set_states_aside
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """How an encoder is fine-tuned.
+
+    Attributes:
+        epochs: passes over the train images.
+        least_steps: with few images, go on for at least so many steps.
+        batch: images a step; at most as many as there are, and an even number.
+        lr: peak learning rate of the head for a batch of 256; scaled linearly with the batch.
+        layer_decay: each block's learning rate is this share of the next one's.
+        weight_decay: of matrices; vectors, positions and tokens have none.
+        warmup: share of the steps with a rising learning rate.
+        mixup, cutmix: parameter of their Beta distributions; 0 turns one off. Each batch is mixed
+            by one of the two.
+        smoothing: share of the target that is spread over all classes.
+        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+        ema: largest decay of the averaged weights, which are the result; 0 takes the last weights.
+        crop: range of the random crop's share of the area.
+        ratio: range of its width / height.
+        flip: probability of a mirror image.
+        jitter: strength of brightness, contrast and saturation.
+        pooling: "cls" or "patch"; None takes what the model's final norm is made for.
+        head: "zero" starts all classes alike, as the published recipes do; "probe" starts from a
+            linear probe of the train images (Kumar et al. 2022, arXiv 2202.10054), for runs that
+            are too short to find a head as well.
+        seed: of everything random.
+    """
+
+    epochs: float = 50
+    least_steps: int = 0
+    batch: int = 512
+    lr: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    drop_path: float = 0.1
+    ema: float = 0.9999
+    crop: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.3
+    pooling: str | None = None
+    head: str = "zero"
+    seed: int = 0
+
+    @classmethod
+    def cpu(cls, **changes) -> FinetuneRecipe:
+        """A run of seconds to minutes on two cores: small steps, little augmentation."""
+        small = cls(epochs=2, batch=32, lr=2e-3, mixup=0.0, cutmix=0.0, drop_path=0.0, ema=0.99,
+                    crop=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.1, head="probe")  # fmt: skip
+        return replace(small, **changes)
+
+    @classmethod
+    def gpu(cls, **changes) -> FinetuneRecipe:
+        """The published recipes' values, for models of ViT-B's and ViT-L's size."""
+        return replace(cls(), **changes)
+
+    @classmethod
+    def low_shot(cls, preset: str = "gpu", **changes) -> FinetuneRecipe:
+        """For a few labels a class: no mixing of images, at least so many steps."""
+        few = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
+        few |= {"epochs": 8, "least_steps": 24} if preset == "cpu" else {"least_steps": 500}
+        return getattr(cls, preset)(**few | changes)
+
+
+# ---------------------------------------------------------------- the classifier
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear head on its pooled output after the final norm.
+
+    Args:
+        encoder: any encoder of the course; it becomes part of this module.
+        classes: int64 [C], the label of each output.
+        pooling: "cls" or "patch".
+    """
+
+    def __init__(self, encoder: Encoder, classes: Tensor, pooling: str):
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+        self.head = nn.Linear(width(encoder), len(classes))
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: all classes start alike
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("classes", classes)
+
+    def pooled(self, x_BCHW: Tensor) -> Tensor:
+        """What the head sees of normalised images, [B, D]."""
+        return head_features(self.encoder, x_BCHW, (-1,), pooling=self.pooling)[0]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images."""
+        return self.head(self.pooled(x_BCHW))
+
+    @torch.no_grad()
+    def start_from_probe(self, pixels, y_N: Tensor, *, seed: int = 0) -> None:
+        """Sets the head to a linear probe of the encoder as it is.
+
+        Args:
+            pixels: uint8 [N, 3, H, W].
+            y_N: places of the labels among the classes.
+            seed: of the part that chooses the penalty; with fewer than five images in a class
+                there is no such part, and the penalty is :func:`refiner.low_shot`'s.
+        """
+        device = self.head.weight.device
+        self.eval()
+        x_ND = _over_batches(self.pooled, self.encoder, pixels, device).float()
+        grid = PENALTIES if int(y_N.bincount().min()) >= 5 else (1e-2,)
+        probe = linear_probe(x_ND, y_N, x_ND[:1], y_N[:1], penalties=grid, seed=seed, device=device)
+        self.head.weight.copy_(probe.weights.T)
+        self.head.bias.copy_(probe.bias)
+
+
+def _over_batches(function, encoder: Encoder, pixels, device: torch.device,
+                  batch: int = 256) -> Tensor:  # fmt: skip
+    """A function of normalised images, batch by batch under autocast, joined."""
+    card, found = preprocessing_card(encoder), []
+    for start in range(0, len(pixels), batch):
+        x = preprocess(pixels[start : start + batch].to(device), card)
+        with autocast(device):
+            found.append(function(x))
+    return torch.cat(found)
+
+
+@dataclass
+class Finetuned:
+    """What :func:`finetune` returns.
+
+    Attributes:
+        model: the :class:`Classifier` with averaged weights, eval mode.
+        history: "step", "loss", "lr" and "seconds" of some steps.
+        recipe: how it was made.
+    """
+
+    model: Classifier
+    history: list[dict]
+    recipe: FinetuneRecipe
+
+    @torch.no_grad()
+    def predict(self, images: ImageSet | Tensor, *, batch: int = 256) -> Tensor:
+        """Labels, int64 [N] on the CPU, of an ImageSet or uint8 [N, 3, H, W]."""
+        pixels = images.images if isinstance(images, ImageSet) else images
+        device = self.model.head.weight.device
+        place = _over_batches(lambda x: self.model(x).argmax(1), self.model.encoder, pixels,
+                              device, batch)  # fmt: skip
+        return self.model.classes[place].cpu()
+
+    def accuracy(self, images: ImageSet) -> float:
+        """Share of an ImageSet's labels that are predicted."""
+        return float((self.predict(images) == images.labels.cpu()).double().mean())
+
+
+# ---------------------------------------------------------------- training
+
+
+def finetune(
+    model: Encoder,
+    images: ImageSet,
+    *,
+    recipe: FinetuneRecipe | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    save_every: int = 500,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Finetuned:
+    """Trains a copy of an encoder and a linear head to tell classes apart.
+
+    Args:
+        model: the encoder; it stays as it is.
+        images: train images with labels.
+        recipe: default :meth:`FinetuneRecipe.cpu` on a CPU, else :meth:`FinetuneRecipe.gpu`.
+        out: a folder for the training state; without it nothing is written. The state of an
+            earlier run there becomes ``finetune.old.pt``.
+        resume: go on from the state in ``out``, with the same model and images.
+        save_every: steps between saved states.
+        device: default CUDA if there is one, else the CPU. On CUDA products are bf16.
+        progress: show a bar with the loss and the remaining time.
+
+    Returns:
+        A :class:`Finetuned`.
+
+    Raises:
+        ValueError: without labels, with fewer than two classes, for a pooling that the model does
+            not have or a recipe that does not work; to resume with another model, other images or
+            another recipe.
+        FloatingPointError: when the loss or a weight is no longer finite; the last saved state is
+            kept.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = recipe or getattr(FinetuneRecipe, "cpu" if device.type == "cpu" else "gpu")()
+    run = _Run(model, images, recipe, device, Path(out) if out else None)
+    if out or resume:
+        run.origin = origin(images, model)
+    if resume:
+        run.restore()
+    elif out:
+        set_states_aside(run.out / "finetune.pt")
+    with tqdm(total=run.steps, initial=run.done, desc="fine-tuning", unit="step",
+              leave=None, disable=not progress) as bar:  # fmt: skip
+        run.train(bar, save_every)
+    averaged = run.ema.module if recipe.ema else run.model
+    return Finetuned(averaged.eval(), run.history, recipe)
+
+
+class _Run:
+    """A run's state: what one step hands to the next."""
+
+    def __init__(self, model: Encoder, images: ImageSet, recipe: FinetuneRecipe,
+                 device: torch.device, out: Path | None):  # fmt: skip
+        recipe = _checked(recipe)
+        classes, y_N = _classes(images)
+        pooling = _pooling(model, recipe)
+        self.recipe, self.device, self.out = recipe, device, out
+        with _random(recipe.seed, 0, device):
+            self.model = Classifier(copy_model(model), classes, pooling).to(device)
+        if recipe.head == "probe":
+            self.model.start_from_probe(images.images, y_N, seed=recipe.seed)
+        set_drop_path(self.model.encoder, recipe.drop_path)
+        self.batch = min(recipe.batch, len(images)) // 2 * 2
+        per_epoch = len(images) // self.batch
+        self.steps = max(1, round(recipe.epochs * per_epoch), recipe.least_steps)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, recipe), lr=recipe.lr, fused=device.type == "cuda"
+        )
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True)
+        self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing,
+                         num_classes=len(classes))  # fmt: skip
+        self.mix.mixup_enabled = recipe.mixup > 0 or recipe.cutmix > 0
+        self.loss = SoftTargetCrossEntropy()
+        self.view = _view(preprocessing_card(model)["preprocessing"]["size"], recipe)
+        self.labels = y_N.to(device)
+        # Not self.index: a cycle would keep the weights of finished runs on the device.
+        index = partial(_indices, len(images), self.batch, recipe.seed)
+        self.batches = Batches(keep_on(device, images.images), index, device, steps=self.steps)
+        self.history: list[dict] = []
+        self.origin: dict | None = None  # what tells another model or other images
+        self.done, self.before, self.began = 0, 0.0, time.monotonic()
+
+    def index(self, step: int) -> Tensor:
+        """Which images a step sees, int64 [B]."""
+        return _indices(len(self.labels), self.batch, self.recipe.seed, step)
+
+    def train(self, bar: tqdm, save_every: int) -> None:
+        try:
+            for step in range(self.done, self.steps):
+                self.one_step(step, bar)
+                self.done = step + 1
+                bar.update()
+                if self.out and (self.done % save_every == 0 or self.done == self.steps):
+                    self.save()
+        finally:
+            self.batches.close()
+
+    def one_step(self, step: int, bar: tqdm) -> None:
+        lr = self.set_rate(step)
+        self.model.train()
+        with _random(self.recipe.seed, step, self.device), autocast(self.device):
+            x, target = self.mixed(step)
+            loss = self.loss(self.model(x).float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.recipe.ema:
+            self.ema.update(self.model, step=step + 2)  # timm's first update is a plain copy
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == self.steps:
+            self.log(float(loss.detach()), lr, step + 1, bar)
+
+    def mixed(self, step: int) -> tuple[Tensor, Tensor]:
+        """A step's normalised images [B, 3, S, S] and soft targets [B, C]."""
+        generator = step_generator(self.recipe.seed, step, self.device)
+        x = make_view(self.batches[step], self.view, generator)
+        how = preprocessing_card(self.model.encoder)["preprocessing"]
+        mean, std = (constant(tuple(how[k]), self.device)[:, None, None] for k in ("mean", "std"))
+        return self.mix(
+            (x - mean) / std, self.labels[self.index(step).to(self.device, non_blocking=True)]
+        )
+
+    def set_rate(self, step: int) -> float:
+        recipe, peak = self.recipe, self.recipe.lr * self.batch / 256
+        warmup = math.ceil(recipe.warmup * self.steps)
+        lr = cosine_schedule(step, total=self.steps, warmup=warmup, peak=peak)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        return lr
+
+    def log(self, loss: float, lr: float, step: int, bar: tqdm) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate")
+        seconds = round(self.before + time.monotonic() - self.began, 3)
+        self.history.append({"step": step, "loss": loss, "lr": lr, "seconds": seconds})
+        bar.set_postfix(loss=f"{loss:.3f}")
+
+    def save(self) -> None:
+        if not all_finite(self.model):
+            raise FloatingPointError(
+                f"a weight is no longer finite at step {self.done}: lower the learning rate"
+            )
+        state = {
+            "done": self.done, "recipe": asdict(self.recipe), "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "history": self.history, "origin": self.origin,
+        }  # fmt: skip
+        save_state(self.out / "finetune.pt", state)
+
+    def restore(self) -> None:
+        state = load_state((self.out or Path(".")) / "finetune.pt")
+        if state["recipe"] != asdict(self.recipe):
+            raise UserError(f"cannot resume {self.out}: it was made with another recipe")
+        check_origin(state.get("origin"), self.origin, self.out)
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history[:], self.done = state["history"], state["done"]
+        self.before = self.history[-1]["seconds"] if self.history else 0.0
+
+
+def _indices(n: int, batch: int, seed: int, step: int) -> Tensor:
+    return batch_indices(n, batch, seed=seed, step=step)
+
+
+def _checked(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The recipe with whole numbers, if a run can follow it."""
+    recipe = whole_numbers(recipe)
+    for name, low in {"batch": 2, "epochs": 0, "least_steps": 0, "seed": 0}.items():
+        if not low <= getattr(recipe, name) < math.inf:  # also for NaN
+            raise UserError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
+    return recipe
+
+
+def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """The labels that occur, and each image's place among them, int64 [N]."""
+    if images.labels is None:
+        raise UserError("fine-tuning needs labels; give a folder with one sub-folder a class")
+    classes, y_N = images.labels.cpu().unique(return_inverse=True)
+    if len(classes) < 2:
+        raise UserError("fine-tuning needs at least two classes")
+    return classes, y_N
+
+
+def _pooling(model: Encoder, recipe: FinetuneRecipe) -> str:
+    pooling = recipe.pooling or final_pooling(model)
+    if pooling not in ("cls", "patch") or (pooling == "cls" and not has_class_token(model)):
+        raise UserError(f"this model cannot be pooled by {pooling!r}")
+    return pooling
+
+
+def _view(size: int, recipe: FinetuneRecipe) -> View:
+    strength = recipe.jitter
+    return View(size=size, scale=recipe.crop, ratio=recipe.ratio, flip=recipe.flip,
+                jitter=float(strength > 0), brightness=strength, contrast=strength,
+                saturation=strength, hue=0.0, gray=0.0)  # fmt: skip
+
+
+@contextmanager
+def _random(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """torch's and numpy's global draws of a step; afterwards both are as they were.
+
+    timm's mixup and stochastic depth draw from them.
+    """
+    before = np.random.get_state()
+    drawn = np.random.SeedSequence([seed, step, 7]).generate_state(1)[0]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(drawn))
+        np.random.seed(drawn)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
+
+
+def set_drop_path(model: Encoder, rate: float) -> None:
+    """Stochastic depth that rises linearly over the blocks (Huang et al. 2016, arXiv 1603.09382).
+
+    Args:
+        model: changed in place.
+        rate: of the last block; the first has none.
+    """
+    depth = len(model.blocks)
+    for i, block in enumerate(model.blocks):
+        share = rate * i / max(1, depth - 1)
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                setattr(block, name, DropPath(share) if share else nn.Identity())
+
+
+def parameter_groups(model: Classifier, recipe: FinetuneRecipe) -> list[dict]:
+    """AdamW's groups with layer-wise decay: the head at the full rate, the last block below it.
+
+    timm gives the last block of an encoder without a head the full rate, so its scales are taken
+    one step down. It counts the final norm to the last block.
+    """
+    encoder = model.encoder
+    groups = param_groups_layer_decay(
+        encoder, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+        no_weight_decay_list=encoder.no_weight_decay(),
+    )  # fmt: skip
+    head = [
+        {"params": [model.head.weight], "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
+        {"params": [model.head.bias], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    below = [
+        {"params": g["params"], "weight_decay": g["weight_decay"],
+         "lr_scale": g["lr_scale"] * recipe.layer_decay}
+        for g in groups
+    ]  # fmt: skip
+    return below + head
+
+
+# ---------------------------------------------------------------- few labels
+
+
+def few_labels(images: ImageSet, size: float, *, draw: int = 0, seed: int = 0) -> ImageSet:
+    """The labelled images of one draw, those that :func:`refiner.low_shot` takes.
+
+    Args:
+        images: train images with labels.
+        size: labels a class if a whole number from 1 on, else a share of each class, at least one.
+        draw, seed: which draw.
+
+    Returns:
+        The chosen images.
+
+    Raises:
+        ValueError: without labels, or for a size that the smallest class does not have.
+    """
+    _, y_N = _classes(images)
+    groups = shuffled_by_class(y_N, np.random.default_rng([seed, draw]))
+    share = size < 1
+    counts = [max(1, round(size * len(g))) if share else int(size) for g in groups]
+    if size <= 0 or (not share and (size != int(size) or size > min(map(len, groups)))):
+        raise UserError(
+            f"{size} labels a class cannot be drawn: give a share below 1, or a whole number up to "
+            f"{min(map(len, groups))}, the images of the smallest class"
+        )
+    chosen = np.concatenate([g[:n] for g, n in zip(groups, counts, strict=True)])
+    return images[torch.from_numpy(np.sort(chosen))]

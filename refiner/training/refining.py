@@ -1,0 +1,783 @@
+"""MIM-Refiner: turn a masked-image model into one whose last blocks know what they see.
+
+Alkin et al. 2025, arXiv 2402.10093. Instance-discrimination heads are attached to several late
+blocks. Stage 2 trains the heads on the frozen encoder (stage 1 was the masked pretraining);
+stage 3 trains the encoder with them. Views → blocks → heads → NNA loss; the queue feeds neighbors.
+What is done is decided in :mod:`refiner.training.recipe`; several processes share it by
+:mod:`refiner.base.parallel`.
+
+Shape legend: T heads, V views, G global views, B samples, N tokens or images, D encoder width, O
+output width, K patches kept or epochs whose features are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from refiner.base import parallel
+from refiner.base.errors import UserError
+from refiner.base.files import write_json
+from refiner.base.places import data_folder, machine
+from refiner.base.tensors import constant, draw, step_generator
+from refiner.images.streams import ImageStream, StreamBatches
+from refiner.images.views import make_views
+from refiner.models.encoders import Encoder, allow_any_size, freeze_first, head_features
+from refiner.models.load import copy_model, read_checkpoint
+from refiner.models.save import check_savable, save_model
+from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.training.loop import (
+    EMA,
+    Batches,
+    Stop,
+    autocast,
+    batch_indices,
+    compile_blocks,
+    cosine_schedule,
+    repeated_indices,
+    save_is_due,
+    stopper,
+)
+from refiner.training.recipe import (
+    Recipe,
+    complete_recipe,
+    head_loss_weights,
+    recipe_dict,
+    recipe_from,
+    swap_chance,
+)
+from refiner.training.states import check_origin, load_state, origin, save_state, set_states_aside
+from refiner.training.watch import Guard, plain_numbers
+
+# What a resumed run may do otherwise than before, as after a loss that was not finite.
+CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
+
+
+def draw_patches(views: int, batch: int, patches: int, keep: float, *,
+                 generator: torch.Generator | None = None, rows: tuple[int, int] | None = None,
+                 device: torch.device | None = None) -> Tensor:  # fmt: skip
+    """Random patches that stay, int64 [views * B, K], other ones for each view and sample."""
+    first, total = rows or (0, batch)
+    chance_VBN = draw(views, total, patches, generator=generator)[:, first : first + batch]
+    count = max(1, round(patches * keep))
+    return chance_VBN.flatten(0, 1).argsort(dim=1)[:, :count].to(device)
+
+
+def view_features(
+    model: Encoder,
+    views: list[Tensor],
+    recipe: Recipe,
+    *,
+    frozen_blocks: int,
+    generator: torch.Generator | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """Features of all views, [T, V, B, D]; views of one size share a forward pass."""
+    groups: dict[tuple[int, float], list[int]] = {}
+    for position, spec in enumerate(recipe.views):
+        groups.setdefault((spec.size, spec.keep), []).append(position)
+    features: list[Tensor] = [torch.empty(0)] * len(views)
+    for (size, keep), members in groups.items():
+        batch = torch.cat([views[m] for m in members])
+        kept_BK = None
+        if keep < 1:
+            patches = (size // model.patch_embed.patch_size[0]) ** 2
+            kept_BK = draw_patches(len(members), len(views[0]), patches, keep,
+                                   generator=generator, rows=rows, device=batch.device)  # fmt: skip
+        out_TMD = head_features(
+            model, batch, recipe.blocks, pooling=recipe.pooling, kept_BK=kept_BK,
+            frozen_blocks=frozen_blocks, recompute=recipe.checkpoint,
+        )  # fmt: skip
+        for member, chunk in zip(members, out_TMD.chunk(len(members), dim=1), strict=True):
+            features[member] = chunk
+    return torch.stack(features, dim=1)
+
+
+# ---------------------------------------------------------------- one step
+
+
+@dataclass
+class Step:
+    """Loss and observations of one step: all [T] tensors on the device.
+
+    Attributes:
+        loss: NNA loss of this process's samples.
+        similarity: mean cosine similarity of the neighbors.
+        neighbor_accuracy: share of neighbors with their query's label; None without labels.
+        age: how many steps ago the neighbors entered the queue, in the mean.
+        spread: standard deviation of the normalised projections over samples, times √O: 1 when
+            they point everywhere, 0 when all are the same.
+    """
+
+    loss: Tensor
+    similarity: Tensor
+    neighbor_accuracy: Tensor | None
+    age: Tensor
+    spread: Tensor
+
+
+def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int,
+                   generator: torch.Generator) -> Tensor:  # fmt: skip
+    """Pooled features of the views of one batch, [T, V, b, D].
+
+    Args:
+        pixels: uint8 [b, 3, H, W] on the device; with several processes, this one's rows.
+        stage: 2 keeps the encoder out of the graph.
+        total: images of the whole batch.
+        generator: of views and dropped patches.
+    """
+    rows = parallel.rows(total)[0], total
+    pre = model.refiner_card["preprocessing"]
+    mean, std = (constant(tuple(pre[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
+    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator, rows=rows)]
+    frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
+    with torch.no_grad() if stage == 2 else nullcontext():
+        return view_features(
+            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
+        )
+
+
+def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | None, ids: Tensor,
+                recipe: Recipe, *, stage: int, swap_chance: float, generator: torch.Generator,
+                labels: Tensor | None = None, features: Tensor | None = None) -> Step:  # fmt: skip
+    """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
+
+    With several processes each hands in its rows of the batch and the ids of the whole one. The
+    batch's loss is the mean of the processes' losses, its gradient the mean of their gradients.
+
+    Args:
+        pixels: uint8 [b, 3, H, W] on the device.
+        ids: int64 [B] sample ids on the device; b = B with one process.
+        stage: 2 keeps the encoder out of the graph.
+        swap_chance: probability that a sample's target is swapped for its neighbor.
+        generator: of views and draws; on the device it is fastest.
+        labels: int64 [all samples] on the device; only watched, never learned from.
+        features: what :func:`batch_features` gave, in place of the pixels.
+    """
+    first, count = parallel.rows(len(ids))
+    own = ids[first : first + count]
+    x_TVBD = features
+    if x_TVBD is None:
+        x_TVBD = batch_features(
+            model, pixels, recipe, stage=stage, total=len(ids), generator=generator
+        )
+    z_TVBO, p_TVBO = heads(x_TVBD)
+    # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
+    with torch.autocast(z_TVBO.device.type, enabled=False):
+        found, targets, loss_T = _aligned(
+            z_TVBO.detach().float(), p_TVBO, queue, ids, recipe, swap_chance,
+            k=1 if stage == 2 else recipe.top_k, generator=generator,
+        )  # fmt: skip
+    step = Step(loss_T, found.similarity.mean(dim=1),
+                _right(found, queue, labels, own, recipe.global_views),
+                _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
+    queue.push(parallel.gather(targets[:, 0], dim=1), ids)
+    return step
+
+
+def _aligned(z_TVBO: Tensor, p_TVBO: Tensor, queue: NeighborQueue, ids: Tensor, recipe: Recipe,
+             swap_chance: float, *, k: int, generator: torch.Generator):  # fmt: skip
+    """Projections and predictions → neighbors of the global views, these views, NNA loss [T]."""
+    t, _, b, o = z_TVBO.shape
+    g, (first, _) = recipe.global_views, parallel.rows(len(ids))
+    targets = z_TVBO[:, :g]
+    found = queue.lookup(
+        targets.reshape(t, g * b, o), ids[first : first + b], k=k, generator=generator,
+        rows=(first, len(ids)),
+    )  # fmt: skip
+    neighbors = found.vectors.reshape(t, g, b, o)
+    if recipe.swap == "none":
+        swap_chance = 0.0
+    if swap_chance < 1:
+        chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
+        swapped = chance[:, :, first : first + b] < swap_chance
+        neighbors = torch.where(swapped, neighbors, targets)
+    loss_T = nna_loss(
+        parallel.gather(p_TVBO, dim=2).float(), targets, neighbors, first=first, per_head=True,
+        temperature=recipe.temperature,
+        swap_negatives=neighbors if recipe.swap == "both" else None,
+    )  # fmt: skip
+    return found, targets, loss_T
+
+
+def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):
+    """Share of the neighbors with their query's label, [T]."""
+    if labels is None:
+        return None
+    same = labels[queue.ids[found.positions]] == labels[own].repeat(g)
+    return (same & (found.positions >= 0)).float().mean(dim=1)
+
+
+def _age(found, queue: NeighborQueue) -> Tensor:
+    """Steps since the neighbors were pushed, [T]; a query that found nobody counts 0."""
+    age_TM = queue.pushes - queue.born[found.positions]
+    return torch.where(found.positions >= 0, age_TM, 0).float().mean(dim=1)
+
+
+def _spread(z_TBO: Tensor) -> Tensor:
+    deviation_TO = F.normalize(z_TBO, dim=-1).std(dim=1, correction=0)
+    return deviation_TO.mean(dim=1) * math.sqrt(z_TBO.shape[-1])
+
+
+# ---------------------------------------------------------------- the two stages
+
+
+@dataclass
+class Refined:
+    """What :func:`refine` returns.
+
+    Attributes:
+        model: the refined encoder (averaged weights), eval mode; the input model is untouched.
+        heads: the trained heads.
+        queue: the neighbor queue as it was at the end.
+        history: one dict per logged step: stage, step, loss, similarity, age, spread (see
+            :class:`Step`) and neighbor_accuracy per head (None without labels), lr, seconds, and
+            what ``evaluate`` returned.
+        recipe: with blocks and pooling filled in.
+        steps: taken in both stages together; fewer than the recipe's where the run was stopped.
+    """
+
+    model: Encoder
+    heads: IDHeads
+    queue: NeighborQueue
+    recipe: Recipe
+    history: list[dict] = field(default_factory=list)
+    steps: int = 0
+
+
+def refine(
+    model: Encoder,
+    images,
+    *,
+    recipe: Recipe | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    evaluate: Callable[[Encoder], dict] | None = None,
+    evaluate_every: int = 0,
+    watch: Sequence[Callable[[list[dict]], None]] = (),
+    save_every: int | None = None,
+    log_every: int = 10,
+    stop: Stop = None,
+    heads: IDHeads | None = None,
+    queue: NeighborQueue | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Refined:
+    """Refines a masked-image model with ID heads and Nearest Neighbor Alignment.
+
+    Called in several processes at once (``accelerate launch``, ``torchrun``, or accelerate's
+    ``notebook_launcher``), with the same arguments in each, they share every batch and end with the
+    same model; the first one writes.
+
+    Args:
+        model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
+        images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.images.streams`).
+            Labels are only used to watch the neighbors.
+        recipe: default :meth:`Recipe.cpu`.
+        out: folder for the refined model, heads, ``history.json`` and the training state, of which
+            the last two are kept. The state of an earlier run there becomes
+            ``state.old.pt``.
+        resume: go on from the state in ``out``, with the same model and images; ``lr``,
+            ``head_lr``, ``clip``, ``checkpoint`` and ``compile`` may be others than before.
+        evaluate: called with the averaged encoder; its dict of numbers goes into the history
+            (:func:`refiner.training.watch.online_knn` makes one), with None for what is not finite.
+        evaluate_every: steps of stage 3 between evaluations, which are logged too; 0 evaluates
+            never.
+        watch: each is called with the history after every logged step
+            (:class:`refiner.visuals.live.LiveFigure`, :class:`refiner.training.watch.TensorBoard`).
+        save_every: steps between saved states; by default every 100th, if the last was a minute
+            ago: a state is large, and a GPU waits while it is written. The last step is always
+            saved.
+        log_every: steps.
+        stop: ends the run before its last step: a function that is asked before each step and says
+            True to stop, or a moment of ``time.monotonic()``. What is returned and saved then is
+            the average of that moment; ``resume`` goes on from there. Of several processes the
+            first is asked.
+        heads, queue: trained ones to go on from, such as :func:`load_heads` gives, instead of fresh
+            heads and an empty queue; they are copied.
+        device: default CUDA if there is one, else CPU.
+        progress: show a bar with the loss, the neighbors' accuracy and the remaining time.
+
+    Returns:
+        A :class:`Refined`.
+
+    Raises:
+        ValueError: for data, recipes, heads or a queue that do not fit and, with ``out``, for a
+            model that cannot be saved, before training starts.
+        TypeError: when ``evaluate`` returns other things than numbers.
+        FloatingPointError: when the loss is no longer finite.
+        refiner.training.watch.Collapse: when all projections became the same. Both keep the saved
+        states.
+    """
+    device = parallel.join(device)
+    if evaluate_every and evaluate is None:
+        raise UserError(
+            "evaluate_every needs an evaluate, such as refiner.training.watch.online_knn makes"
+        )
+    recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    if not recipe.head_steps + recipe.steps:
+        raise UserError("head_steps and steps are both 0: there is nothing to train")
+    run = begin(model, recipe, device, heads=heads, queue=queue)
+    check_ids(run.queue, images)
+    if out:
+        check_savable(run.model)
+    trainer = Trainer(
+        run, images, out, evaluate, evaluate_every, save_every, log_every, device, watch, stop
+    )
+    if out or resume:
+        trainer.origin = origin(images, model)
+    if out and parallel.rank() == 0:
+        for rest in Path(out).glob(".state*"):  # half a state, of a run that was killed
+            rest.unlink()
+        if not resume:
+            set_states_aside(Path(out) / "state.pt")
+    if resume:
+        trainer.restore()
+    total = recipe.head_steps + recipe.steps
+    with tqdm(total=total, initial=trainer.done, desc="refining", unit="step", mininterval=1.0,
+              disable=not progress or parallel.rank() > 0) as bar:  # fmt: skip
+        trainer.train(bar)
+    trainer.ema.copy_to(run.model)
+    run.steps = trainer.done
+    run.model = copy_model(run.model) if recipe.compile else run.model  # a copy is not compiled
+    run.model.eval()
+    if out and parallel.rank() == 0:
+        save_refined(run, Path(out), model)
+    parallel.wait()
+    return run
+
+
+def begin(
+    model: Encoder,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    heads: IDHeads | None = None,
+    queue: NeighborQueue | None = None,
+) -> Refined:
+    """A run before its first step: copies of the encoder and of the heads and queue, if given.
+
+    Without them the heads are fresh and the queue is empty.
+
+    Raises:
+        ValueError: for heads or a queue of other sizes than the recipe's.
+    """
+    student = allow_any_size(copy_model(model)).to(device).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        new_heads = IDHeads(
+            len(recipe.blocks),
+            student.embed_dim,
+            hidden=recipe.hidden,
+            predictor_hidden=recipe.predictor_hidden,
+            out=recipe.out,
+        )
+    new_queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+    for name, new, given in (("heads", new_heads, heads), ("queue", new_queue, queue)):
+        if given is not None:
+            _copy_weights(name, given, new)
+    if recipe.compile:
+        compile_blocks(student.blocks)
+    return Refined(student, new_heads.to(device).train(), new_queue.to(device), recipe)
+
+
+def _copy_weights(name: str, given: nn.Module, new: nn.Module) -> None:
+    """Weights and averages of the heads or the queue, if they have the recipe's sizes."""
+    theirs, ours = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (given, new))
+    if theirs != ours:
+        key = next(k for k in ours if theirs.get(k) != ours[k])
+        raise UserError(
+            f"the {name} given do not fit the recipe and the model: {key} is {theirs.get(key)}, "
+            f"not {ours[key]}; use the recipe that they were made with"
+        )
+    new.load_state_dict(given.state_dict())
+
+
+def check_ids(queue: NeighborQueue, images) -> None:
+    """Refuses a queue of other images, whose ids would have no labels here.
+
+    Raises:
+        ValueError: for an id that no image has.
+    """
+    pixels = getattr(images, "images", images)
+    largest = int(queue.ids.max())
+    if not isinstance(pixels, ImageStream) and largest >= len(pixels):
+        raise UserError(
+            f"the queue given holds image {largest}, but there are only {len(pixels)} images; "
+            "give the images that it was filled with, or no queue"
+        )
+
+
+class Trainer:
+    """The loop's state: what one step hands to the next, and what a checkpoint holds."""
+
+    def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=None,
+                 log_every=10, device="cpu", watch=(), stop=None):  # fmt: skip
+        self.run, self.out = run, Path(out) if out else None
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.save_every, self.log_every, self.device = save_every, log_every, torch.device(device)
+        self.watch, self.guard = watch, Guard(run.recipe, self.out)
+        self.is_over = stopper(stop)
+        recipe = run.recipe
+        first, count = parallel.rows(recipe.batch)
+        self.mine = slice(first, first + count)
+        self.total = recipe.head_steps + recipe.steps
+        self.batches = self.open(getattr(images, "images", images), count)
+        labels = getattr(images, "labels", None)
+        self.labels = None if labels is None else labels.to(device)
+        self.ema = EMA(run.model, recipe.ema)
+        self.done, self.before, self.began = 0, 0.0, time.monotonic()
+        self.saved = self.began  # when
+        self.origin: dict | None = None  # what tells another model or other images
+        self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
+        self.kept_steps: set[int] = set()
+        self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
+
+    def open(self, pixels, count: int) -> Batches | StreamBatches:
+        """This process's images of each step."""
+        if isinstance(pixels, ImageStream):
+            parallel.check_same(pixels.shards, "the number of shards")
+            return StreamBatches(
+                pixels, count, self.device, seed=self.run.recipe.seed, rank=parallel.rank(),
+                world=parallel.world(), steps=self.total,
+            )  # fmt: skip
+        parallel.check_same(len(pixels), "the number of images")
+        # Without the trainer: a cycle would keep the weights of finished ones on the device.
+        recipe, n, mine = self.run.recipe, len(pixels), self.mine
+        return Batches(
+            pixels.to(self.device) if isinstance(pixels, Tensor) else pixels,
+            lambda step: _indices(recipe, n, step)[mine], self.device, steps=self.total,
+        )  # fmt: skip
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images of a step, and the sample ids of the whole batch."""
+        if isinstance(self.batches, StreamBatches):
+            pixels, own = self.batches[step]
+            return pixels, parallel.gather(own.to(self.device, non_blocking=True))
+        ids = self.indices(step).to(self.device, non_blocking=True)
+        return self.batches[step], ids
+
+    def indices(self, step: int) -> Tensor:
+        """The whole batch of a step, the same in every process."""
+        return _indices(self.run.recipe, len(self.batches.pixels), step)
+
+    def train(self, bar) -> None:
+        try:
+            if self.run_stage(2, bar):
+                self.run_stage(3, bar)
+        finally:
+            self.batches.close()
+
+    def run_stage(self, stage: int, bar) -> bool:
+        """Takes the stage's steps; False when it was stopped before the last of them."""
+        recipe = self.run.recipe
+        first = 0 if stage == 2 else recipe.head_steps
+        steps = recipe.head_steps if stage == 2 else recipe.steps
+        if stage == 3:
+            self.optimizers.pop(2, None)  # its averages are as large as the heads, twice
+            self.kept_KNTVD = None
+        for step in range(max(self.done - first, 0), steps):
+            if self.is_over():
+                if self.out:
+                    self.save()
+                return False
+            self.one_step(stage, step, steps, bar)
+            self.done = first + step + 1
+            bar.update()
+            if self.out and save_is_due(self.done, self.total, self.save_every, self.saved):
+                self.save()
+                self.saved = time.monotonic()
+        return True
+
+    def one_step(self, stage: int, step: int, steps: int, bar) -> None:
+        run, recipe = self.run, self.run.recipe
+        run.model.train(stage == 3)
+        optimizer = self.optimizers[stage]
+        lr = self.set_rate(optimizer, stage, step, steps)
+        result = self.forward(stage, step)
+        weights = None if stage == 2 else head_loss_weights(recipe, step)
+        loss_T = result.loss
+        if weights is not None:
+            loss_T = loss_T * torch.tensor(weights).to(loss_T.device, non_blocking=True)
+        optimizer.zero_grad(set_to_none=True)
+        loss_T.sum().backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parallel.average_gradients(parameters)
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        if stage == 3:
+            self.ema.update(run.model)
+        last = step + 1 == steps
+        evaluates = self.evaluate_every and stage == 3
+        due = evaluates and ((step + 1) % self.evaluate_every == 0 or last)
+        if (step + 1) % self.log_every == 0 or last or due:  # results belong to their own step
+            self.log(result, stage, step + 1, lr, bar)
+        if due:
+            self.evaluate_average()
+
+    def set_rate(self, optimizer, stage: int, step: int, steps: int) -> float:
+        """Sets the step's learning rate and returns it (the heads')."""
+        recipe = self.run.recipe
+        peak = (recipe.head_lr if stage == 2 else recipe.lr) * (recipe.batch / 256)
+        share = recipe.warmup
+        if stage == 2 and recipe.head_warmup is not None:
+            share = recipe.head_warmup
+        warmup = int(share * steps + 1e-6)  # 4 / 30 of 30 epochs are 4 epochs, rounding or not
+        lr = cosine_schedule(step, total=steps, warmup=warmup, peak=peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def forward(self, stage: int, step: int) -> Step:
+        run, recipe = self.run, self.run.recipe
+        pixels = features = None
+        with autocast(self.device):
+            if stage == 2 and recipe.cached_views:
+                features, ids = self.kept_features(self.done)
+            else:
+                pixels, ids = self.batch(self.done)
+            return refine_step(
+                run.model, run.heads, run.queue, pixels, ids, recipe,
+                stage=stage, swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
+                generator=self.generator(self.done), labels=self.labels, features=features,
+            )  # fmt: skip
+
+    def generator(self, step: int) -> torch.Generator:
+        return step_generator(self.run.recipe.seed, step, self.device)
+
+    def kept_features(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features [T, V, b, D] of a step's views and the batch's ids, computed or found again."""
+        recipe = self.run.recipe
+        per_epoch = len(self.batches.pixels) // recipe.batch
+        epoch = step // per_epoch
+        if epoch < recipe.cached_views:
+            return self.keep_features(step)
+        for earlier in range(recipe.cached_views * per_epoch):
+            if earlier not in self.kept_steps:  # in a resumed run
+                self.keep_features(earlier)
+        ids = self.indices(step).to(self.device, non_blocking=True)
+        x_BTVD = self.kept_KNTVD[epoch % recipe.cached_views, ids[self.mine]]
+        return x_BTVD.permute(1, 2, 0, 3), ids
+
+    def keep_features(self, step: int) -> tuple[Tensor, Tensor]:
+        recipe, n = self.run.recipe, len(self.batches.pixels)
+        pixels, ids = self.batch(step)
+        x_TVBD = batch_features(self.run.model, pixels, recipe, stage=2, total=len(ids),
+                                generator=self.generator(step))  # fmt: skip
+        t, v, _, d = x_TVBD.shape
+        if self.kept_KNTVD is None:
+            self.kept_KNTVD = x_TVBD.new_empty(recipe.cached_views, n, t, v, d)
+        everyone = parallel.gather(x_TVBD, dim=2).permute(2, 0, 1, 3)
+        self.kept_KNTVD[step // (n // recipe.batch), ids] = everyone
+        self.kept_steps.add(step)
+        return x_TVBD, ids
+
+    def log(self, result: Step, stage: int, step: int, lr: float, bar) -> None:
+        names = [f.name for f in fields(Step) if getattr(result, f.name) is not None]
+        seen = torch.stack([getattr(result, name).detach().float() for name in names])
+        entry = {"stage": stage, "step": step, "loss": None, "similarity": None,
+                 "neighbor_accuracy": None}  # fmt: skip
+        entry |= dict(zip(names, parallel.average(seen).tolist(), strict=True))
+        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 3)}
+        self.guard.check(entry)
+        self.run.history.append(entry)
+        shown = {"stage": stage, "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}
+        if entry["neighbor_accuracy"] is not None:
+            shown["neighbors right"] = f"{entry['neighbor_accuracy'][-1]:.0%}"
+        bar.set_postfix(shown)
+        if parallel.rank() == 0:
+            for watcher in self.watch:
+                watcher(self.run.history)
+
+    def evaluate_average(self) -> None:
+        """Runs the user's evaluation on the averaged weights, then puts the trained ones back."""
+        if parallel.rank():
+            return
+        model = self.run.model
+        trained = {k: v.clone() for k, v in model.state_dict().items()}
+        self.ema.copy_to(model)
+        model.eval()
+        self.run.history[-1] |= plain_numbers(self.evaluate(model))
+        model.load_state_dict(trained)
+        for watcher in self.watch:
+            watcher(self.run.history)
+
+    def save(self) -> None:
+        run = self.run
+        self.guard.check_weights(run.model, run.heads)
+        stream = self.stream_positions()
+        if parallel.rank():
+            return
+        state = {
+            "done": self.done,
+            "stream": stream,
+            "origin": self.origin,
+            "recipe": recipe_dict(run.recipe),
+            "model": run.model.state_dict(),
+            "heads": run.heads.state_dict(),
+            "queue": run.queue.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": {str(s): o.state_dict() for s, o in self.optimizers.items()},
+            "history": run.history,
+        }
+        save_state(self.out / "state.pt", state, keep_previous=True)
+
+    def stream_positions(self) -> list[list[int]] | None:
+        """Where each process reads on in a stream."""
+        if not isinstance(self.batches, StreamBatches):
+            return None
+        own = torch.tensor([self.batches.position(self.done)], device=self.device)
+        return parallel.gather(own).tolist()
+
+    def resume_stream(self, positions: list[list[int]] | None) -> None:
+        found = 0 if positions is None else len(positions)
+        if isinstance(self.batches, StreamBatches):
+            if found != parallel.world():
+                raise UserError(
+                    f"cannot resume {self.out}: {found or 'no'} processes read the stream then, "
+                    f"{parallel.world()} now; start as many"
+                )
+            self.batches.resume(positions[parallel.rank()])
+
+    def restore(self) -> None:
+        run, folder = self.run, self.out or Path(".")
+        state = load_state(folder / "state.pt")
+        saved = recipe_from(state["recipe"])
+        others = [f.name for f in fields(Recipe)
+                  if getattr(saved, f.name) != getattr(run.recipe, f.name)]  # fmt: skip
+        others = [name for name in others if name not in CHANGEABLE]
+        if others:
+            raise UserError(
+                f"cannot resume {self.out}: its recipe is another one ({', '.join(others)}); "
+                "use the same settings, or start again without --resume"
+            )
+        check_origin(state.get("origin"), self.origin, self.out)
+        run.model.load_state_dict(state["model"])
+        run.heads.load_state_dict(state["heads"])
+        run.queue.load_state_dict(state["queue"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.shadow = {k: v.to(self.device) for k, v in self.ema.shadow.items()}
+        for stage, optimizer in state["optimizers"].items():
+            self.optimizers[int(stage)].load_state_dict(optimizer)
+        run.history[:] = state["history"]
+        self.done = state["done"]
+        self.resume_stream(state.get("stream"))
+        self.before = run.history[-1]["seconds"] if run.history else 0.0
+
+
+def _indices(recipe: Recipe, n: int, step: int) -> Tensor:
+    """Which of n images are the batch of a step."""
+    if recipe.cached_views and step < recipe.head_steps:
+        return repeated_indices(n, recipe.batch, seed=recipe.seed, step=step,
+                                epochs=recipe.cached_views)  # fmt: skip
+    return batch_indices(n, recipe.batch, seed=recipe.seed, step=step)
+
+
+def _head_optimizer(run: Refined) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        run.heads.parameters(), lr=run.recipe.head_lr, betas=(0.9, 0.95),
+        weight_decay=run.recipe.head_weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def _full_optimizer(run: Refined) -> torch.optim.Optimizer:
+    """Encoder with layer-wise decay (timm's groups) and heads at full rate."""
+    recipe, model = run.recipe, run.model
+    freeze_first(model, recipe.frozen_blocks)
+    groups = param_groups_layer_decay(
+        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+    )  # fmt: skip
+    kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
+    if recipe.decay_last:
+        kept = _below_the_norm(model, kept, recipe.layer_decay)
+    heads = {"params": list(run.heads.parameters()), "weight_decay": recipe.head_weight_decay}
+    return torch.optim.AdamW([*kept, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _below_the_norm(model: Encoder, groups: list[dict], decay: float) -> list[dict]:
+    """Everything but the final norm one decay lower.
+
+    The authors count the final norm as the last layer (``LayerwiseLrDecayModifier`` in
+    ml-jku/MIM-Refiner, after BEiT); timm counts it to the last block.
+    """
+    final = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+    ids = {id(p) for module in final if module is not None for p in module.parameters()}
+    found = []
+    for group in groups:
+        norm = [p for p in group["params"] if id(p) in ids]
+        below = [p for p in group["params"] if id(p) not in ids]
+        if norm:
+            found.append(group | {"params": norm, "lr_scale": 1.0})
+        if below:
+            found.append(group | {"params": below, "lr_scale": group["lr_scale"] * decay})
+    return found
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
+    """Writes encoder, card, heads with their queue, and history of a run into a folder."""
+    card = run.model.refiner_card
+    card |= {
+        "name": out.name,
+        "method": "MIM-Refiner (Alkin et al. 2025, arXiv 2402.10093)",
+        "refined_from": origin.refiner_card.get("name", "unknown"),
+        "refine_recipe": recipe_dict(run.recipe),
+        "machine": machine(),
+        "seconds": run.history[-1]["seconds"] if run.history else 0.0,
+    }
+    if run.steps < run.recipe.head_steps + run.recipe.steps:
+        card["stopped_after_steps"] = run.steps
+    save_model(run.model, out)
+    state = {f"heads.{k}": v for k, v in run.heads.state_dict().items()}
+    state |= {f"queue.{k}": v for k, v in run.queue.state_dict().items()}
+    save_state(out / "heads.pt", state)
+    write_json(out / "history.json", run.history)
+
+
+def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, NeighborQueue, Recipe]:
+    """The ID heads and the filled queue that a refined encoder was trained with.
+
+    Args:
+        name: an embedded refined checkpoint, or a folder that :func:`refine` wrote.
+
+    Returns:
+        The heads in eval mode, the queue, and the recipe that made them.
+
+    Raises:
+        FileNotFoundError: when the checkpoint has no heads.
+    """
+    embedded, saved = data_folder() / "heads" / f"{name}.safetensors", Path(name) / "heads.pt"
+    if not (embedded.is_file() or saved.is_file()):
+        raise FileNotFoundError(
+            f"{name} has no heads: give a folder that refine wrote, or 'mae_toybox_refined'"
+        )
+    state = load_file(embedded) if embedded.is_file() else load_state(saved)
+    card, encoder, _ = read_checkpoint(name)
+    recipe = recipe_from(card["refine_recipe"])
+    parts: dict[str, dict] = {"heads": {}, "queue": {}}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        parts[part][rest] = value.float() if value.is_floating_point() else value
+    heads = IDHeads(
+        len(recipe.blocks), encoder["patch_embed.proj.weight"].shape[0], hidden=recipe.hidden,
+        predictor_hidden=recipe.predictor_hidden, out=recipe.out,
+    )  # fmt: skip
+    heads.load_state_dict(parts["heads"])
+    queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+    queue.load_state_dict(parts["queue"])
+    return heads.eval(), queue, recipe

@@ -1,0 +1,158 @@
+"""States of a run: saved, checked, set aside, loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from refiner.base.errors import UserError
+from refiner.base.files import replacing
+
+
+def save_state(path: str | Path, state: dict, *, keep_previous: bool = False) -> None:
+    """Writes a training state atomically and durably.
+
+    Args:
+        path: the file.
+        state: tensors and plain containers.
+        keep_previous: the state that was there stays as ``<name>.previous<suffix>``.
+
+    Raises:
+        OSError: when it cannot be written (a full disk); the states that were there stay.
+    """
+    path = Path(path)
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a power cut leaves an empty file
+        except RuntimeError as error:  # torch's writer hides the reason, a full disk in the main
+            raise OSError(f"cannot write {path}: is the disk full? ({error})") from error
+        if keep_previous and path.is_file():
+            with replacing(previous_state(path)) as second:
+                second.unlink()
+                _same_file(path, second)
+
+
+def _same_file(old: Path, new: Path) -> None:
+    """A second name for a file, or a copy of it where the file system knows no hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        new.write_bytes(old.read_bytes())
+
+
+def previous_state(path: Path) -> Path:
+    """Where the state before the last one lies."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def set_states_aside(path: str | Path) -> None:
+    """Takes the states of an earlier run out of the way, so that nobody goes on from them.
+
+    The last one is kept as ``*.old.pt``: a forgotten ``resume`` should not cost a long run.
+    """
+    path = Path(path)
+    states = [p for p in (path, previous_state(path)) if p.is_file()]
+    if not states:
+        return
+    old = path.with_name(f"{path.stem}.old{path.suffix}")
+    states[0].replace(old)
+    for rest in states[1:]:
+        rest.unlink()
+    warnings.warn(
+        f"{path.parent} held the state of an earlier run, now {old.name}: to go on from it, rename "
+        f"it to {path.name} and resume",
+        stacklevel=3,
+    )
+
+
+def origin(images, model: nn.Module | None = None, *, start: str | None = None) -> dict:
+    """What a run starts from, in a few numbers that its states hold (:func:`check_origin`).
+
+    Args:
+        images: an ImageSet, a tensor or an ImageStream.
+        model: with the weights at the start; left out where the run itself changes it.
+        start: name of the checkpoint that was trained on.
+    """
+    shards, name = getattr(images, "shards", None), getattr(images, "name", None)
+    found = {
+        "images": len(images) if shards is None else shards,
+        "set": name and Path(name).name,  # a folder may have moved
+        "start": start,
+    }
+    if model is not None:
+        sums = [v.detach().cpu().double().abs().sum() for v in model.state_dict().values()]
+        found["weights"] = torch.stack(sums).tolist()
+    return found
+
+
+def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
+    """Makes sure that a run goes on with the model and the images that it started with.
+
+    Args:
+        saved: what its state holds; None in those of older versions.
+        now: :func:`origin` of what it is given now.
+        out: the run's folder, for the message.
+
+    Raises:
+        ValueError: saying what is another one.
+    """
+    if saved is None:
+        return
+    different = []
+    if saved["images"] != now["images"]:
+        different.append(f"it has seen {saved['images']} images (or shards), not {now['images']}")
+    if saved["set"] and now["set"] and saved["set"] != now["set"]:
+        different.append(f"its images were {saved['set']!r}, not {now['set']!r}")
+    if saved["start"] != now["start"]:
+        different.append(f"it started from {saved['start']!r}, not {now['start']!r}")
+    # Sums of the same weights differ a little from device to device.
+    sums = [np.array(x.get("weights", [])) for x in (saved, now)]
+    if sums[0].shape != sums[1].shape or not np.allclose(*sums, rtol=1e-6, atol=0):
+        different.append("its model had other weights at the start")
+    if different:
+        raise UserError(
+            f"cannot resume {out}: {'; '.join(different)}; give it the same again, or start "
+            "without --resume"
+        )
+
+
+def load_state(path: str | Path) -> dict:
+    """Reads a training state, or the one before it where that is damaged or missing.
+
+    Tensors and plain containers only; no code is run.
+
+    Raises:
+        FileNotFoundError: when there is nothing to resume from, saying so.
+        OSError: when what is there cannot be read, saying why.
+    """
+    path = Path(path)
+    there = [p for p in (path, previous_state(path)) if p.is_file()]
+    if not there:
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without --resume")
+    for file in there:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            broken = _what_is_wrong(file, error)
+            warnings.warn(f"{file} {broken}", stacklevel=2)
+    raise OSError(f"cannot read {path}: it {broken}")
+
+
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    """Of a state that could not be loaded: damage, or an object that torch does not load safely."""
+    try:
+        strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        strange = []
+    if strange:
+        return f"holds {', '.join(strange)}; only tensors and plain Python values can be loaded"
+    return f"is damaged ({error})"

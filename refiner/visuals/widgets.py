@@ -1,0 +1,558 @@
+"""Four small explorers: what a mask hides, where a head looks, what views show, whom a queue finds.
+
+Each is a pure function that computes, one that draws, and a few controls over both. As the last
+line of a cell it shows itself, and the figure as it is then stays in the stored notebook.
+
+Shape legend: N patches, L blocks, A attention heads, T tokens (class token first), T also heads of
+the queue, O their output width, k candidates, V views.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from html import escape
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.images.views import View, make_view
+from refiner.models.encoders import (
+    PostNormBlock,
+    embed,
+    prefix_tokens,
+    preprocess,
+    preprocessing_card,
+    run_block,
+)
+from refiner.models.mae import MaskedAutoencoder, patchify, random_masking, unpatchify
+from refiner.training.heads import IDHeads, NeighborQueue
+from refiner.visuals import plots
+
+
+class Panel:
+    """Controls over a function that draws.
+
+    Attributes:
+        controls: the widgets by the name of the argument they set.
+        widget: everything together, to be put among others.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], controls: dict, *, above=None):
+        import ipywidgets as w
+
+        self.draw, self.controls = draw, controls
+        self._picture, self._message = w.Image(format="png"), w.HTML()
+        self._quiet = False
+        wrap = w.Layout(flex_flow="row wrap", align_items="center")
+        shown = [w.Box([c for c in controls.values() if c is not above], layout=wrap)]
+        self.widget = w.VBox([*shown, *([above] if above is not None else []), self._message,
+                              self._picture])  # fmt: skip
+        for control in controls.values():
+            control.observe(self._changed, names="value")
+        self._changed()
+
+    def set(self, **values) -> Figure:
+        """Sets controls by name, and draws once.
+
+        Raises:
+            KeyError: for a control that is not there.
+        """
+        self._quiet = True
+        try:
+            for name, value in values.items():
+                self.controls[name].value = value
+        finally:
+            self._quiet = False
+        self._changed()
+        return self.figure()
+
+    def figure(self) -> Figure:
+        """The present figure."""
+        return self.draw(**{name: control.value for name, control in self.controls.items()})
+
+    def _changed(self, _=None) -> None:
+        if self._quiet:
+            return
+        try:
+            drawn = self.figure()
+        except Exception as error:  # shown where the user looks, and passed on
+            self._message.value = (
+                f'<b role="alert">{type(error).__name__}: {escape(str(error))}</b>'
+            )
+            raise
+        self._message.value = ""
+        file = io.BytesIO()
+        drawn.savefig(file, format="png", dpi=80)
+        plt.close(drawn)
+        self._picture.value = file.getvalue()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
+        drawn = self.figure()
+        display(drawn)
+        plt.close(drawn)
+
+
+def _slider(label: str, value, low, high, step=1):
+    import ipywidgets as w
+
+    kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
+    style = {"description_width": "initial"}
+    return kind(value, min=low, max=high, step=step, description=label, style=style,
+                continuous_update=False)  # fmt: skip
+
+
+def _image_slider(images):
+    return _slider("image", 0, 0, len(images) - 1)
+
+
+# ---------------------------------------------------------------- masks
+
+
+@torch.no_grad()
+def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    """Lets an autoencoder paint chosen patches of one image.
+
+    Args:
+        mae: in eval mode, on any device, where the results will be too.
+        image: uint8 [3, H, W].
+        hidden: bool [N], row by row; at least one patch hidden and one visible.
+
+    Returns:
+        ``original``, ``masked`` and ``painted``, float [3, H, W] in 0…1; ``error``, the mean
+        squared error over hidden patches in the units of the target, a scalar.
+
+    Raises:
+        ValueError: when all or no patches are hidden, or their number is not the model's.
+    """
+    n = mae.patches
+    hidden = torch.as_tensor(hidden, dtype=torch.bool).cpu()
+    if hidden.shape != (n,):
+        raise UserError(f"hidden must be bool [{n}], not {list(hidden.shape)}")
+    if hidden.all() or not hidden.any():
+        raise UserError("hide at least one patch and leave at least one visible")
+    card = mae.encoder.refiner_card
+    x = preprocess(image[None].to(mae.mask_token.device), card)
+    visible = (~hidden).nonzero()[:, 0][None].to(x.device)
+    mask = hidden[None].to(x.device)
+    error, prediction = mae(x, visible, mask)
+    _, mean, std = mae.targets(x)
+    true = patchify(x, mae.patch)
+    scale, shift = (torch.tensor(card["preprocessing"][key])[:, None, None].to(x)
+                    for key in ("std", "mean"))  # fmt: skip
+    picture = lambda patches: (unpatchify(patches, mae.patch)[0] * scale + shift).clamp(0, 1)  # noqa: E731
+    return {
+        "original": picture(true),
+        "masked": picture(torch.where(mask[..., None], 0.0, true)),
+        "painted": picture(torch.where(mask[..., None], prediction * std + mean, true)),
+        "error": error,
+    }
+
+
+def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: int = 0) -> Panel:
+    """Choose a share of patches to hide, or hide and show patches one by one, and see the painting.
+
+    Args:
+        mae: of :func:`refiner.models.mae.load_mae`.
+        images: an ImageSet or uint8 [N, 3, H, W].
+        ratio: share of hidden patches at the start.
+        seed: of the random mask.
+
+    Returns:
+        A :class:`Panel` with the controls ``image``, ``ratio``, ``seed`` and ``hidden``, a bool for
+        each patch; the first three draw a new mask.
+    """
+    pixels = getattr(images, "images", images)
+    n = mae.patches
+
+    def mask(ratio, seed):
+        hidden = random_masking(1, n, ratio, torch.Generator().manual_seed(seed))[1][0]
+        if hidden.any():
+            return hidden
+        return hidden.index_fill(0, torch.tensor([0]), True)
+
+    patches = _patch_grid(mask(ratio, seed))
+    controls = {
+        "image": _image_slider(pixels),
+        "ratio": _slider("hidden share", ratio, 0.05, 0.95, 0.05),
+        "seed": _slider("mask", seed, 0, 99),
+        "hidden": patches,
+    }
+
+    def redraw(_):
+        patches.value = mask(controls["ratio"].value, controls["seed"].value).tolist()
+
+    for name in ("ratio", "seed"):
+        controls[name].observe(redraw, names="value")
+
+    def draw(image, ratio, seed, hidden):
+        found = paint(mae, pixels[int(image)], torch.tensor(hidden))
+        title = f"{sum(hidden)} of {n} patches hidden: error {found['error'].item():.3f}"
+        drawn, axes = plt.subplots(1, 3, figsize=(8, 3), layout="constrained")
+        for ax, name in zip(axes, ("original", "masked", "painted"), strict=True):
+            _show(ax, found[name], name, size=11)
+        drawn.suptitle(title)
+        drawn.set_label(f"An image, what the autoencoder saw of it, and what it painted; {title}")
+        return drawn
+
+    return Panel(draw, controls, above=patches)
+
+
+def _patch_grid(hidden: Tensor):
+    """A square of buttons, one a patch; pressed is hidden. ``value`` is a list of bool."""
+    import ipywidgets as w
+    import traitlets
+
+    side = round(len(hidden) ** 0.5)
+    tiny = w.Layout(width="26px", height="26px", margin="1px", padding="0")
+    buttons = [
+        w.ToggleButton(bool(h), description="", layout=tiny, tooltip=f"hide patch {i}")
+        for i, h in enumerate(hidden)
+    ]
+
+    class Patches(w.GridBox):
+        value = traitlets.List(hidden.tolist())
+
+    layout = w.Layout(grid_template_columns=f"repeat({side}, 28px)")
+    patches = Patches(buttons, layout=layout)
+    busy = []
+
+    def pressed(_):
+        if not busy:
+            patches.value = [b.value for b in buttons]
+
+    def shown(change):
+        busy.append(True)
+        for button, value in zip(buttons, change["new"], strict=True):
+            button.value = value
+        busy.pop()
+
+    for button in buttons:
+        button.observe(pressed, names="value")
+    patches.observe(shown, names="value")
+    return patches
+
+
+# ---------------------------------------------------------------- attention
+
+
+@torch.no_grad()
+def attention_maps(model: VisionTransformer, image: Tensor) -> Tensor:
+    """Where every head of every block looks, for one image.
+
+    Args:
+        model: a timm VisionTransformer, in eval mode.
+        image: uint8 [3, H, W].
+
+    Returns:
+        float32 [L, A, T, T]: the weight with which a token (row) reads another (column); rows add
+        up to 1. Prefix tokens first, then patches row by row.
+
+    Raises:
+        ValueError: for other encoders, whose attention has parts of its own.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"attention is read from a VisionTransformer, not {type(model).__name__}")
+    image = image[None].to(next(model.parameters()).device)
+    x_BTD, context = embed(model, preprocess(image, preprocessing_card(model)))
+    maps = []
+    for block in model.blocks:
+        inside = x_BTD if isinstance(block, PostNormBlock) else block.norm1(x_BTD)
+        maps.append(_weights(block.attn, inside)[0])
+        x_BTD = run_block(block, x_BTD, context)
+    return torch.stack(maps)
+
+
+def _weights(attn, x_BTD: Tensor) -> Tensor:
+    """Attention weights [B, A, T, T] of timm's Attention."""
+    b, t, _ = x_BTD.shape
+    q, k, _ = attn.qkv(x_BTD).reshape(b, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    return (q * attn.scale @ k.mT).softmax(-1)
+
+
+def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str = "") -> Figure:
+    """One token's attention, a panel a head, beside the image.
+
+    Args:
+        image: uint8 [3, H, W].
+        maps_AT: [A, T], weights by token.
+        prefix: how many tokens stand before the patches.
+    """
+    patches_AN = maps_AT[:, prefix:].cpu()
+    side = round(patches_AN.shape[1] ** 0.5)
+    heads = len(maps_AT)
+    drawn, axes = plt.subplots(1, 1 + heads, figsize=(2.2 * (1 + heads) + 0.8, 2.7),
+                               layout="constrained")  # fmt: skip
+    axes[0].imshow(image.permute(1, 2, 0).cpu().numpy())
+    axes[0].set_title("image", fontsize=10)
+    top = float(patches_AN.max())
+    for head, ax in enumerate(axes[1:]):
+        shown = ax.imshow(
+            patches_AN[head].reshape(side, side).numpy(), cmap="cividis", vmin=0, vmax=top
+        )
+        kept = float(patches_AN[head].sum())
+        ax.set_title(f"head {head + 1}: {kept:.0%} on patches", fontsize=10)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    drawn.colorbar(shown, ax=list(axes[1:]), label="weight", shrink=0.8)
+    drawn.suptitle(title)
+    drawn.set_label(f"An image, and beside it where each of {heads} attention heads looks")
+    return drawn
+
+
+def attention_explorer(model: VisionTransformer, images, *, block: int | None = None) -> Panel:
+    """Move through images and blocks, and see where every head looks.
+
+    Args:
+        model: a timm VisionTransformer, in eval mode.
+        images: an ImageSet or uint8 [N, 3, H, W].
+        block: shown first, counted from 1; default the last.
+
+    Returns:
+        A :class:`Panel` with the controls ``image``, ``block`` and ``token`` ("class token" where
+        there is one, "mean of all patches", or a patch's position).
+
+    Raises:
+        ValueError: for other encoders.
+    """
+    import ipywidgets as w
+
+    pixels = getattr(images, "images", images)
+    prefix, depth = prefix_tokens(model), len(model.blocks)
+    n = attention_maps(model, pixels[0]).shape[-1] - prefix
+    tokens = ([("class token", "cls")] if prefix else []) + [("mean of all patches", "mean")]
+    tokens += [(f"patch {i}", i) for i in range(n)]
+    controls = {
+        "image": _image_slider(pixels),
+        "block": _slider("block", block or depth, 1, depth),
+        "token": w.Dropdown(options=tokens, description="from"),
+    }
+    known: dict[int, Tensor] = {}
+
+    def draw(image, block, token):
+        if image not in known:
+            known.clear()
+            known[image] = attention_maps(model, pixels[int(image)])
+        maps_ATT = known[image][block - 1]
+        row = {"cls": 0}.get(token, prefix + token if isinstance(token, int) else None)
+        maps_AT = maps_ATT[:, prefix:].mean(1) if row is None else maps_ATT[:, row]
+        name = next(label for label, value in tokens if value == token)
+        return attention_figure(pixels[int(image)], maps_AT, prefix=prefix,
+                                title=f"block {block}, from the {name}")  # fmt: skip
+
+    return Panel(draw, controls)
+
+
+# ---------------------------------------------------------------- views
+
+
+def augmented(image: Tensor, view: View, n: int = 12, *, seed: int = 0) -> Tensor:
+    """The image itself, then n random views of it: float [1 + n, 3, S, S] in 0…1.
+
+    Args:
+        image: uint8 [3, H, W]; the first of the result, resized to S.
+        view: how views are made; S is its size.
+    """
+    batch = image[None].expand(n, -1, -1, -1)
+    views = make_view(batch, view, torch.Generator().manual_seed(seed))
+    own = torch.nn.functional.interpolate(image[None].float() / 255, views.shape[-2:],
+                                          mode="bilinear", antialias=True)  # fmt: skip
+    return torch.cat([own.clamp(0, 1), views])
+
+
+def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 0) -> Panel:
+    """Turn the strengths of an augmentation, and see what is left of an image.
+
+    Args:
+        images: an ImageSet or uint8 [N, 3, H, W].
+        view: what is shown first; default the cpu preset's first view.
+        n: views shown.
+
+    Returns:
+        A :class:`Panel` with the controls ``image``, ``scale`` (a pair), ``strength`` (brightness,
+        contrast and saturation), ``hue``, ``gray``, ``blur``, ``solarize`` and ``seed``.
+    """
+    import ipywidgets as w
+
+    from refiner.training.recipe import Recipe
+
+    pixels = getattr(images, "images", images)
+    view = view or Recipe.cpu(size=pixels.shape[-1]).views[0]
+    controls = {
+        "image": _image_slider(pixels),
+        "scale": w.FloatRangeSlider(value=view.scale, min=0.02, max=1, step=0.02,
+                                    description="crop's area", continuous_update=False),
+        "strength": _slider("colour jitter", max(view.brightness, view.contrast), 0.0, 1.0, 0.05),
+        "hue": _slider("hue, turns", view.hue, 0.0, 0.5, 0.05),
+        "gray": _slider("gray", view.gray, 0.0, 1.0, 0.05),
+        "blur": _slider("blur", view.blur, 0.0, 1.0, 0.05),
+        "solarize": _slider("solarize", view.solarize, 0.0, 1.0, 0.05),
+        "seed": _slider("draw", seed, 0, 99),
+    }  # fmt: skip
+
+    def draw(image, scale, strength, hue, gray, blur, solarize, seed):
+        now = replace(view, scale=tuple(scale), brightness=strength, contrast=strength,
+                      saturation=strength, hue=hue, gray=gray, blur=blur,
+                      solarize=solarize)  # fmt: skip
+        some = augmented(pixels[int(image)], now, n, seed=seed)
+        title = "The image, then random views of it"
+        drawn = plots.contact_sheet(some, columns=8, title=title).figure
+        drawn.set_label(f"An image and {n} random views of it, in other colours and crops")
+        return drawn
+
+    return Panel(draw, controls)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+@torch.no_grad()
+def project(model, heads: IDHeads, recipe, images: Tensor, *, view: View | None = None,
+            seed: int = 0) -> Tensor:  # fmt: skip
+    """Projections of images, or of one random view of each: float32 [T, B, O] of T heads.
+
+    Args:
+        model, heads, recipe: a refined encoder, and what :func:`refiner.load_heads` gives.
+        images: uint8 [B, 3, H, W].
+        view: how to augment; None takes the images as they are.
+    """
+    from refiner.models.encoders import head_features
+
+    if view is not None:
+        made = make_view(images, view, torch.Generator().manual_seed(seed))
+        images = (255 * made).round().to(torch.uint8)
+    x = preprocess(images.to(next(model.parameters()).device), preprocessing_card(model))
+    pooling = recipe.pooling or "cls"
+    pooled = [head_features(model, part, recipe.blocks, pooling=pooling) for part in x.split(256)]
+    pooled_TBD = torch.cat(pooled, dim=1).to(next(heads.parameters()).device)
+    return heads(pooled_TBD[:, None])[0][:, 0].to(images.device)
+
+
+def queue_candidates(queue: NeighborQueue, z_TO: Tensor, sample_id: int, *, k: int = 20,
+                     head: int = -1, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+    """A query's nearest entries in the queue, and the one that a lookup draws among them.
+
+    Args:
+        queue: filled.
+        z_TO: the query's projections, [T, O].
+        sample_id: the query's own, which is never found.
+        k: candidates.
+        head: whose projection is compared.
+        seed: of the draw.
+
+    Returns:
+        ``ids`` int64 [≤k] of the candidates' samples, nearest first; ``similarities`` [≤k];
+        ``drawn``, the position among them of the one that :meth:`NeighborQueue.lookup` returns.
+
+    Raises:
+        ValueError: when the queue holds nobody else.
+    """
+    vectors_QO = queue.vectors[head]
+    similarity_Q = vectors_QO @ torch.nn.functional.normalize(z_TO[head], dim=-1)
+    similarity_Q = similarity_Q.masked_fill((queue.ids == sample_id) | (queue.ids < 0), -torch.inf)
+    usable = int(similarity_Q.isfinite().sum())
+    if not usable:
+        raise UserError("the queue holds no other sample: push some first")
+    values, where = similarity_Q.topk(min(k, usable))
+    found = queue.lookup(z_TO[:, None], torch.tensor([sample_id]), k,
+                         torch.Generator().manual_seed(seed))  # fmt: skip
+    drawn = (where == found.positions[head, 0]).nonzero()[0, 0]
+    return {"ids": queue.ids[where], "similarities": values, "drawn": drawn}
+
+
+def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20,
+                   seed: int = 0) -> Panel:  # fmt: skip
+    """Fill a queue with views of images, and see whom another view of an image finds in it.
+
+    Args:
+        model, heads, recipe: a refined encoder, and what :func:`refiner.load_heads` gives.
+        images: an ImageSet or uint8 [N, 3, H, W]; a view of each is put into the queue.
+        k: candidates at the start; the paper draws among 20.
+
+    Returns:
+        A :class:`Panel` with the controls ``image``, ``k``, ``block`` (that of the head, counted
+        from 1) and ``seed``.
+    """
+    import ipywidgets as w
+
+    pixels = getattr(images, "images", images)
+    labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
+    view, n = replace(recipe.views[0], keep=1.0), len(pixels)
+    queue = NeighborQueue(n, heads_out(heads), heads=len(recipe.blocks))
+    queue.push(project(model, heads, recipe, pixels[:], view=view, seed=seed), torch.arange(n))
+    blocks = [(f"block {number}", number) for number in recipe.blocks]
+    controls = {
+        "image": _image_slider(pixels),
+        "k": _slider("candidates", min(k, n - 1), 1, min(40, n - 1)),
+        "block": w.Dropdown(options=blocks, value=recipe.blocks[-1], description="head of"),
+        "seed": _slider("draw", seed, 0, 99),
+    }
+
+    def draw(image, k, block, seed):
+        query = pixels[int(image)][None]
+        z_TO = project(model, heads, recipe, query, view=view, seed=seed + 1)[:, 0]
+        head = recipe.blocks.index(block)
+        found = queue_candidates(queue, z_TO, int(image), k=k, head=head, seed=seed)
+        return _queue_figure(pixels, int(image), found, labels, classes, f"block {block}")
+
+    return Panel(draw, controls)
+
+
+def heads_out(heads: IDHeads) -> int:
+    """O, the width of the projections."""
+    return heads.predictor[0].weight.shape[1]
+
+
+def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figure:
+    drawn, ids = int(found["drawn"]), found["ids"]
+    columns = 10
+    rows = 1 + -(-len(ids) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 1.35 * rows + 0.5),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _show(axes[0, 0], pixels[image], f"query\n{_label(image, labels, classes)}")
+    right = None if labels is None else int((labels[ids] == labels[image]).sum())
+    for place, (i, similarity) in enumerate(zip(ids.tolist(), found["similarities"], strict=True)):
+        ax = axes[1 + place // columns, place % columns]
+        same = None if labels is None else bool(labels[i] == labels[image])
+        mark = "" if same is None else (" ✓" if same else " ✗")
+        colour = "black" if same is None else (plots.RIGHT if same else plots.WRONG)
+        star = "★ drawn\n" if place == drawn else ""
+        text = f"{star}{_label(i, labels, classes)}{mark} {similarity:.2f}"
+        _show(ax, pixels[i], text, colour=colour, frame=place == drawn)
+    about = "" if right is None else f", {right} of its class"
+    figure.suptitle(f"{name}: the {len(ids)} nearest in the queue{about}")
+    figure.set_label(
+        f"A query image and the images whose views are nearest, number {drawn + 1} drawn"
+    )
+    return figure
+
+
+def _label(i: int, labels, classes) -> str:
+    if labels is None:
+        return str(i)
+    return classes[int(labels[i])] if classes else str(int(labels[i]))
+
+
+def _show(
+    ax, picture: Tensor, text: str, *, colour: str = "black", frame: bool = False, size: int = 8
+) -> None:
+    ax.set_axis_on()
+    ax.imshow(np.asarray(picture.permute(1, 2, 0).cpu()))
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.set_title(text, fontsize=size, color=colour)
+    ax.spines[:].set_visible(True)
+    ax.spines[:].set(color=colour if frame else "none", linewidth=4)
