@@ -45,10 +45,10 @@ from benchmarks.extract import compare as compare_extraction  # noqa: E402
 from benchmarks.measured import installed  # noqa: E402
 from refiner.base.files import write_json  # noqa: E402
 from refiner.base.places import machine  # noqa: E402
-from refiner.base.tensors import standardized
+from refiner.base.tensors import standardized  # noqa: E402
 from refiner.probing.measures import kmeans  # noqa: E402
-from refiner.probing.neighbors import classify, knn_report
-from refiner.probing.search import SCAN_KEYS, nearest_neighbors
+from refiner.probing.neighbors import classify, knn_report  # noqa: E402
+from refiner.probing.search import SCAN_KEYS, nearest_neighbors  # noqa: E402
 from refiner.visuals.maps import umap_embedding  # noqa: E402
 
 PEERS = ("faiss", "lightly")  # left out where they are not installed

@@ -22,7 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import refiner
-from refiner.visuals import maps, plots
+from refiner.visuals import plots
+from refiner.visuals.maps import umap_embedding
 
 HERE = Path(__file__).parent
 
@@ -34,7 +35,7 @@ def maps(images) -> dict[str, np.ndarray]:
         x = refiner.extract(refiner.load_model(name), images)["cls"][-1]
         x = (x - x.mean(0)) / x.std(0)
         graph = refiner.nearest_neighbors(x, x, k=20, exclude_self=True)
-        start = found[name] = maps.umap_embedding(x, graph, init=start)
+        start = found[name] = umap_embedding(x, graph, init=start)
     return found
 
 

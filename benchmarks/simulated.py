@@ -29,8 +29,7 @@ from refiner.base import tensors
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from refiner.images import views
-from refiner.models import mae
-from refiner.training import decoders, heads, planning
+from refiner.training import decoders, heads, planning, pretraining
 
 refining = importlib.import_module(
     "refiner.training.refining"
@@ -119,7 +118,7 @@ def simulated(device: torch.device) -> Iterator[None]:
         draw = lambda *shape, device=device, **_: torch.rand(*shape, device=device or GPU)  # noqa: E731
         for module in (refining, heads, views):
             put(module, "draw", draw)
-        for module in (refining, planning, mae, decoders):
+        for module in (refining, planning, pretraining, decoders):
             put(module, "step_generator", lambda *_: None)
             put(module, "autocast", lambda _: torch.autocast(device.type, torch.bfloat16))
         put(views, "_blur_some", views._blur_all)  # on "cpu" the GPU's way as well

@@ -15,7 +15,6 @@ from pathlib import Path
 import refiner
 from refiner.base.errors import UserError
 from refiner.base.settings import changed, parse_setting
-from refiner.training.recipe import refine_preset
 
 USER_ERRORS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError)
 
@@ -60,7 +59,7 @@ def is_for_user(error: BaseException) -> bool:
     A ValueError from inside another library is a bug of ours and keeps its traceback.
     """
     last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, OSError) or Path(last).parent == Path(__file__).parent
+    return isinstance(error, OSError) or Path(__file__).parent in Path(last).parents
 
 
 def sentence(error: BaseException) -> str:
@@ -214,6 +213,7 @@ def refine_command(args: argparse.Namespace) -> int:
     from refiner.models.load import load_model
     from refiner.training import watch
     from refiner.training.planning import plan
+    from refiner.training.recipe import refine_preset
     from refiner.training.refining import refine
 
     parallel.join(args.device)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import refiner
 from refiner import course
 from refiner.base import places
 from refiner.course import execute
@@ -336,7 +337,7 @@ def test_ctrl_c_keeps_what_is_finished_and_ends_the_kernel(tmp_path):
         [*command, "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(runner.__file__).parent.parent,
+        cwd=Path(refiner.__file__).parent.parent,
         start_new_session=True,
         # Tests that run in the background of a shell ignore the signal, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

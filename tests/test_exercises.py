@@ -14,7 +14,6 @@ from solutions import check_of, solutions_of
 
 from refiner import course
 from refiner.course import exercises
-from refiner.course import run as runner
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 IMPORTS = """
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 import refiner
-from refiner.course import run as runner
+from refiner import course
 from refiner.models import mae
 from refiner.models.encoders import preprocess
 model = SimpleNamespace(blocks=[None] * 12)  # what the tour's choice of blocks asks about
@@ -84,7 +83,7 @@ def test_a_wrong_answer_is_refused_and_explained(source, solution, kind, capsys)
 def arguments_of(source: str, monkeypatch, cases: int = 3):
     """The arguments that a check would call an answer with, and what it compares with."""
     seen = {}
-    monkeypatch.setattr(runner, "check", lambda answer, reference, make_args, **_: seen.update(
+    monkeypatch.setattr(course, "check", lambda answer, reference, make_args, **_: seen.update(
         made=make_args, reference=reference))  # fmt: skip
     run_check(source, None)
     found = []
@@ -303,7 +302,7 @@ def test_a_real_notebook_keeps_the_source_and_another_one_uses_it(tmp_path, monk
     check = "course.check(my_sum, sum, lambda: ([1.0, 2.0],), name='sum')"
 
     def said(definition):
-        imports = "import math\nfrom refiner.course import run as runner"
+        imports = "import math\nfrom refiner import course"
         cells = [nbformat.v4.new_code_cell(x) for x in (imports, definition, check)]
         notebook = nbformat.v4.new_notebook(cells=cells)
         NotebookClient(notebook, kernel_name="python3").execute()

@@ -153,12 +153,12 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(pixels, tmp_path, monk
         return masking(*args, **kwargs)
 
     masking = M.random_masking
-    monkeypatch.setattr(M, "random_masking", interrupt)
+    monkeypatch.setattr(pretraining, "random_masking", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pretraining.pretrain(
             pixels, recipe=TINY, out=tmp_path, save_every=6, progress=False, log_every=3
         )
-    monkeypatch.setattr(M, "random_masking", masking)
+    monkeypatch.setattr(pretraining, "random_masking", masking)
     resumed = pretraining.pretrain(
         pixels, recipe=TINY, out=tmp_path, resume=True, save_every=6, progress=False, log_every=3
     )
@@ -205,11 +205,11 @@ def test_by_default_states_are_saved_a_minute_apart(pixels, tmp_path, monkeypatc
     """A step takes 25 seconds of this clock: three of them are more than a minute."""
     step, taken, saved = pretraining._one_step, [], []
     clock = SimpleNamespace(monotonic=lambda: 25.0 * len(taken))
-    for module in (M, training):
+    for module in (pretraining, loop):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     monkeypatch.setattr(pretraining, "_one_step", lambda *a: taken.append(1) or step(*a))
-    monkeypatch.setattr(M, "save_state", lambda *_, **__: saved.append(len(taken)))
+    monkeypatch.setattr(pretraining, "save_state", lambda *_, **__: saved.append(len(taken)))
     pretraining.pretrain(pixels, recipe=replace(TINY, steps=11), out=tmp_path, progress=False)
     assert saved == [4, 8, 11], "the last one, too"
 

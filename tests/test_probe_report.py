@@ -160,7 +160,7 @@ def test_sets_of_different_classes_are_not_compared(tmp_path, monkeypatch):
         pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
         return refiner.ImageSet(pixels, torch.tensor([0, 1]), classes)
 
-    monkeypatch.setattr("refiner.evaluation.probe.load_images", load)
+    monkeypatch.setattr("refiner.images.load.load_images", load)
     with pytest.raises(ValueError, match="differ in b, c"):
         train_and_test("digits", None, None, 4)
 

@@ -118,7 +118,7 @@ def test_by_default_states_are_saved_a_minute_apart(model, images, whole, tmp_pa
         return step(*args, **kwargs)
 
     monkeypatch.setattr(R, "refine_step", counted)
-    for module in (R, training):
+    for module in (R, loop):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 25.0 * len(taken)))
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     save = R.Trainer.save

@@ -23,7 +23,7 @@ def measured(name: str) -> dict:
     Raises:
         FileNotFoundError: for an unknown name, with the known ones.
     """
-    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    folder = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
     path = folder / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
@@ -40,7 +40,7 @@ def find_notebooks(folder: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: when there is none, or no notebook in it.
     """
-    beside = Path(__file__).resolve().parent.parent / "notebooks"
+    beside = Path(__file__).resolve().parent.parent.parent / "notebooks"
     places = [Path(folder)] if folder is not None else [Path("notebooks"), beside]
     found = next((place.resolve() for place in places if place.is_dir()), None)
     if found is None:

@@ -290,7 +290,7 @@ def _environment(folder: Path, recorded: Path) -> dict[str, str]:
     env["IPYTHONDIR"] = str(folder / "ipython")  # a user's start-up files would run in the lesson
     env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     env["TQDM_DISABLE"] = "1"  # bars of plain text; for those of widgets see _settle_widgets
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parent.parent.parent
     if (checkout / "pyproject.toml").is_file():  # the notebooks meet the library that runs them
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), env.get("PYTHONPATH")]))
     return env
@@ -428,7 +428,7 @@ def machine_paths(notebook: NotebookNode) -> list[str]:
     Returns:
         the paths found, each once.
     """
-    here = [str(Path.home()), sys.prefix, str(Path(__file__).resolve().parent.parent)]
+    here = [str(Path.home()), sys.prefix, str(Path(__file__).resolve().parent.parent.parent)]
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
