@@ -393,8 +393,9 @@ def find_exercises(notebook, name: str) -> list[Exercise]:
         heading = _HEADING.search(cell.source) if cell.cell_type == "markdown" else None
         if heading is None:
             continue
-        calls = re.search(r"course\.(?:check|choose)\(.*?\bname=\"([^\"]+)\"",
-                          following.source, re.DOTALL)  # fmt: skip
+        calls = re.search(
+            r"course\.(?:check|choose)\(.*?\bname=\"([^\"]+)\"", following.source, re.DOTALL
+        )
         if following.cell_type != "code" or calls is None:
             raise UserError(f"{name}: no check right below the exercise {heading['title']!r}")
         title, difficulty, minutes = heading["title"], heading["difficulty"], heading["minutes"]

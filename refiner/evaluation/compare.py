@@ -56,14 +56,13 @@ ROWS = {
     "few": Row("Few labels", protocols.low_shot, 5, short="1 label\na class"),
     "clusters": Row("k-means", protocols.clusters, 10, short="clusters\n(ACC)"),
     "corruptions": Row("Corrupted images", protocols.corruptions, 30, short="corrupted"),
-    "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox",
-                  "shifted\nfactors"),
-    "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense",
-                        "segmentation\n(mIoU)"),
+    "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox", "shifted\nfactors"),
+    "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense", "segmentation\n(mIoU)"),
     "finetune": Row("Full fine-tuning", protocols.full_finetuning, 40, short="fine-tuning"),
-    "finetune_few": Row("Fine-tuning, few labels", protocols.few_finetuning, 25,
-                        short="fine-tuning,\nfew labels"),
-}  # fmt: skip
+    "finetune_few": Row(
+        "Fine-tuning, few labels", protocols.few_finetuning, 25, short="fine-tuning,\nfew labels"
+    ),
+}
 TRANSFER = Row("Transfer", protocols.transfer, 25)
 
 
@@ -136,16 +135,25 @@ def evaluate(
     transfers, out = [str(t) for t in transfers], Path(out)
     wanted = rows_for(rows, transfers)
     models = {"before": str(before)} | ({"after": str(after)} if after else {})
-    asked = {"models": models, "data": str(data), "dense": None if dense is None else str(dense),
-             "settings": json_ready(asdict(settings))}  # fmt: skip
+    asked = {
+        "models": models,
+        "data": str(data),
+        "dense": None if dense is None else str(dense),
+        "settings": json_ready(asdict(settings)),
+    }
     loaded = {side: load_model(name) for side, name in models.items()}
     report = _started(out, asked, resume)
     bench = _Bench(loaded, settings, data, dense, device, progress)
     report["images"] = bench.facts()
     report["left_out"] = left_out = bench.left_out(wanted)
     todo = [(r, side) for side in models for r in wanted if r not in left_out]
-    with tqdm(total=sum(wanted[r].cost for r, _ in todo), desc="evaluating", unit="",
-              bar_format=BAR, disable=not progress) as bar:  # fmt: skip
+    with tqdm(
+        total=sum(wanted[r].cost for r, _ in todo),
+        desc="evaluating",
+        unit="",
+        bar_format=BAR,
+        disable=not progress,
+    ) as bar:
         for name, side in todo:
             bar.set_description_str(f"{side}: {wanted[name].title}")
             if side not in report["rows"].get(name, {}):
@@ -201,8 +209,15 @@ def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> Non
 class _Bench:
     """The images of a run, loaded once for each size, and a subject for each model."""
 
-    def __init__(self, models: dict[str, Encoder], settings: EvaluationSettings, data,
-                 dense, device, progress: bool):  # fmt: skip
+    def __init__(
+        self,
+        models: dict[str, Encoder],
+        settings: EvaluationSettings,
+        data,
+        dense,
+        device,
+        progress: bool,
+    ):
         self.models, self.settings = models, settings
         self.data, self.dense, self.device, self.progress = data, dense, device, progress
         self.loaded: dict[tuple, object] = {}
@@ -268,9 +283,13 @@ class _Bench:
             return Subject(self.models[side], *self.images(data, side), self.settings, self.device)
         if side not in self.main:
             self.main = {}  # one model's features at a time
-            self.main[side] = Subject(self.models[side], *self.images(self.data, side),
-                                      self.settings, self.device,
-                                      progress=self.progress)  # fmt: skip
+            self.main[side] = Subject(
+                self.models[side],
+                *self.images(self.data, side),
+                self.settings,
+                self.device,
+                progress=self.progress,
+            )
         subject = self.main[side]
         if kind == "segmentation":
             subject.dense = self.dense_images(side)

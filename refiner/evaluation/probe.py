@@ -33,9 +33,14 @@ from refiner.visuals.plots import save_figures
 
 # What a part costs, roughly, so that the bar's estimate of the time that is left means something.
 COST = {
-    "features": 30, "knn": 5, "linear": 20, "low_shot": 15, "clustering": 15, "measures": 10,
+    "features": 30,
+    "knn": 5,
+    "linear": 20,
+    "low_shot": 15,
+    "clustering": 15,
+    "measures": 10,
     "factors": 10,
-}  # fmt: skip
+}
 PARTS = tuple(COST)[1:]
 NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
 
@@ -127,8 +132,13 @@ def probe(
     asked = {"data": str(data), "n": n, "n_test": n_test, "settings": json_ready(asdict(settings))}
     report = _started(out, asked, resume)
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
-    with tqdm(total=len(names) * _total(settings), desc="probing", unit="", disable=not progress,
-              bar_format=BAR) as bar:  # fmt: skip
+    with tqdm(
+        total=len(names) * _total(settings),
+        desc="probing",
+        unit="",
+        disable=not progress,
+        bar_format=BAR,
+    ) as bar:
         by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
@@ -136,12 +146,15 @@ def probe(
                 by_size[size] = train_and_test(data, n, n_test, size)
             train, test = by_size[size]
             report["images"] = {
-                "train": len(train), "test": len(test), "classes": len(train.classes),
-            }  # fmt: skip
+                "train": len(train),
+                "test": len(test),
+                "classes": len(train.classes),
+            }
             origin = model.refiner_card.get("origin", "")
             found = report["models"].setdefault(name, {"origin": origin})
-            _probe_model(model, found, train, test, settings, device, bar,
-                         lambda: _write(out, report))  # fmt: skip
+            _probe_model(
+                model, found, train, test, settings, device, bar, lambda: _write(out, report)
+            )
     report["left_out"] = _left_out(report)
     _write(out, report)
     write_page(out, report)
@@ -168,8 +181,16 @@ def _started(out: Path, asked: dict, resume: bool) -> dict:
     return asked | {"machine": machine(), "models": {}}
 
 
-def _probe_model(model, found: dict, train: ImageSet, test: ImageSet, settings: Settings, device,
-                 bar: tqdm, save: Callable[[], None]) -> None:  # fmt: skip
+def _probe_model(
+    model,
+    found: dict,
+    train: ImageSet,
+    test: ImageSet,
+    settings: Settings,
+    device,
+    bar: tqdm,
+    save: Callable[[], None],
+) -> None:
     """Fills ``found`` with the parts that are missing."""
     wanted = [p for p in settings.parts if p != "factors" or train.factors]
     poolings = ("cls", "patch", "final")
@@ -225,11 +246,19 @@ def _linear(s: _Sides) -> dict:
 def _low_shot(s: _Sides) -> dict:
     shots = probes.possible_shots(s.settings.shots, s.settings.fractions, s.train.labels)
     found = probes.low_shot(
-        *s.data, shots=shots, fractions=s.settings.fractions, draws=s.settings.draws,
-        seed=s.settings.seed, device=s.device,
-    )  # fmt: skip
-    return {"sizes": found.sizes, "images": found.images, "mean": found.mean,
-            "spread": found.spread}  # fmt: skip
+        *s.data,
+        shots=shots,
+        fractions=s.settings.fractions,
+        draws=s.settings.draws,
+        seed=s.settings.seed,
+        device=s.device,
+    )
+    return {
+        "sizes": found.sizes,
+        "images": found.images,
+        "mean": found.mean,
+        "spread": found.spread,
+    }
 
 
 def _clustering(s: _Sides) -> dict:
@@ -258,9 +287,13 @@ def _factors(s: _Sides) -> dict:
 
 
 _DO: dict[str, Callable[[_Sides], dict]] = {
-    "knn": _knn, "linear": _linear, "low_shot": _low_shot, "clustering": _clustering,
-    "measures": _measures, "factors": _factors,
-}  # fmt: skip
+    "knn": _knn,
+    "linear": _linear,
+    "low_shot": _low_shot,
+    "clustering": _clustering,
+    "measures": _measures,
+    "factors": _factors,
+}
 
 
 def _left_out(report: dict) -> list[str]:
@@ -353,16 +386,23 @@ def _measures_figure(found: dict[str, dict]) -> plt.Figure:
     fig, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, name in zip(axes.flat, names, strict=True):
         curves = {m: np.array(p[name], dtype=float) for m, p in found.items()}
-        plots.block_curve(curves, ylabel=name.replace("_", " "), best=False, percent=False,
-                          title=name.replace("_", " "), ax=ax)  # fmt: skip
+        plots.block_curve(
+            curves,
+            ylabel=name.replace("_", " "),
+            best=False,
+            percent=False,
+            title=name.replace("_", " "),
+            ax=ax,
+        )
         if ax is not axes.flat[0]:
             ax.get_legend().remove()
     return fig
 
 
 def _cka_figure(found: dict[str, dict]) -> plt.Figure:
-    fig, axes = plt.subplots(1, len(found), figsize=(4.8 * len(found), 4.0), layout="constrained",
-                             squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(
+        1, len(found), figsize=(4.8 * len(found), 4.0), layout="constrained", squeeze=False
+    )
     for ax, (name, p) in zip(axes[0], found.items(), strict=True):
         plots.similarity_map(np.array(p["cka"], dtype=float), title=name, ax=ax)
     return fig

@@ -41,13 +41,15 @@ SHIFTS: dict[str, tuple[dict, Callable | None]] = {
     "tilted further (roll 11 to 30°)": ({"roll": 30.0}, lambda f: np.abs(f["roll"]) > 11),
     "smaller (scale 0.5 to 0.75)": ({"scale": (0.5, 0.75)}, None),
     "moved away (0.12 to 0.3)": (
-        {"shift": 0.3}, lambda f: np.maximum(np.abs(f["x"]), np.abs(f["y"])) > 0.12
+        {"shift": 0.3},
+        lambda f: np.maximum(np.abs(f["x"]), np.abs(f["y"])) > 0.12,
     ),
     "stronger colours": ({"saturation": (0.8, 1.0)}, None),
     "busy background": (
-        {"busy": True, "background_contrast": 0.3, "background_saturation": 0.4}, None
+        {"busy": True, "background_contrast": 0.3, "background_saturation": 0.4},
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,24 @@ class EvaluationSettings:
     def cpu(cls, **changes) -> EvaluationSettings:
         """Minutes for the embedded models on two cores."""
         small = cls(
-            n=3200, n_test=1024, linear_blocks=3, fractions=(0.02, 0.1), kmeans_seeds=3,
-            corrupted=96, shifted=192, dense=512, dense_test=256, dense_pixels=16,
-            full=FinetuneRecipe.cpu(), full_images=640, full_seeds=2,
-            few=FinetuneRecipe.low_shot("cpu"), few_sizes=(5,), few_draws=2, finetune_test=512,
-        )  # fmt: skip
+            n=3200,
+            n_test=1024,
+            linear_blocks=3,
+            fractions=(0.02, 0.1),
+            kmeans_seeds=3,
+            corrupted=96,
+            shifted=192,
+            dense=512,
+            dense_test=256,
+            dense_pixels=16,
+            full=FinetuneRecipe.cpu(),
+            full_images=640,
+            full_seeds=2,
+            few=FinetuneRecipe.low_shot("cpu"),
+            few_sizes=(5,),
+            few_draws=2,
+            finetune_test=512,
+        )
         return replace(small, **changes)
 
     @classmethod
@@ -153,9 +168,12 @@ class Subject:
     def linear(self) -> ChosenProbe:
         """The linear probe that is best on held-out train images."""
         return choose_probe(
-            self.features[0], self.train.labels, count=self.settings.linear_blocks,
-            seed=self.settings.seed, device=self.device,
-        )  # fmt: skip
+            self.features[0],
+            self.train.labels,
+            count=self.settings.linear_blocks,
+            seed=self.settings.seed,
+            device=self.device,
+        )
 
 
 def score(name: str, value: float, spread: float, of: str, **more) -> dict:
@@ -235,8 +253,9 @@ class ChosenProbe:
         return self.probe.predict(self.joined(features))
 
 
-def choose_probe(features: Features, labels: Tensor, *, count: int = 0, seed: int = 0,
-                 device=None) -> ChosenProbe:  # fmt: skip
+def choose_probe(
+    features: Features, labels: Tensor, *, count: int = 0, seed: int = 0, device=None
+) -> ChosenProbe:
     """The best linear probe on held-out train images.
 
     Tried are blocks × {class token, class token and patch mean} × {one block, the last four up to
@@ -259,10 +278,15 @@ def choose_probe(features: Features, labels: Tensor, *, count: int = 0, seed: in
     for poolings in kinds:
         for width in sorted({1, min(4, depth)}):
             lasts = [e for e in ends if e >= width - 1]
-            x = torch.stack([
-                torch.cat([features[p][r] for r in range(e - width + 1, e + 1) for p in poolings],
-                          dim=-1) for e in lasts
-            ])  # fmt: skip
+            x = torch.stack(
+                [
+                    torch.cat(
+                        [features[p][r] for r in range(e - width + 1, e + 1) for p in poolings],
+                        dim=-1,
+                    )
+                    for e in lasts
+                ]
+            )
             # The last argument's labels only score what is not read here.
             found = linear_probe(x, labels, x[:, :1], labels[:1], seed=seed, device=device)
             for i, e in enumerate(lasts):
@@ -270,17 +294,27 @@ def choose_probe(features: Features, labels: Tensor, *, count: int = 0, seed: in
                 if held > best[0]:
                     best = held, (poolings, tuple(range(e - width + 1, e + 1)), found, i)
     held, (poolings, rows, found, i) = best
-    choice = {"blocks": [features.blocks[r] for r in rows], "poolings": list(poolings),
-              "penalty": float(found.penalty[i]), "validation": held}  # fmt: skip
+    choice = {
+        "blocks": [features.blocks[r] for r in rows],
+        "poolings": list(poolings),
+        "penalty": float(found.penalty[i]),
+        "validation": held,
+    }
     return ChosenProbe(poolings, rows, _one_block(found, i), choice)
 
 
 def _one_block(probe: LinearProbe, i: int) -> LinearProbe:
     return replace(
-        probe, accuracy=probe.accuracy[i], penalty=probe.penalty[i], weights=probe.weights[i],
-        bias=probe.bias[i], validation=probe.validation[:, i], objective=probe.objective[i],
-        gap=probe.gap[i], converged=probe.converged[i],
-    )  # fmt: skip
+        probe,
+        accuracy=probe.accuracy[i],
+        penalty=probe.penalty[i],
+        weights=probe.weights[i],
+        bias=probe.bias[i],
+        validation=probe.validation[:, i],
+        objective=probe.objective[i],
+        gap=probe.gap[i],
+        converged=probe.converged[i],
+    )
 
 
 def linear(s: Subject) -> list[dict]:
@@ -288,8 +322,9 @@ def linear(s: Subject) -> list[dict]:
     (x, z), y, t = s.features, s.train.labels, s.test.labels
     scores = [share("chosen probe", s.linear.predict(z) == t, main=True, choice=s.linear.choice)]
     for pooling in s.poolings:
-        found = linear_probe(x[pooling][-1], y, z[pooling][-1], t, seed=s.settings.seed,
-                             device=s.device)  # fmt: skip
+        found = linear_probe(
+            x[pooling][-1], y, z[pooling][-1], t, seed=s.settings.seed, device=s.device
+        )
         right = found.predict(z[pooling][-1]) == t
         choice = {"penalty": float(found.penalty)}
         scores.append(share(f"last block, {NAMES[pooling]}", right, choice=choice))
@@ -302,10 +337,16 @@ def low_shot(s: Subject) -> list[dict]:
     shots = probes.possible_shots(settings.shots, settings.fractions, s.train.labels)
     for pooling in s.poolings:
         found = probes.low_shot(
-            x[pooling][-1], s.train.labels, z[pooling][-1], s.test.labels, shots=shots,
-            fractions=settings.fractions, draws=settings.draws, seed=settings.seed,
+            x[pooling][-1],
+            s.train.labels,
+            z[pooling][-1],
+            s.test.labels,
+            shots=shots,
+            fractions=settings.fractions,
+            draws=settings.draws,
+            seed=settings.seed,
             device=s.device,
-        )  # fmt: skip
+        )
         for size, mean, spread in zip(found.sizes, found.mean, found.spread, strict=True):
             name = f"{_labels(size)}, {NAMES[pooling]}"
             main = size == 1 and pooling == s.poolings[0]
@@ -331,8 +372,15 @@ def clusters(s: Subject) -> list[dict]:
         for name in ("acc", "nmi", "ari"):
             values = torch.stack([run[name] for run in runs]).double()
             main = name == "acc" and pooling == s.poolings[0]
-            scores.append(score(f"{name.upper()}, {NAMES[pooling]}", values.mean(),
-                                values.std(correction=0), "seeds", main=main))  # fmt: skip
+            scores.append(
+                score(
+                    f"{name.upper()}, {NAMES[pooling]}",
+                    values.mean(),
+                    values.std(correction=0),
+                    "seeds",
+                    main=main,
+                )
+            )
     return scores
 
 
@@ -342,8 +390,11 @@ def clusters(s: Subject) -> list[dict]:
 def transfer(s: Subject) -> list[dict]:
     """k-NN and the chosen linear probe on another image set."""
     x, z = s.features
-    scores = [share("linear probe", s.linear.predict(z) == s.test.labels, main=True,
-                    choice=s.linear.choice)]  # fmt: skip
+    scores = [
+        share(
+            "linear probe", s.linear.predict(z) == s.test.labels, main=True, choice=s.linear.choice
+        )
+    ]
     for pooling in s.poolings:
         right = _knn_predictions(x[pooling][-1], s.train.labels, z[pooling][-1], s.device)
         scores.append(share(f"k-NN, {NAMES[pooling]}", right == s.test.labels))
@@ -416,17 +467,26 @@ def segmentation(s: Subject) -> list[dict]:
     train, test = s.dense
     depth = len(s.model.blocks)
     blocks = sorted({depth, max(1, round(depth * 5 / 6)), max(1, round(depth * 2 / 3))})
-    found = linear_segmentation(s.model, train, test, blocks=blocks, seed=s.settings.seed,
-                                pixels=s.settings.dense_pixels, device=s.device)  # fmt: skip
+    found = linear_segmentation(
+        s.model,
+        train,
+        test,
+        blocks=blocks,
+        seed=s.settings.seed,
+        pixels=s.settings.dense_pixels,
+        device=s.device,
+    )
     last, best = len(blocks) - 1, found.best
     of = "test images"
     scores = [score("mIoU, last block", found.miou[last], found.spread[last], of, main=True)]
     choice = {"block": blocks[best], "validation": found.validation[best]}
-    scores.append(score("mIoU, chosen block", found.miou[best], found.spread[best], of,
-                        choice=choice))  # fmt: skip
+    scores.append(
+        score("mIoU, chosen block", found.miou[best], found.spread[best], of, choice=choice)
+    )
     if not found.object_iou[last].isnan():
-        scores.append(score("object IoU, last block", found.object_iou[last],
-                            found.object_spread[last], of))  # fmt: skip
+        scores.append(
+            score("object IoU, last block", found.object_iou[last], found.object_spread[last], of)
+        )
     return scores
 
 
@@ -452,10 +512,14 @@ def few_finetuning(s: Subject) -> list[dict]:
     test = s.test[: settings.finetune_test]
     for i, size in enumerate(settings.few_sizes):
         runs = [
-            _finetuned(s, few_labels(s.train, size, draw=d, seed=settings.seed), test,
-                       replace(settings.few, seed=settings.seed + d))
+            _finetuned(
+                s,
+                few_labels(s.train, size, draw=d, seed=settings.seed),
+                test,
+                replace(settings.few, seed=settings.seed + d),
+            )
             for d in range(settings.few_draws)
-        ]  # fmt: skip
+        ]
         scores.append(_over_runs(_labels(size), runs, "draws", len(test), main=i == 0))
     return scores
 

@@ -141,9 +141,10 @@ def linear_segmentation(
     numbers = block_numbers(blocks, len(model.blocks))
     with (
         borrowed(model, device),
-        tqdm(total=len(train) + len(test), desc="segmentation", unit="image",
-             disable=not progress) as bar,
-    ):  # fmt: skip
+        tqdm(
+            total=len(train) + len(test), desc="segmentation", unit="image", disable=not progress
+        ) as bar,
+    ):
         order = sorted(set(numbers))  # as timm gives them
         x_LMD, y_M, image_M = _sampled_features(model, train, order, pixels, seed, device, bar)
         with full_precision(device):
@@ -188,8 +189,9 @@ class _Head:
     validation: float
 
 
-def _fit(x_MD: Tensor, y_M: Tensor, image_M: Tensor, penalties, validation: float,
-         seed: int) -> _Head:  # fmt: skip
+def _fit(
+    x_MD: Tensor, y_M: Tensor, image_M: Tensor, penalties, validation: float, seed: int
+) -> _Head:
     classes, y = y_M.unique(return_inverse=True)
     if len(classes) < 2:
         raise UserError("segmentation needs at least two classes in the train maps")
@@ -233,8 +235,9 @@ def _test_counts(model, test: DenseSet, blocks, fits: list[_Head], device, bar: 
     return [torch.cat(parts) for parts in found]
 
 
-def class_counts(truth: Tensor, guess: Tensor, classes: int, *,
-                 background: int | None = -1) -> Tensor:  # fmt: skip
+def class_counts(
+    truth: Tensor, guess: Tensor, classes: int, *, background: int | None = -1
+) -> Tensor:
     """Pixels of each class in truth, in prediction and in both, int64 [B, 3, C].
 
     Args:
@@ -278,6 +281,13 @@ def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) ->
     spread, objects = torch.stack(spread, dim=1).float()
     plain = lambda values: torch.tensor([getattr(f, values) for f in fits])  # noqa: E731
     return Segmentation(
-        numbers, iou[:, :-2].nanmean(-1).float(), spread, right.float(), iou[:, -1].float(),
-        objects, iou[:, :-2].float(), plain("penalty"), plain("validation"),
-    )  # fmt: skip
+        numbers,
+        iou[:, :-2].nanmean(-1).float(),
+        spread,
+        right.float(),
+        iou[:, -1].float(),
+        objects,
+        iou[:, :-2].float(),
+        plain("penalty"),
+        plain("validation"),
+    )

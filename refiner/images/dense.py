@@ -68,8 +68,14 @@ def object_maps(images: ImageSet, *, threshold: float = 0.5) -> DenseSet:
     return DenseSet(images.images, maps, ("background", *images.classes), images.name, 0)
 
 
-def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None = None,
-               size: int = 224, progress: bool = True) -> DenseSet:  # fmt: skip
+def load_dense(
+    folder: str | os.PathLike,
+    *,
+    split: str = "train",
+    n: int | None = None,
+    size: int = 224,
+    progress: bool = True,
+) -> DenseSet:
     """Images and maps from a folder in ADE20K's form.
 
     ``images/`` and ``annotations/`` hold files of the same names, the annotations as PNG with one
@@ -114,9 +120,10 @@ def load_dense(folder: str | os.PathLike, *, split: str = "train", n: int | None
 def _split_files(folder: Path, split: str) -> list[Path]:
     """A split's files: those of its folder, or a part of what the one folder there is holds."""
     present = {
-        part: folder / found[0] for part, names in FOLDERS.items()
+        part: folder / found[0]
+        for part, names in FOLDERS.items()
         if (found := [name for name in names if (folder / name).is_dir()])
-    }  # fmt: skip
+    }
     where = present.get(split) or next(iter(present.values()), folder)
     files = sorted(image_files(where))
     if not files:

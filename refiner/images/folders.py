@@ -18,8 +18,17 @@ from tqdm.auto import tqdm
 from refiner.base.errors import UserError
 
 EXTENSIONS = (
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -73,9 +82,10 @@ def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
     """
     inside = _sub_folders(folder)
     present = {
-        part: found[0] for part, names in SPLIT_FOLDERS.items()
+        part: found[0]
+        for part, names in SPLIT_FOLDERS.items()
         if (found := [name for name in names if name in inside])
-    }  # fmt: skip
+    }
     # One of them beside other folders is a class: "train" is also a vehicle.
     if len(present) >= 2 or len(present) == len(inside) > 0:
         return folder, present
@@ -89,9 +99,10 @@ def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
 def _sub_folders(folder: Path) -> list[str]:
     around = _around(folder)
     return sorted(
-        x.name for x in folder.iterdir()
+        x.name
+        for x in folder.iterdir()
         if x.is_dir() and not x.name.startswith(".") and os.path.realpath(x) not in around
-    )  # fmt: skip
+    )
 
 
 def _around(folder: Path) -> set[str]:

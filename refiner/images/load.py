@@ -185,9 +185,14 @@ def _load_toybox(variant, split, n, size, seed, cache, progress, device) -> Imag
     have = len(arrays["images"]) if arrays else 0
     if have < n:  # image i does not depend on n, so only the missing ones are rendered
         scene = toybox.render(
-            range(have, n), split=split, size=size, seed=seed, variant=variant,
-            device=device, progress=progress,
-        )  # fmt: skip
+            range(have, n),
+            split=split,
+            size=size,
+            seed=seed,
+            variant=variant,
+            device=device,
+            progress=progress,
+        )
         new = {"images": scene.images, "labels": scene.labels, "masks": scene.masks}
         new = {k: v.cpu().numpy() for k, v in new.items()}
         new |= {f"factor/{k}": v for k, v in scene.factors.items()}
@@ -303,9 +308,15 @@ def _load_folder(
 
 
 def load_holdout(
-    folder: str | os.PathLike, share: float = 0.2, *, n: int | None = None,
-    n_test: int | None = None, size: int | None = None, seed: int = 0, progress: bool = True,
-) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    folder: str | os.PathLike,
+    share: float = 0.2,
+    *,
+    n: int | None = None,
+    n_test: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[ImageSet, ImageSet]:
     """Train images of a folder, and a part of them that is held out to test on.
 
     The part does not depend on n and n_test, and only as many files are read as they ask for.
@@ -333,9 +344,15 @@ def load_holdout(
 
 
 def _read_set(
-    paths: list[Path], labels: Tensor | None, classes: tuple[str, ...], folder: Path,
-    n: int | None, size: int | None, seed: int, progress: bool,
-) -> ImageSet:  # fmt: skip
+    paths: list[Path],
+    labels: Tensor | None,
+    classes: tuple[str, ...],
+    folder: Path,
+    n: int | None,
+    size: int | None,
+    seed: int,
+    progress: bool,
+) -> ImageSet:
     """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
     order = balanced_order(labels, len(paths), seed=seed)[: _first(n, len(paths), str(folder))]
     paths = [paths[i] for i in order]

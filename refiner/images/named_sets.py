@@ -65,8 +65,10 @@ def list_files(name: str, split: str, cache: Path) -> tuple[list[Path], list[int
         pairs = list(zip(data._images, data._labels, strict=True))
     elif source.kind == "Caltech101":
         root = Path(data.root) / "101_ObjectCategories"
-        pairs = [(root / data.categories[y] / f"image_{i:04d}.jpg", y)
-                 for i, y in zip(data.index, data.y, strict=True)]  # fmt: skip
+        pairs = [
+            (root / data.categories[y] / f"image_{i:04d}.jpg", y)
+            for i, y in zip(data.index, data.y, strict=True)
+        ]
     else:
         pairs = [data[i] for i in range(len(data))]  # our loader hands the path through
     pairs = sorted((Path(path), int(label)) for path, label in pairs)

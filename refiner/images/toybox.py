@@ -116,9 +116,11 @@ def _arch(x, y, z):
 
 def _stairs(x, y, z):
     return _union(
-        *(_box(x - dx, y + dy, z, 0.25, h, 0.4) for dx, dy, h in
-          ((-0.5, 0.45, 0.2), (0.0, 0.25, 0.4), (0.5, 0.05, 0.6)))
-    )  # fmt: skip
+        *(
+            _box(x - dx, y + dy, z, 0.25, h, 0.4)
+            for dx, dy, h in ((-0.5, 0.45, 0.2), (0.0, 0.25, 0.4), (0.5, 0.05, 0.6))
+        )
+    )
 
 
 _SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -185,10 +187,17 @@ VARIANTS = {
     "toybox": Variant(),
     "toybox-new": Variant(toys=HELD_OUT),
     "toybox-hard": Variant(
-        yaw=180.0, pitch=30.0, roll=30.0, scale=(0.4, 0.8), shift=0.4,
-        saturation=(0.1, 1.0), background_contrast=0.5, background_saturation=0.6, busy=True,
+        yaw=180.0,
+        pitch=30.0,
+        roll=30.0,
+        scale=(0.4, 0.8),
+        shift=0.4,
+        saturation=(0.1, 1.0),
+        background_contrast=0.5,
+        background_saturation=0.6,
+        busy=True,
     ),
-}  # fmt: skip
+}
 
 FACTORS = {
     "yaw": "rotation about the vertical axis, degrees",
@@ -341,8 +350,9 @@ def _surface(p: list[Tensor], pattern: Tensor) -> Tensor:
     return 1.0 - 0.3 * dark
 
 
-def _render_group(toy: str, factors: list[dict[str, float]], size: int, variant: Variant,
-                  device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _render_group(
+    toy: str, factors: list[dict[str, float]], size: int, variant: Variant, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """All images of one toy: colours float32 [N, 3, R] in 0..1 without noise, coverage [N, R]."""
     shape = _SHAPES[toy]
     poses = [_pose(f) for f in factors]
@@ -361,9 +371,16 @@ def _render_group(toy: str, factors: list[dict[str, float]], size: int, variant:
     o = column([camera for _, camera in poses])
     d = [rot[3 * k] * ray[0] + rot[3 * k + 1] * ray[1] + rot[3 * k + 2] * ray[2] for k in range(3)]
     scale, pattern, angle_c, angle_s = column(
-        [[f["scale"], f["pattern"], math.cos(math.radians(f["background_angle"])),
-          math.sin(math.radians(f["background_angle"]))] for f in factors]
-    )  # fmt: skip
+        [
+            [
+                f["scale"],
+                f["pattern"],
+                math.cos(math.radians(f["background_angle"])),
+                math.sin(math.radians(f["background_angle"])),
+            ]
+            for f in factors
+        ]
+    )
 
     t, coverage = _march(shape, o, d, pixel=(2 * FRAME / size) / scale)
     p = [o[k] + t * d[k] for k in range(3)]
@@ -382,9 +399,13 @@ def _render_group(toy: str, factors: list[dict[str, float]], size: int, variant:
         ramp = 2 * (_wave(ramp * 2) - _wave((u_R * angle_s - v_R * angle_c) * 2)).abs() - 1
     toy_rgb = column([colorsys.hsv_to_rgb(f["hue"], f["saturation"], 0.9) for f in factors])
     back_rgb = column(
-        [colorsys.hsv_to_rgb(f["background_hue"], variant.background_saturation,
-                             f["background_brightness"]) for f in factors]
-    )  # fmt: skip
+        [
+            colorsys.hsv_to_rgb(
+                f["background_hue"], variant.background_saturation, f["background_brightness"]
+            )
+            for f in factors
+        ]
+    )
     colours = []
     for k in range(3):
         back = back_rgb[k] * (1.0 + variant.background_contrast * ramp)

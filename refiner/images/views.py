@@ -179,8 +179,13 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return F.conv2d(x, kernel_BK[:, None, None, :], groups=b * c).reshape(b, c, h, w)
 
 
-def make_view(images: Tensor, view: View, generator: torch.Generator | None = None, *,
-              rows: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+def make_view(
+    images: Tensor,
+    view: View,
+    generator: torch.Generator | None = None,
+    *,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
     """One random view of each image.
 
     Args:
@@ -198,8 +203,9 @@ def make_view(images: Tensor, view: View, generator: torch.Generator | None = No
         return _view_of(images, view, generator, rows)
 
 
-def _view_of(images: Tensor, view: View, generator: torch.Generator | None,
-             rows: tuple[int, int] | None) -> Tensor:  # fmt: skip
+def _view_of(
+    images: Tensor, view: View, generator: torch.Generator | None, rows: tuple[int, int] | None
+) -> Tensor:
     b, _, h, w = images.shape
     first, n = rows or (0, b)
     mine = slice(first, first + b)
@@ -239,8 +245,12 @@ def _blur_some(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) ->
     return x.index_copy(0, at, _blur(x[at], sigma, view.sigma[1] * scale))
 
 
-def make_views(images: Tensor, views: tuple[View, ...],
-               generator: torch.Generator | None = None, *,
-               rows: tuple[int, int] | None = None) -> list[Tensor]:  # fmt: skip
+def make_views(
+    images: Tensor,
+    views: tuple[View, ...],
+    generator: torch.Generator | None = None,
+    *,
+    rows: tuple[int, int] | None = None,
+) -> list[Tensor]:
     """All views of a batch: a list of float [B, 3, S_v, S_v] in the order of ``views``."""
     return [make_view(images, view, generator, rows=rows) for view in views]
