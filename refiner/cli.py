@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import refiner
 from refiner.base.errors import UserError
 from refiner.base.settings import changed, parse_setting
-
-USER_ERRORS = (ValueError, OSError, ArithmeticError, ModuleNotFoundError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `refiner models | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except USER_ERRORS as error:
-        if getattr(args, "debug", False) or not is_for_user(error):
+    except (UserError, OSError) as error:  # all else is a bug of ours and keeps its traceback
+        if args.debug:
             raise
         print(f"refiner: {sentence(error)}", file=sys.stderr)
         return 2
@@ -51,15 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (add_course, add_pretrain, add_refine, add_probe, add_evaluate, add_models):
         add(subparsers, common)
     return parser
-
-
-def is_for_user(error: BaseException) -> bool:
-    """Whether an error is a user's to mend: files, and what this library raises itself.
-
-    A ValueError from inside another library is a bug of ours and keeps its traceback.
-    """
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, OSError) or Path(__file__).parent in Path(last).parents
 
 
 def sentence(error: BaseException) -> str:

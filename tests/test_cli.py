@@ -12,7 +12,8 @@ import pytest
 
 import refiner
 from refiner import cli
-from refiner.base import settings
+from refiner.base import errors, settings
+from refiner.training import watch
 
 ROOT = Path(refiner.__file__).parent.parent
 
@@ -142,12 +143,40 @@ def test_the_commands_options_reach_the_runner(monkeypatch):
     assert seen["write_back"] and seen["out"] == "runs/course" and seen["preset"] == "cpu"
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    from refiner.course import run as runner
+FAULTS = [kind("seven") for kind in (ValueError, KeyError, RuntimeError, FloatingPointError)]
+MENDED = [errors.UserError("seven"), errors.NotFinite("seven"), errors.MissingPackage("seven")]
+MENDED += [watch.Collapse("seven"), FileNotFoundError("seven")]
 
-    monkeypatch.setattr(runner, "run_course", lambda *a, **k: int("seven"))
-    with pytest.raises(ValueError, match="seven"):  # raised here, outside the library
+
+def raising(error):
+    def run(*args, **options):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_fault_of_ours_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr("refiner.course.run.run_course", raising(error))
+    with pytest.raises(type(error), match="seven"):
         cli.main(["course"])
+
+
+@pytest.mark.parametrize("error", MENDED, ids=lambda error: type(error).__name__)
+def test_what_a_user_can_mend_is_one_line_and_status_2(error, monkeypatch, capsys):
+    """Wherever it was raised, here outside of the library."""
+    monkeypatch.setattr("refiner.course.run.run_course", raising(error))
+    assert cli.main(["course"]) == 2
+    assert capsys.readouterr().err == "refiner: seven\n"
+    with pytest.raises(type(error)):
+        cli.main(["course", "--debug"])
+
+
+def test_the_errors_keep_the_kinds_that_python_has_for_them():
+    assert issubclass(errors.NotFinite, FloatingPointError)
+    assert issubclass(errors.MissingPackage, ModuleNotFoundError)
+    assert issubclass(watch.Collapse, ArithmeticError)
+    assert issubclass(refiner.UserError, ValueError)
 
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):

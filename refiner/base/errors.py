@@ -1,5 +1,13 @@
-"""The error that a user can mend."""
+"""The errors that a user can mend: the command line says them in one line, without a traceback."""
 
 
 class UserError(ValueError):
     """Something that the caller can mend; its message is one sentence that says how."""
+
+
+class NotFinite(UserError, FloatingPointError):
+    """A training whose loss or weights became NaN or infinite; the states saved before stay."""
+
+
+class MissingPackage(UserError, ModuleNotFoundError):
+    """An optional package is not installed; the message says how to install it."""

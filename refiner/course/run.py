@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refiner.base.errors import UserError
+from refiner.base.errors import MissingPackage, UserError
 from refiner.base.files import write_json
 from refiner.base.places import clock, find_notebooks
 from refiner.course.exercises import (
@@ -172,7 +172,7 @@ def _need_lab() -> None:
     try:
         import refiner.course.execute  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackage(
             f"running notebooks needs the package {error.name}: pip install 'mim-refiner-lab[lab]'"
         ) from error
 

@@ -239,7 +239,7 @@ class _Bench:
             n, n_test = self.settings.n, self.settings.n_test
             try:
                 self.loaded[key] = train_and_test(data, n, n_test, key[1])
-            except ValueError:  # the set may have fewer; anything else is raised again
+            except UserError:  # the set may have fewer; anything else is raised again
                 train, test = train_and_test(data, None, None, key[1])
                 self.loaded[key] = train[:n], test[:n_test]
         return self.loaded[key]

@@ -222,7 +222,7 @@ def _tried(part: str, sides: _Sides) -> dict:
         return {"left_out": "the images have no labels"}
     try:
         return json_ready(_DO[part](sides))
-    except ValueError as error:
+    except UserError as error:
         return {"left_out": str(error)}
 
 

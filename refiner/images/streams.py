@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refiner.base.errors import UserError
+from refiner.base.errors import MissingPackage, UserError
 from refiner.images.folders import EXTENSIONS, read_image
 
 SHARD = 2**32  # ids from one shard's first image to the next one's
@@ -175,7 +175,7 @@ def _hugging_face(name: str, split: str) -> tuple[Reader, int]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackage(
             "hf: needs the package datasets: pip install 'mim-refiner-lab[stream]'"
         ) from error
     path, _, configuration = name.partition(":")

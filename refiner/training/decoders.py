@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from refiner.base.errors import UserError
+from refiner.base.errors import NotFinite, UserError
 from refiner.base.tensors import step_generator, take
 from refiner.models.encoders import (
     Encoder,
@@ -186,7 +186,7 @@ def decode_blocks(
                 mean_L = torch.stack(losses).mean(0)
                 losses.clear()
                 if not mean_L.isfinite().all():
-                    raise FloatingPointError(f"a loss is not finite at step {step + 1}: lower lr")
+                    raise NotFinite(f"a loss is not finite at step {step + 1}: lower lr")
                 bar.set_postfix(loss=f"{mean_L.mean():.4f}")
                 seconds = round(time.monotonic() - began, 1)
                 history.append({"step": step + 1, "loss": mean_L.tolist(), "lr": rate,

@@ -31,7 +31,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from refiner.base.errors import UserError
+from refiner.base.errors import NotFinite, UserError
 from refiner.base.settings import whole_numbers
 from refiner.base.tensors import constant, step_generator
 from refiner.images.sets import ImageSet
@@ -351,14 +351,14 @@ class _Run:
 
     def log(self, loss: float, lr: float, step: int, bar: tqdm) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate")
+            raise NotFinite(f"the loss is {loss} at step {step}: lower the learning rate")
         seconds = round(self.before + time.monotonic() - self.began, 3)
         self.history.append({"step": step, "loss": loss, "lr": lr, "seconds": seconds})
         bar.set_postfix(loss=f"{loss:.3f}")
 
     def save(self) -> None:
         if not all_finite(self.model):
-            raise FloatingPointError(
+            raise NotFinite(
                 f"a weight is no longer finite at step {self.done}: lower the learning rate"
             )
         state = {

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from refiner.base.errors import UserError
+from refiner.base.errors import NotFinite, UserError
 from refiner.base.files import write_json
 from refiner.base.places import machine
 from refiner.base.settings import whole_numbers
@@ -157,7 +157,7 @@ def pretrain(
             mean = torch.stack(losses).mean().item()
             losses.clear()
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is not finite at step {done}; try a lower lr")
+                raise NotFinite(f"the loss is not finite at step {done}; try a lower lr")
             seconds = round(before + time.monotonic() - began, 3)
             run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
             bar.set_postfix(loss=f"{mean:.4f}")
@@ -246,9 +246,7 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
 def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
           began_with: dict, step: int, losses: list[Tensor]) -> None:  # fmt: skip
     if not all_finite(mae):  # the loss is looked at more rarely
-        raise FloatingPointError(
-            f"a weight is no longer finite at step {step}; start again with a lower lr"
-        )
+        raise NotFinite(f"a weight is no longer finite at step {step}; start again with a lower lr")
     state = {
         "step": step,
         "recipe": asdict(recipe),

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from torch import nn
 
-from refiner.base.errors import UserError
+from refiner.base.errors import MissingPackage, NotFinite, UserError
 from refiner.models.encoders import Encoder, final_pooling
 from refiner.training.loop import all_finite
 
 
-class Collapse(ArithmeticError):
+class Collapse(UserError, ArithmeticError):
     """All projections became the same, or all predictions: nothing is left to learn from."""
 
 
@@ -47,7 +47,7 @@ class Guard:
         """
         at = f"stage {entry['stage']}, step {entry['step']}"
         if not all(math.isfinite(x) for x in entry["loss"]):
-            raise FloatingPointError(
+            raise NotFinite(
                 f"the loss is not finite at {at}; try a lower learning rate or clip=1.0."
                 + self.left()
             )
@@ -77,7 +77,7 @@ class Guard:
             FloatingPointError: when one is not finite.
         """
         if not all_finite(*modules):
-            raise FloatingPointError(
+            raise NotFinite(
                 "a weight is no longer finite; try a lower learning rate or clip=1.0." + self.left()
             )
 
@@ -173,7 +173,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
+            raise MissingPackage(
                 "TensorBoard is not installed: pip install 'mim-refiner-lab[watch]'"
             ) from error
         self.writer = SummaryWriter(str(folder))

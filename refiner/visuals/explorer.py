@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from refiner.base.errors import UserError
+from refiner.base.errors import MissingPackage, UserError
 from refiner.base.places import clock
 from refiner.visuals import explorer_html
 from refiner.visuals.explorer_state import Colour, Exploration, State, View, prepare
@@ -187,7 +187,7 @@ class Explorer:
 
             self.maps = [_Map(self, side) for side in (0, 1)]
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
+            raise MissingPackage(
                 f"the explorer needs the package {error.name}: pip install 'mim-refiner-lab[lab]'"
             ) from error
         explored, state = self.exploration, self.state
