@@ -66,6 +66,44 @@ def run(model, x, kept=None):
     return tokens
 
 
+def test_a_walk_gives_the_tokens_after_each_block(model):
+    x, kept = torch.randn(2, 3, 32, 32), torch.tensor([[3, 0, 7], [1, 2, 15]])
+    found = dict(encoders.walk(model, x, kept_BK=kept))
+    assert list(found) == [0, 1, 2, 3]
+    tokens, context = encoders.keep_patches(model, *encoders.embed(model, x), kept)
+    assert torch.equal(found[0], tokens)
+    for number, block in enumerate(model.blocks, start=1):
+        tokens = encoders.run_block(block, tokens, context)
+        assert torch.equal(found[number], tokens)
+    assert torch.equal(encoders.last_tokens(model, x, kept_BK=kept), tokens)
+    *_, (number, first) = encoders.walk(model, x, kept_BK=kept, top=2, class_token_only=True)
+    assert number == 2
+    torch.testing.assert_close(first[:, :1], found[2][:, :1])
+
+
+def test_a_walk_freezes_the_first_blocks_and_leaves_the_callers_gradients_alone(model):
+    x, learns = torch.randn(2, 3, 32, 32), {}
+    for number, tokens in encoders.walk(model, x, frozen=2):
+        assert torch.is_grad_enabled()
+        learns[number] = tokens.requires_grad
+    assert learns == {0: False, 1: False, 2: False, 3: True}
+    with torch.no_grad():
+        assert not any(tokens.requires_grad for _, tokens in encoders.walk(model, x))
+
+
+def test_tokens_take_the_place_of_hidden_patches(model):
+    """They make the hidden pixels meaningless, and only these."""
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 5] = True
+    x = torch.randn(2, 3, 32, 32)
+    hidden, seen = x.clone(), x.clone()
+    hidden[:, :, 8:16, 8:16] = 0  # patch 5: row 1, column 1
+    seen[:, :, :8, :8] = 0
+    gaps = mask, torch.ones(1, 1, 24)
+    a, b, c = (encoders.last_tokens(model, pixels, gaps=gaps) for pixels in (x, hidden, seen))
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+
+
 @torch.no_grad()
 def test_block_by_block_is_timms_own_pass(model):
     x = torch.randn(2, 3, 32, 32)

@@ -2,7 +2,8 @@
 
 timm's masked-image models are VisionTransformer (MAE, I-JEPA, BEiT-3, …), Beit (relative
 positions), Eva (rotary positions) and Hiera (stages of growing width). :func:`embed` makes the
-tokens of the first block, :func:`run_block` applies a block, whatever the class.
+tokens of the first block, :func:`run_block` applies a block, whatever the class, and :func:`walk`
+goes through them all.
 
 Shape legend: B images, T tokens (prefix tokens, then patches), N patches, K kept patches, D width,
 P prefix tokens, R entries of a table of relative positions, A attention heads.
@@ -10,6 +11,7 @@ P prefix tokens, R entries of a table of relative positions, A attention heads.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -195,16 +197,70 @@ def allow_any_size(model: Encoder) -> Encoder:
 # ---------------------------------------------------------------- block by block
 
 
-def embed(model: Encoder, images: Tensor) -> tuple[Tensor, dict]:
+def walk(
+    model: Encoder,
+    images: Tensor,
+    *,
+    top: int | None = None,
+    kept_BK: Tensor | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
+    frozen: int = 0,
+    recompute: bool = False,
+    class_token_only: bool = False,
+) -> Iterator[tuple[int, Tensor]]:
+    """The tokens after each block in turn: ``for number, x_BTD in walk(model, images)``.
+
+    Number 0 comes first, with the tokens that enter block 1. Nothing is kept on the way: a block's
+    tokens are freed when the next ones are there, unless the caller or a gradient needs them.
+
+    Args:
+        model: an encoder, whatever its class.
+        images: normalised [B, 3, H, W].
+        top: the last block to run, counted from 1; default the model's last.
+        kept_BK: int64 [B, K], the patches that stay; None keeps all.
+        gaps: a mask [B, N], True where a patch is hidden, and the token [1, 1, D] in its place.
+        frozen: the embedding and this many blocks run without gradient; with 0, nothing does.
+        recompute: run the other blocks again in the backward pass instead of storing activations.
+        class_token_only: of the top block only the first token will be read, so that it may be the
+            only one that is given, [B, 1, D] (:func:`class_token_of`).
+    """
+    with torch.no_grad() if frozen else nullcontext():
+        x_BTD, context = embed(model, images, gaps)
+        if kept_BK is not None:
+            x_BTD, context = keep_patches(model, x_BTD, context, kept_BK)
+    yield 0, x_BTD
+    top = len(model.blocks) if top is None else top
+    for number, block in enumerate(model.blocks[:top], start=1):
+        run = class_token_of if class_token_only and number == top else run_block
+        # The context ends before the tokens are handed out: the caller's gradients are his own.
+        with torch.no_grad() if number <= frozen else nullcontext():
+            if recompute and number > frozen and torch.is_grad_enabled():
+                x_BTD = checkpoint(run, block, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = run(block, x_BTD, context)
+        yield number, x_BTD
+
+
+def last_tokens(model: Encoder, images: Tensor, **how) -> Tensor:
+    """The tokens at the end of a :func:`walk`, which ``how`` is for; before the final norm."""
+    return deque(walk(model, images, **how), maxlen=1)[0][1]
+
+
+def embed(model: Encoder, images: Tensor,
+          gaps: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, dict]:  # fmt: skip
     """The tokens that enter the first block.
 
     Args:
         images: normalised [B, 3, H, W].
+        gaps: see :func:`walk`.
 
     Returns:
         Tokens [B, T, D], and what the blocks need besides them, for :func:`run_block`.
     """
     x = model.patch_embed(images)
+    if gaps is not None:
+        mask_BN, gap_11D = gaps
+        x = torch.where(mask_BN.view(*x.shape[:-1], 1), gap_11D.to(x.dtype), x)
     if isinstance(model, VisionTransformer):
         return model.norm_pre(model.patch_drop(model._pos_embed(x))), {}
     if isinstance(model, Eva):
@@ -497,19 +553,11 @@ def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
     numbers = block_numbers(blocks, depth)
     poolings = [pooling] * len(numbers) if isinstance(pooling, str) else pooling
     reads = dict(zip(numbers, poolings, strict=True))
-    with torch.no_grad() if frozen_blocks else nullcontext():
-        x_BND, context = embed(model, x_BCHW)
-        if kept_BK is not None:
-            x_BND, context = keep_patches(model, x_BND, context, kept_BK)
-    pooled = []
-    top = max(numbers)
-    for number, block in enumerate(model.blocks[:top], start=1):
-        run = class_token_of if number == top and reads[number] == "cls" else run_block
-        with torch.no_grad() if number <= frozen_blocks else nullcontext():
-            if recompute and number > frozen_blocks and torch.is_grad_enabled():
-                x_BND = checkpoint(run, block, x_BND, context, use_reentrant=False)
-            else:
-                x_BND = run(block, x_BND, context)
+    top, pooled = max(numbers), []
+    for number, x_BND in walk(
+        model, x_BCHW, top=top, kept_BK=kept_BK, frozen=frozen_blocks, recompute=recompute,
+        class_token_only=reads[top] == "cls",
+    ):  # fmt: skip
         if number in reads:
             take_out = final_features if number == depth else pool
             pooled.append(take_out(model, x_BND, reads[number]))

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from refiner.base.errors import UserError
-from refiner.models.encoders import preprocess
+from refiner.models.encoders import last_tokens, preprocess
 from refiner.models.load import build_vit, read_checkpoint
 
 # ---------------------------------------------------------------- the model
@@ -63,10 +63,7 @@ def encode_visible(encoder: VisionTransformer, images: Tensor, visible: Tensor |
         images: normalised [B, C, H, W].
         visible: [B, K] patches to keep, or None for all.
     """
-    x_BND = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
-    if visible is not None:
-        x_BND = x_BND.gather(1, visible[:, :, None].expand(-1, -1, x_BND.shape[2]))
-    return _through_blocks(encoder, x_BND)
+    return last_tokens(encoder, images, kept_BK=visible)
 
 
 def encode_gaps(encoder: VisionTransformer, images: Tensor, mask: Tensor, gap: Tensor) -> Tensor:
@@ -81,14 +78,7 @@ def encode_gaps(encoder: VisionTransformer, images: Tensor, mask: Tensor, gap: T
         mask: bool [B, N], True where a patch is hidden.
         gap: [1, 1, D] the token that stands for hidden patches.
     """
-    x_BND = encoder.patch_embed(images)
-    x_BND = torch.where(mask[:, :, None], gap.to(x_BND.dtype), x_BND) + encoder.pos_embed[:, 1:]
-    return _through_blocks(encoder, x_BND)
-
-
-def _through_blocks(encoder: VisionTransformer, x_BND: Tensor) -> Tensor:
-    cls_B1D = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x_BND), -1, -1)
-    return encoder.blocks(encoder.norm_pre(torch.cat([cls_B1D, x_BND], dim=1)))
+    return last_tokens(encoder, images, gaps=(mask, gap))
 
 
 class MaskedAutoencoder(nn.Module):

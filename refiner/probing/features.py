@@ -30,14 +30,13 @@ from refiner.models.encoders import (
     block_numbers,
     borrowed,
     default_batch,
-    embed,
     final_features,
     final_pooling,
     has_class_token,
     prefix_tokens,
     preprocess,
     preprocessing_card,
-    run_block,
+    walk,
     width,
 )
 
@@ -185,9 +184,7 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], pools) -> di
     """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
     wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
     cls, patch, more = {}, {}, {name: {} for name in pools}
-    x_BTD, context = embed(model, x)
-    for number, block in enumerate(model.blocks, start=1):
-        x_BTD = run_block(block, x_BTD, context)
+    for number, x_BTD in walk(model, x):
         if number in wanted:
             if with_cls:
                 cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens

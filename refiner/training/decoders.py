@@ -29,12 +29,10 @@ from refiner.models.encoders import (
     block_numbers,
     borrowed,
     check_refinable,
-    embed,
-    keep_patches,
     prefix_tokens,
     preprocess,
     preprocessing_card,
-    run_block,
+    walk,
 )
 from refiner.models.mae import patchify, random_masking
 from refiner.training.loop import autocast, batch_indices, cosine_schedule
@@ -230,12 +228,9 @@ class _Frozen:
             len(x), target_BNP.shape[1], self.mask_ratio, generator, x.device
         )
         with torch.no_grad(), autocast(self.device):
-            tokens, context = keep_patches(self.model, *embed(self.model, x), visible)
-            kept = {}
-            for number, block in enumerate(self.model.blocks, start=1):
-                tokens = run_block(block, tokens, context)
-                if number in self.numbers:
-                    kept[number] = tokens
+            top = max(self.numbers)
+            steps = walk(self.model, x, kept_BK=visible, top=top)
+            kept = {number: tokens for number, tokens in steps if number in self.numbers}
         return [(kept[number], visible, mask, target_BNP) for number in self.numbers]
 
 

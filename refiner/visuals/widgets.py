@@ -25,11 +25,10 @@ from refiner.base.errors import UserError
 from refiner.images.views import View, make_view
 from refiner.models.encoders import (
     PostNormBlock,
-    embed,
     prefix_tokens,
     preprocess,
     preprocessing_card,
-    run_block,
+    walk,
 )
 from refiner.models.mae import MaskedAutoencoder, patchify, random_masking, unpatchify
 from refiner.training.heads import IDHeads, NeighborQueue
@@ -263,12 +262,11 @@ def attention_maps(model: VisionTransformer, image: Tensor) -> Tensor:
     if not isinstance(model, VisionTransformer):
         raise UserError(f"attention is read from a VisionTransformer, not {type(model).__name__}")
     image = image[None].to(next(model.parameters()).device)
-    x_BTD, context = embed(model, preprocess(image, preprocessing_card(model)))
-    maps = []
-    for block in model.blocks:
+    pixels, maps = preprocess(image, preprocessing_card(model)), []
+    for number, x_BTD in walk(model, pixels, top=len(model.blocks) - 1):
+        block = model.blocks[number]  # the one that these tokens enter
         inside = x_BTD if isinstance(block, PostNormBlock) else block.norm1(x_BTD)
         maps.append(_weights(block.attn, inside)[0])
-        x_BTD = run_block(block, x_BTD, context)
     return torch.stack(maps)
 
 
