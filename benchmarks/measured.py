@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -67,10 +67,12 @@ def block_report(model, bank, test) -> dict:
 @lru_cache
 def installed(package: str) -> bool:
     """Whether another library is here to be measured; says so where it is not."""
-    here = importlib.util.find_spec(package) is not None
-    if not here:
+    try:
+        importlib.import_module(package)
+    except ImportError:
         print(f"{package} is left out: it is not installed", flush=True)
-    return here
+        return False
+    return True
 
 
 def header(command: str) -> dict:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -45,14 +46,19 @@ COUNTED = 4  # images of the batch whose arithmetic is counted
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
 
 
+@lru_cache(maxsize=1)  # large ones take seconds to draw, and nothing here changes them
+def encoder(name: str):
+    """The model of a name."""
+    shape = SHAPES[name]
+    return build_vit(**shape, seed=0) if shape else refiner.load_model("mae_toybox")
+
+
 def setup_of(name: str, batch: int, **changes):
     """Model, images of noise and recipe of a refinement."""
-    shape = SHAPES[name]
+    shape, model = SHAPES[name], encoder(name)
     if shape:
-        model = build_vit(**shape, seed=0)
         recipe = Recipe.gpu(size=shape["size"], patch=shape["patch"], batch=batch, **changes)
     else:
-        model = refiner.load_model("mae_toybox")
         recipe = Recipe.cpu(batch=batch, **changes)
     size = shape["size"] if shape else 32
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,167 @@
+"""The script for a GPU's few minutes, rehearsed on a CPU without the optional packages."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from refiner.toybox import render
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+PARTS = ("smoke", "cifar", "utilisation", "probing", "notebook04", "deep")
+# As on a machine that was not made for this course; refiner is not installed there either.
+BLOCKER = """
+import sys
+from pathlib import Path
+
+MISSING = {"umap", "IPython", "nbformat", "papermill", "ipywidgets", "jscatter", "faiss", "lightly",
+           "kornia"}
+
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def installed_here(finder):
+    return "editable" in f"{finder} {getattr(finder, '__module__', '')}"
+
+sys.meta_path[:] = [Blocker, *(f for f in sys.meta_path if not installed_here(f))]
+sys.path[:] = [p for p in sys.path if not Path(p, "refiner").is_dir()]
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Environment variables of a Python without this package and without its optional ones."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
+                         "REFINER_CACHE": str(folder / "cache")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """An archive in the form of CIFAR-10's, of a few toys."""
+    folder, number = tmp_path_factory.mktemp("archive"), 0
+    for split, count in (("train", 40), ("test", 16)):
+        scene = render(count, split=split)
+        for image, label in zip(scene.images, scene.labels % 2, strict=True):
+            path = folder / "cifar10" / split / "ab"[label] / f"{number:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            number += 1
+    with tarfile.open(folder / "cifar10.tar.gz", "w:gz") as tar:
+        tar.add(folder / "cifar10", "cifar10")
+    return folder / "cifar10.tar.gz"
+
+
+def started(bare, *arguments):
+    command = [sys.executable, BENCHMARKS / "one_gpu.py", "--tiny", *map(str, arguments)]
+    done = subprocess.run(command, env=bare, cwd=bare["REFINER_CACHE"].rsplit("/", 1)[0],
+                          capture_output=True, text=True)  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rehearsal(bare, archive, tmp_path_factory):
+    """All parts, once."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    code, text = started(bare, "--cifar", archive, "--out", out)
+    failed = {n: p.get("trace") for n, p in results(out)["parts"].items() if p.get("trace")}
+    assert code == 0, f"{text[-3000:]}\n{failed}"
+    return out
+
+
+def test_every_part_is_done_and_tells_what_it_found(rehearsal):
+    found = results(rehearsal)
+    assert found["rehearsal"] and tuple(found["parts"]) == PARTS
+    assert all(p["status"] == "done" and p["seconds"] > 0 for p in found["parts"].values())
+    assert found["parts"]["smoke"]["green"], found["parts"]["smoke"]["checks"]
+    cifar = found["parts"]["cifar"]
+    for when in ("before", "after"):
+        assert len(cifar[when]["cls"]["k200"]) == len(cifar[when]["patch"]["linear"]) == 4
+        assert 0 <= cifar[when]["reading"]["k10"] <= 1
+    assert cifar["mae"]["steps"] == cifar["mae"]["planned_steps"] == 6
+    assert set(found["parts"]["deep"]["arms"]) == {"decoder", "no decoder"}
+    assert len(found["parts"]["notebook04"]["recorded"]["knn_refined"]) == 12
+
+
+def test_what_comes_home_is_eight_small_files_side_by_side(rehearsal):
+    files = [p for p in rehearsal.rglob("*")]
+    assert all(p.is_file() and p.stat().st_size < 16 * 2**20 for p in files) and len(files) <= 8
+    assert {p.suffix for p in files} == {".json", ".zip", ".safetensors"}
+    with zipfile.ZipFile(rehearsal / "figures.zip") as pictures:
+        assert {"cifar.png", "deep.png"} < set(pictures.namelist())
+        assert all(len(pictures.read(name)) > 5000 for name in pictures.namelist())
+    weights = load_file(rehearsal / "weights-1.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"mae", "refined", "heads"}
+
+
+def test_a_second_run_repeats_nothing(rehearsal, bare, archive):
+    before = (rehearsal / "results.json").read_text()
+    code, text = started(bare, "--cifar", archive, "--out", rehearsal)
+    assert code == 0 and text.count("done before") == len(PARTS)
+    assert json.loads(before)["parts"] == results(rehearsal)["parts"]
+
+
+def test_a_chain_goes_on_from_what_came_home(rehearsal, bare, archive, tmp_path):
+    code, text = started(bare, "--parts", "cifar", "--continue", rehearsal, "--cifar", archive,
+                         "--out", tmp_path)  # fmt: skip
+    assert code == 0, text
+    first, second = (results(folder)["parts"]["cifar"] for folder in (rehearsal, tmp_path))
+    assert second["went_on_from"] == rehearsal.name and second["mae"] == first["mae"]
+    # The encoder as it came home, in half precision, and heads that need no stage of their own.
+    assert second["before"]["cls"]["k10"] == pytest.approx(first["after"]["cls"]["k10"], abs=0.13)
+    assert second["refine"]["planned_steps"][0] == 0 < second["refine"]["planned_steps"][1]
+
+
+def test_without_time_everything_is_skipped_and_said_so(bare, tmp_path):
+    code, text = started(bare, "--budget", 0.1, "--out", tmp_path)
+    assert code == 0, text
+    assert {p["status"] for p in results(tmp_path)["parts"].values()} == {"skipped"}
+
+
+def test_a_part_that_fails_costs_no_other(bare, tmp_path):
+    code, _ = started(bare, "--parts", "cifar", "probing", "--cifar", tmp_path / "no such folder",
+                      "--out", tmp_path / "out")  # fmt: skip
+    found = results(tmp_path / "out")["parts"]
+    assert (
+        code == 1 and found["cifar"]["status"] == "failed" and "no such" in found["cifar"]["error"]
+    )
+    assert found["probing"]["status"] == "done"
+
+
+# ---------------------------------------------------------------- the pieces
+
+
+def test_every_script_starts_without_the_package_and_its_peers(bare):
+    """Their imports, one after the other in one process, each as if it were alone."""
+    code = f"""
+import runpy, sys
+from pathlib import Path
+fresh = list(sys.path)
+scripts = sorted(Path({str(BENCHMARKS)!r}).glob("*.py"))
+ours = {{"refiner", "benchmarks", *(p.stem for p in scripts)}}
+for path in scripts:
+    for name in [n for n in sys.modules if n.split(".")[0] in ours]:
+        del sys.modules[name]
+    sys.path[:] = [str(path.parent), *fresh]
+    runpy.run_path(str(path), run_name="looked at")
+    print(path.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == len(list(BENCHMARKS.glob("*.py")))
