@@ -19,9 +19,9 @@ from probing import features, knn_sides
 from refine_step import timed
 
 import refiner
-from refiner import course
-from refiner.training import step_generator
-from refiner.views import make_views
+from refiner.base.tensors import step_generator
+from refiner.course.run import RECORDED
+from refiner.images.views import make_views
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -115,23 +115,24 @@ def views_repeat(job) -> dict:
 
 def short_recipe(job, **changes):
     sizes = {"batch": 16, "hidden": 16, "predictor_hidden": 16, "out": 8} if job.tiny else {}
-    return refiner.Recipe.cpu(**{"head_steps": 10, "steps": 10, "ema": 0.5, **sizes, **changes})
+    few = 6 if job.tiny else 10
+    return refiner.Recipe.cpu(**{"head_steps": few, "steps": few, "ema": 0.5, **sizes, **changes})
 
 
 def training_falls_and_resumes(job) -> dict:
-    """Twenty steps; the loss falls; stopped in the middle and resumed, it ends at the same loss."""
+    """Some steps; the loss falls; stopped in the middle and resumed, it ends at the same loss."""
     model = refiner.load_model("mae_toybox")
     images = refiner.load_images("toybox", n=64 if job.tiny else 1024, progress=False)
     run = partial(refiner.refine, model, images, recipe=short_recipe(job), device=job.device,
                   log_every=1, progress=False)  # fmt: skip
     whole = [sum(entry["loss"]) for entry in run().history]
-    asked = []
-    run(out=job.scratch / "resumed", stop=lambda: asked.append(1) or len(asked) > 14)
+    half, asked = len(whole) // 2, []
+    run(out=job.scratch / "resumed", stop=lambda: asked.append(1) or len(asked) > half + 2)
     again = run(out=job.scratch / "resumed", resume=True)
     last = sum(again.history[-1]["loss"])
-    falls = {"first": whole[0], "last_of_heads": whole[9], "last": whole[-1]}
+    falls = {"first": whole[0], "last_of_heads": whole[half - 1], "last": whole[-1]}
     resumed = close(last, whole[-1], 1e-6 if job.device == CPU else 0.02)
-    return {**falls, "resumed": resumed, "ok": resumed["ok"] and whole[9] < whole[0]}
+    return {**falls, "resumed": resumed, "ok": resumed["ok"] and whole[half - 1] < whole[0]}
 
 
 def compiled_blocks(job) -> dict:
@@ -278,7 +279,7 @@ def notebook04(job) -> None:
             place = f"<cell {number} of {path.name}>"
             linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
             exec(compile(source, place, "exec"), names)
-    job.note(recorded=dict(course.RECORDED), refine_steps=names["refined"].steps,
+    job.note(recorded=dict(RECORDED), refine_steps=names["refined"].steps,
              planned_steps=names["recipe"].head_steps + names["recipe"].steps)  # fmt: skip
     for number in plt.get_fignums():
         job.draw(f"notebook04-{number}", plt.figure(number))

@@ -14,11 +14,11 @@ import torch
 from measured import knn_curves, rounded
 
 import refiner
-from refiner import plots
-from refiner.mae import MAERecipe
-from refiner.models import copy_model
-from refiner.recipe import recipe_dict, recipe_from
-from refiner.views import View
+from refiner.images.views import View
+from refiner.models.load import copy_model
+from refiner.models.mae import MAERecipe
+from refiner.training.recipe import recipe_dict, recipe_from
+from refiner.visuals import plots
 
 COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
           "gray": 0.2}  # fmt: skip

@@ -50,8 +50,8 @@ import torch
 from measured import header
 from safetensors.torch import load_file, save_file
 
-from refiner.files import replacing, write_json
-from refiner.probe_report import json_ready
+from refiner.base.files import replacing, write_json
+from refiner.base.pages import json_ready
 
 FILES, BYTES = 8, 16 * 2**20  # that may come home, and the size of each
 SHARD = 15 * 2**20
@@ -191,8 +191,8 @@ def run(job: Job, wanted: dict[str, Part], command: str, end: float) -> dict:
             why = f"needs {wanted[name].least:.0f} seconds, {max(0, left):.0f} are left"
             results["parts"].setdefault(name, {"status": "skipped", "why": why})
         else:
-            later = sum(wanted[n].least for n in todo[place + 1 :])
-            job.end = max(time.monotonic() + wanted[name].least, end - later)
+            later = reserved(left - wanted[name].least, [wanted[n] for n in todo[place + 1 :]])
+            job.end = end - later
             results["parts"][name] = one_part(
                 job, wanted[name], lambda: write_json(path, json_ready(results))
             )
@@ -202,6 +202,15 @@ def run(job: Job, wanted: dict[str, Part], command: str, end: float) -> dict:
         write_json(path, json_ready(results))
     write_json(path, json_ready(results))
     return results
+
+
+def reserved(left: float, later: list[Part]) -> float:
+    """Seconds that are kept for later parts: for each that still fits, the least that it needs."""
+    kept = 0.0
+    for part in later:
+        if kept + part.least <= left:
+            kept += part.least
+    return kept
 
 
 def one_part(job: Job, part: Part, write: Callable[[], None]) -> dict:

@@ -1,18 +1,22 @@
 """The script for a GPU's few minutes, rehearsed on a CPU without the optional packages."""
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from refiner.toybox import render
+from refiner.images.toybox import render
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -110,13 +114,6 @@ def test_what_comes_home_is_eight_small_files_side_by_side(rehearsal):
     assert {name.split(".")[0] for name in weights} == {"mae", "refined", "heads"}
 
 
-def test_a_second_run_repeats_nothing(rehearsal, bare, archive):
-    before = (rehearsal / "results.json").read_text()
-    code, text = started(bare, "--cifar", archive, "--out", rehearsal)
-    assert code == 0 and text.count("done before") == len(PARTS)
-    assert json.loads(before)["parts"] == results(rehearsal)["parts"]
-
-
 def test_a_chain_goes_on_from_what_came_home(rehearsal, bare, archive, tmp_path):
     code, text = started(bare, "--parts", "cifar", "--continue", rehearsal, "--cifar", archive,
                          "--out", tmp_path)  # fmt: skip
@@ -134,17 +131,77 @@ def test_without_time_everything_is_skipped_and_said_so(bare, tmp_path):
     assert {p["status"] for p in results(tmp_path)["parts"].values()} == {"skipped"}
 
 
-def test_a_part_that_fails_costs_no_other(bare, tmp_path):
-    code, _ = started(bare, "--parts", "cifar", "probing", "--cifar", tmp_path / "no such folder",
-                      "--out", tmp_path / "out")  # fmt: skip
-    found = results(tmp_path / "out")["parts"]
-    assert (
-        code == 1 and found["cifar"]["status"] == "failed" and "no such" in found["cifar"]["error"]
-    )
-    assert found["probing"]["status"] == "done"
-
-
 # ---------------------------------------------------------------- the pieces
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("one_gpu")
+
+
+@pytest.fixture
+def job(script, tmp_path):
+    return script.Job(torch.device("cpu"), True, None, None, tmp_path, tmp_path)
+
+
+def test_a_part_that_fails_costs_no_other_and_a_second_run_repeats_nothing(script, job):
+    asked = []
+
+    def breaks(job):
+        job.note(halfway=1)
+        raise RuntimeError("out of luck")
+
+    def works(job):
+        asked.append(job.left)
+        job.note(value=float("nan"))  # what JSON has no word for must not lose the rest
+
+    parts = {"breaks": script.Part(1, breaks), "works": script.Part(1, works)}
+    for turn in (1, 2):
+        found = script.run(job, parts, "command", math.inf)["parts"]
+        assert found["breaks"]["error"] == "RuntimeError: out of luck" and len(asked) == 1
+        assert found["breaks"]["halfway"] == 1 and found["works"]["status"] == "done"
+        assert results(job.out)["parts"]["works"]["value"] is None, turn
+
+
+def test_the_time_is_shared_so_that_later_parts_still_fit(script, job):
+    given = {}
+    parts = {
+        name: script.Part(least, lambda job, name=name: given.update({name: job.left}))
+        for name, least in (("first", 10), ("too long", 500), ("last", 30))
+    }
+    found = script.run(job, parts, "command", time.monotonic() + 100)["parts"]
+    assert found["too long"]["status"] == "skipped" and "needs 500 s" in found["too long"]["why"]
+    assert given["last"] == pytest.approx(100, abs=2) and given["first"] == pytest.approx(70, abs=2)
+
+
+def test_weights_come_home_in_files_that_are_small_enough(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SHARD", 1000)
+    state = {"a": torch.randn(20, 10), "b": torch.arange(50), "c": torch.randn(300)}
+    assert script.keep_weights(tmp_path, {"mae": state, "refined": state}) == 3
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3 and max(len(load_file(f)) for f in files) == 2
+    back = script.kept_weights(tmp_path)
+    for part in ("mae", "refined"):
+        assert torch.equal(back[part]["b"], state["b"])
+        assert torch.equal(back[part]["a"], state["a"].half().float())
+    assert script.keep_weights(tmp_path, {"mae": {"b": state["b"]}}) == 1  # old ones go
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="more than may come home"):
+        script.keep_weights(tmp_path, {str(i): state for i in range(9)})
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_whitening_scales_every_axis_by_its_power(monkeypatch, power):
+    """Of standardised features with covariance C, what is left is C to the 1 - power."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    training = importlib.import_module("gpu_training")
+    x = torch.randn(500, 5).double() @ torch.randn(5, 5).double() * 3 + 1
+    y = (x - x.mean(0)) @ training.whitening(x, power)
+    unit = (x - x.mean(0)) / x.std(0, correction=0)
+    values = torch.linalg.eigvalsh(unit.T @ unit / 500)
+    found = torch.linalg.eigvalsh(y.T @ y / 500)
+    assert torch.allclose(found, values ** (1 - power), rtol=1e-4)
 
 
 def test_every_script_starts_without_the_package_and_its_peers(bare):
