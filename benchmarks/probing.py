@@ -48,7 +48,7 @@ from refiner.base.places import machine  # noqa: E402
 from refiner.base.tensors import standardized  # noqa: E402
 from refiner.probing.measures import kmeans  # noqa: E402
 from refiner.probing.neighbors import classify, knn_report  # noqa: E402
-from refiner.probing.search import SCAN_KEYS, nearest_neighbors  # noqa: E402
+from refiner.probing.search import nearest_neighbors  # noqa: E402
 from refiner.visuals.maps import umap_embedding  # noqa: E402
 
 PEERS = ("faiss", "lightly")  # left out where they are not installed
@@ -188,11 +188,11 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
 
 def products_alone(train_x, test_x) -> Callable:
     """A call that multiplies all queries with all keys, a tile at a time, and keeps nothing."""
-    buffer = torch.empty(512, SCAN_KEYS)
+    buffer = torch.empty(512, 512)
 
     def products():
         for some in test_x.split(512):
-            for keys in train_x.split(SCAN_KEYS):
+            for keys in train_x.split(512):
                 torch.mm(some, keys.T, out=buffer[: len(some), : len(keys)])
 
     return products
@@ -463,7 +463,7 @@ def main() -> None:
             "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
             "machine": machine() | {"threads": arguments.threads},
             "versions": {p: version(p) for p in ("faiss-cpu", "scikit-learn", "lightly",
-                                                 "umap-learn", "timm", "numba")},
+                                                 "umap-learn", "timm")},
             "rows": rows,
         }  # fmt: skip
         write_json(path, result)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 
-GROUP = 16  # keys whose maximum stands for them
+GROUP = 8  # keys whose maximum stands for them
+GROUPED_KEYS = 4096  # from here on the maxima of groups pay
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
@@ -21,7 +22,7 @@ def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their keys: those of the k groups with the largest maxima."""
     n_keys = scores_QK.shape[1]
     n_groups = n_keys // GROUP
-    if n_groups < 2 * k:
+    if n_keys < GROUPED_KEYS or n_groups < 2 * k:
         return scores_QK.topk(k, dim=1)
     grouped = scores_QK[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
     groups_Qk = grouped.amax(1).topk(k, dim=1, sorted=False).indices
@@ -33,7 +34,7 @@ def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top, some.gather(1, where)
 
 
-def _chunk_rows(device: torch.device, bytes_a_row: int) -> int:
+def chunk_rows(device: torch.device, bytes_a_row: int) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
 
 
@@ -60,7 +61,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def _check_features(queries: Tensor, keys: Tensor) -> None:
+def check_features(
+    queries: Tensor, keys: Tensor, names: tuple[str, str] = ("queries", "keys")
+) -> None:
+    """Two sets of features that can be compared.
+
+    Raises:
+        ValueError: for shapes that do not match, other types than floats, NaN or infinity.
+    """
     match = (
         queries.ndim == keys.ndim
         and queries.ndim in (2, 3)
@@ -72,11 +80,12 @@ def _check_features(queries: Tensor, keys: Tensor) -> None:
             "features must be [N, D] or [L, N, D] with the same D and L, not "
             f"{list(queries.shape)} and {list(keys.shape)}"
         )
-    if keys.shape[-2] >= 2**24:
-        raise UserError(f"at most {2**24 - 1} keys can be searched, not {keys.shape[-2]}")
-    for name, x in (("queries", queries), ("keys", keys)):
+    for name, x in zip(names, (queries, keys), strict=True):
         if not x.is_floating_point():
             raise UserError(f"features must be floats, but the {name} are {x.dtype}")
+        # A sum is finite only if everything is, unless it overflows; isfinite needs a copy.
+        if not x.sum().isfinite() and not x.isfinite().all():
+            raise UserError(f"the {name} hold NaN or infinity")
 
 
 @torch.no_grad()
@@ -88,7 +97,9 @@ def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
         on both: there is no scale to measure them by.
     """
     mean, scale = mean_and_scale(train)
-    return tuple(((x.double() - mean) * scale).float() for x in (train, test))
+    # Some rows at a time, as float64 of all would leave the cache.
+    parts = [[((x - mean) * scale).float() for x in whole.split(512)] for whole in (train, test)]
+    return torch.cat(parts[0]), torch.cat(parts[1])
 
 
 def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:

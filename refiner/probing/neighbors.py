@@ -1,19 +1,6 @@
-"""Exact nearest neighbors by cosine similarity, and what is read off them: votes and agreement.
+"""What is read off nearest neighbors: votes, accuracy, agreement.
 
-The search is a matrix product in float32, a chunk of queries at a time. It keeps every key that can
-belong to the result, given the largest error that float32 can have made, and computes the scores of
-these candidates again in float64, from the features as they came. Queries with too many candidates
-(keys nearly as close as the k-th) are searched in float64 throughout. So the result is that of a
-float64 search at the speed of float32, and neither the chunk size nor the order of the sums can
-change it.
-
-Large searches on a CPU collect the candidates with the compiled loops of
-:mod:`refiner.probing.scan`, while the scores are still in the cache. They meet the keys in random
-order, expect of the rest what the first ones showed, and notice where that was wrong; such queries
-are searched once more. All other searches take a top-k through the maxima of groups of keys.
-
-Shape legend: L blocks of a model, Q queries, K keys, D width, k neighbors, C candidates or classes,
-S several k.
+Shape legend: L blocks of a model, Q queries, K keys, D width, k neighbors, C classes, S several k.
 """
 
 from __future__ import annotations
@@ -26,14 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import (
-    _check_features,
-    _chunk_rows,
-    check_labels,
-    device_for,
-    mean_and_scale,
-)
-from refiner.probing.search import Graph, _check_k, _Search
+from refiner.base.tensors import check_features, check_labels, chunk_rows, device_for, standardized
+from refiner.probing.search import Graph, check_k, search
 
 # ---------------------------------------------------------------- k-NN classification
 
@@ -75,7 +56,6 @@ def knn_report(
     temperature: float = 0.07,
     standardize: bool = True,
     keep_votes: bool = True,
-    chunk: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> KNNReport:
@@ -83,8 +63,8 @@ def knn_report(
 
     Features are standardised by the train set, neighbors found by cosine, and each votes for its
     class with weight exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978; the
-    standardisation follows MIM-Refiner). Everything equals a float64 computation on the features
-    as given; of classes with equal votes the lowest wins.
+    standardisation follows MIM-Refiner). Similarities are float32, votes float64; of classes with
+    equal votes the lowest wins.
 
     Args:
         train_x: [N, D], or [L, N, D] for L blocks.
@@ -97,7 +77,7 @@ def knn_report(
         standardize: shift and scale each feature by the train set's mean and standard deviation,
             block by block; features that are constant on the train set are left out.
         keep_votes: votes take 4 bytes for each of S · L · Q · C.
-        chunk, device, progress: see :func:`nearest_neighbors`.
+        device, progress: see :func:`nearest_neighbors`.
 
     Returns:
         A :class:`KNNReport`. C is the largest label plus one.
@@ -106,25 +86,30 @@ def knn_report(
         ValueError: for shapes or lengths that do not match, labels that are not classes, k larger
             than N, or features that are not finite.
     """
-    test_y = _test_labels(train_y, test_x, test_y)
-    ks, ascending = _several(k)
-    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
+    if test_x is None and test_y is not None:
+        raise UserError("test labels without test features; leave both out for leave-one-out")
+    test_y = train_y if test_x is None else test_y
+    ks = list(k) if isinstance(k, Sequence) else [k]
+    if not ks:
+        raise UserError("k must be a number or a list of at least one")
+    ascending = sorted(set(ks))
+    truth = check_labels(test_y, train_x if test_x is None else test_x, "test").cpu()
     train_y = check_labels(train_y, train_x, "train")
-    n_classes = int(max(train_y.max(), test_y.max())) + 1
-    truth = test_y.cpu()
+    n_classes = int(max(train_y.max(), truth.max())) + 1
     found = []
     for indices, scores, labels in _block_neighbors(
-        train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
+        train_x, train_y, test_x, ascending[-1], standardize, device, progress
     ):
         votes, predicted = classify(
             indices, scores, labels, ascending, temperature, n_classes if keep_votes else None
         )
-        found.append((predicted, votes, indices.cpu(), scores.float().cpu()))
+        found.append((predicted, votes, indices.cpu(), scores.cpu()))
     order = [ascending.index(k) for k in ks]
     predictions = torch.stack([p for p, *_ in found], dim=1)[order]  # [S, L, Q]
     votes = torch.stack([v for _, v, *_ in found], dim=1)[order] if keep_votes else None
     cells = (truth * n_classes + predictions).flatten(0, 1)  # [S L, Q]
-    confusion = torch.stack([torch.bincount(c, minlength=n_classes**2) for c in cells])
+    confusion = torch.zeros(len(cells), n_classes**2, dtype=torch.int64)
+    confusion.scatter_add_(1, cells, torch.ones_like(cells))
     confusion = confusion.view(len(ks), len(found), n_classes, n_classes)
     accuracy = (predictions == truth).double().mean(-1).float()
     parts = [accuracy, predictions, votes, confusion]
@@ -146,7 +131,6 @@ def knn_accuracy(
     k: int | Sequence[int] = 10,
     temperature: float = 0.07,
     standardize: bool = True,
-    chunk: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -159,18 +143,18 @@ def knn_accuracy(
     Raises:
         ValueError: as :func:`knn_report`.
     """
-    test_y = _test_labels(train_y, test_x, test_y)
-    ks, ascending = _several(k)
-    test_y = check_labels(test_y, train_x if test_x is None else test_x, "test")
-    correct = []
-    for indices, scores, labels in _block_neighbors(
-        train_x, train_y, test_x, ascending[-1], standardize, chunk, device, progress
-    ):
-        _, predicted = classify(indices, scores, labels, ascending, temperature, None)
-        correct.append((predicted == test_y.cpu()).double().mean(-1).float())
-    accuracy = torch.stack(correct, dim=1)[[ascending.index(k) for k in ks]]  # [S, L]
-    accuracy = accuracy[:, 0] if train_x.ndim == 2 else accuracy
-    return accuracy if isinstance(k, Sequence) else accuracy[0]
+    return knn_report(
+        train_x,
+        train_y,
+        test_x,
+        test_y,
+        k=k,
+        temperature=temperature,
+        standardize=standardize,
+        keep_votes=False,
+        device=device,
+        progress=progress,
+    ).accuracy
 
 
 def knn_predict(
@@ -181,7 +165,6 @@ def knn_predict(
     k: int = 10,
     temperature: float = 0.07,
     standardize: bool = True,
-    chunk: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -197,47 +180,30 @@ def knn_predict(
     found = [
         classify(indices, scores, labels, [k], temperature, int(labels.max()) + 1)
         for indices, scores, labels in _block_neighbors(
-            train_x, train_y, test_x, k, standardize, chunk, device, progress
+            train_x, train_y, test_x, k, standardize, device, progress
         )
     ]
     votes, predictions = (torch.stack(part, dim=1)[0] for part in zip(*found, strict=True))
     return (votes[0], predictions[0]) if train_x.ndim == 2 else (votes, predictions)
 
 
-def _several(k: int | Sequence[int]) -> tuple[list[int], list[int]]:
-    """As a list, and sorted without repeats."""
-    ks = list(k) if isinstance(k, Sequence) else [k]
-    if not ks:
-        raise UserError("k must be a number or a list of at least one")
-    return ks, sorted(set(ks))
-
-
-def _test_labels(train_y: Tensor, test_x: Tensor | None, test_y: Tensor | None) -> Tensor | None:
-    if test_x is None and test_y is not None:
-        raise UserError("test labels without test features; leave both out for leave-one-out")
-    return train_y if test_x is None else test_y
-
-
-def _block_neighbors(train_x, train_y, test_x, k, standardize, chunk, device, progress):
-    """Yields each block's neighbors: indices [Q, k], float64 scores [Q, k], and the labels.
+def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress):
+    """Yields each block's neighbors: indices [Q, k], similarities [Q, k], and the labels.
 
     A block at a time, on the device, so that copies and votes of one block only are held.
     """
     alone = test_x is None
     test_x = train_x if alone else test_x
-    _check_features(test_x, train_x)
+    check_features(test_x, train_x, names=("test features", "train features"))
     train_y = check_labels(train_y, train_x, "train")
-    _check_k(k, test_x, train_x, alone)
+    check_k(k, test_x, train_x, alone)
     device = device_for(device, test_x)
-    blocks = [(train_x, test_x)] if train_x.ndim == 2 else zip(train_x, test_x, strict=True)
-    total = 1 if train_x.ndim == 2 else len(train_x)
-    for train, test in tqdm(blocks, total=total, desc="k-NN", unit="block", disable=not progress):
+    blocks = [(train_x, test_x)] if train_x.ndim == 2 else list(zip(train_x, test_x, strict=True))
+    for train, test in tqdm(blocks, desc="k-NN", unit="block", disable=not progress):
         train, test = train.to(device), test.to(device)
-        how = mean_and_scale(train) if standardize else (None, None)
-        if standardize and not how[0].isfinite().all():  # it would make NaN of the queries
-            raise UserError("the train features hold NaN or infinity")
-        search = _Search(k, alone, chunk=chunk, mean=how[0], scale=how[1])
-        yield *search(test, train), train_y.to(device)
+        if standardize:
+            train, test = standardized(train, test)
+        yield *search(test, train, k, exclude_self=alone), train_y.to(device)
 
 
 def classify(indices, scores, labels, ascending, temperature: float, n_classes: int | None):
@@ -245,11 +211,11 @@ def classify(indices, scores, labels, ascending, temperature: float, n_classes: 
     if temperature <= 0:
         raise UserError(f"temperature must be positive, not {temperature}")
     width = n_classes or int(labels.max()) + 1
-    step = _chunk_rows(indices.device, 8 * width * (1 + len(ascending)))
+    step = chunk_rows(indices.device, 8 * width * (1 + len(ascending)))
     votes, predictions = [], []
     for some, close in zip(indices.split(step), scores.split(step), strict=True):
         # Divided by the nearest neighbor's weight: the same winners, and no overflow.
-        weights_Qk = ((close - close[:, :1]) / temperature).exp()
+        weights_Qk = ((close - close[:, :1]).double() / temperature).exp()
         classes_Qk = labels[some]
         votes_QC = weights_Qk.new_zeros(len(weights_Qk), width)
         start, winners, shares = 0, [], []
