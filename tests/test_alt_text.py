@@ -64,17 +64,6 @@ def test_the_figures_own_label_comes_first_and_many_panels_are_told_once():
     assert words(figure).startswith("Nine patches. 9 small panels, like this: ")
 
 
-def test_the_schematic_tells_its_blocks_and_refuses_heads_beside_them():
-    ax = plots.schematic(depth=10, heads=(8, 10), frozen=4)
-    text = words(ax.figure)
-    assert "encoder of 10 blocks, the first 4 unchanged" in text and "blocks 8, 10" in text
-    numbers = [t.get_text() for t in ax.texts]
-    assert [n for n in numbers if n.isdigit()] == [str(i) for i in range(1, 11)]
-    assert numbers.count("head") == 2 and UNLABELLED not in text
-    with pytest.raises(ValueError, match=r"blocks 1 to 10, not \[11\]"):
-        plots.schematic(depth=10, heads=[11])
-
-
 def test_every_figure_is_solid_so_that_a_dark_page_does_not_shine_through():
     with plots.style():
         figure, _ = plt.subplots()

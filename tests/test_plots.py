@@ -1,14 +1,20 @@
 """Every figure: what is drawn where, that it is labelled, and that it works without colour."""
 
+import os
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
 
 from refiner.images.sets import ImageSet
 from refiner.probing.search import Graph
 from refiner.visuals import plots
+from refiner.visuals.alt_text import describe
+from refiner.visuals.style import COLOURS, STYLE
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -41,7 +47,7 @@ def shown(image) -> np.ndarray:
 def test_style_sets_the_look_and_can_take_it_back():
     before = plt.rcParams["font.size"]
     with plots.style():
-        assert plt.rcParams["font.size"] == plots.STYLE["font.size"] != before
+        assert plt.rcParams["font.size"] == STYLE["font.size"] != before
     assert plt.rcParams["font.size"] == before
 
 
@@ -52,9 +58,9 @@ def luminance(colour: str) -> float:
 
 
 def test_every_colour_stands_out_from_white_paper():
-    assert len(set(plots.COLOURS)) == len(plots.COLOURS)
+    assert len(set(COLOURS)) == len(COLOURS)
     # The lightest, orange and sky blue, reach 2 : 1; markers and lines carry the rest.
-    assert all(1.05 / (luminance(colour) + 0.05) > 2 for colour in plots.COLOURS)
+    assert all(1.05 / (luminance(colour) + 0.05) > 2 for colour in COLOURS)
 
 
 # What linear RGB becomes for eyes without one kind of cone (Machado et al. 2009, severity 1.0).
@@ -79,7 +85,7 @@ def lab(linear: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_colours_stay_apart_for_eyes_without_a_kind_of_cone(kind):
     seen = []
-    for colour in plots.COLOURS:
+    for colour in COLOURS:
         rgb = np.array(to_rgb(colour))
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         seen.append(lab(np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1)))
@@ -376,6 +382,39 @@ def test_differences_are_filled_where_they_are_more_than_two_spreads():
     np.testing.assert_allclose(bars.get_segments()[0][:, 0], [1 - 8, 1 + 8])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["up", "flat", "down"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+
+
+# A formula that is none, and a file name that is no UTF-8, as the file system gives it.
+ODD = [r"a$\frac$", "5 $ or $ 6", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda images, graph: plots.contact_sheet(images, title=ODD[0]),
+        lambda images, graph: plots.reconstruction(*[images.images] * 3, title=ODD[0]),
+        lambda images, graph: plots.neighbor_grid(images, [0, 1, 2], dict.fromkeys(ODD, graph)),
+        lambda images, graph: plots.block_curve(dict.fromkeys(ODD, [0.1, 0.2]), ylabel=ODD[0]),
+        lambda images, graph: plots.bars_with_spread(dict.fromkeys(ODD, [0.1]), title=ODD[2]),
+        lambda images, graph: plots.error_and_knn(*[dict.fromkeys(ODD, [0.1, 0.2])] * 2),
+        lambda images, graph: plots.similarity_map([[0.1]], rows=ODD[0], columns=ODD[2]),
+        lambda images, graph: plots.spider(dict.fromkeys(ODD, [0.1] * 3), ODD),
+        lambda images, graph: plots.differences(ODD, [0.1] * 3, [0.1] * 3, title=ODD[2]),
+        lambda images, graph: plots.factor_heatmap(dict.fromkeys(ODD, np.zeros((2, 3))), ODD),
+        lambda images, graph: plots.embedding(
+            dict.fromkeys(ODD, np.zeros((12, 2))), images.labels, images.classes
+        ),
+        lambda images, graph: plots.history([{"step": 1, "loss": [0.1] * 3}], heads=ODD),
+    ],
+)
+def test_names_of_users_are_no_formulas_and_need_not_be_utf_8(draw):
+    images = replace(image_set(), classes=tuple(ODD))
+    drawn = draw(images, Graph(torch.zeros(12, 6, dtype=torch.int64), torch.zeros(12, 6)))
+    figure = np.ravel(drawn)[0].figure
+    figure.canvas.draw()  # raised for formulas and for lone surrogates
+    shown = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert any(word in shown for word in (r"a\$\frac\$", r"5 \$ or \$ 6", "caf?"))
+    describe(figure).encode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["contact_sheet", "reconstruction", "neighbor_grid",

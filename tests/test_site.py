@@ -8,6 +8,7 @@ import sys
 from html import unescape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
@@ -131,6 +132,17 @@ def test_the_glossary_is_in_alphabetical_order():
     text = (ROOT / "docs" / "glossary.md").read_text()
     terms = [term.lower() for term in re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE)]
     assert len(terms) > 20 and terms == sorted(terms)
+
+
+def test_the_schematic_numbers_its_blocks_and_draws_a_head_on_each_that_has_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import schematic
+
+    figure = schematic.draw()
+    words = [text.get_text() for text in figure.axes[0].texts]
+    plt.close(figure)
+    assert [w for w in words if w.isdigit()] == [str(i + 1) for i in range(schematic.DEPTH)]
+    assert words.count("head") == len(schematic.HEADS)
 
 
 # ---------------------------------------------------------------- badges

@@ -29,7 +29,7 @@ from refiner.models.load import load_model
 from refiner.probing import measures, neighbors, probes
 from refiner.probing.features import extract
 from refiner.visuals import plots
-from refiner.visuals.plots import save_figures
+from refiner.visuals.style import save_figures
 
 # What a part costs, roughly, so that the bar's estimate of the time that is left means something.
 COST = {

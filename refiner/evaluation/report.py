@@ -15,7 +15,7 @@ from refiner.base.files import write_text
 from refiner.base.pages import STYLE
 from refiner.evaluation.probe import NAMES
 from refiner.visuals import plots
-from refiner.visuals.plots import save_figures
+from refiner.visuals.style import save_figures
 
 # ---------------------------------------------------------------- before and after
 

@@ -41,6 +41,7 @@ def describe(figure: Figure) -> str:
     bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
     parts += [f"Colour scale: {ax.get_ylabel() or ax.get_xlabel() or UNLABELLED}" for ax in bars]
     text = ". ".join(" ".join(part.split()).rstrip(".") for part in parts if part.strip())
+    text = text.replace(r"\$", "$")  # as plain() of the figures' names wrote it
     return f"{text}." if text else "A figure."
 
 

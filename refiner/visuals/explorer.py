@@ -205,8 +205,11 @@ class Explorer:
         self.slider = w.IntSlider(state.block, 1, depth, description="block", layout=wide)
         self.play = w.Play(value=state.block, min=1, max=depth, interval=1500, show_repeat=True)
         w.jslink((self.play, "value"), (self.slider, "value"))
-        self.searching = w.Text(placeholder="image 17, or 3, 5-9, or a class", description="find",
-                                continuous_update=False)  # fmt: skip
+        self.searching = w.Text(
+            placeholder="image 17, or 3, 5-9, or a class",
+            description="find",
+            continuous_update=False,
+        )
         button = lambda text, tip: w.Button(  # noqa: E731
             description=text, tooltip=tip, layout=w.Layout(width="auto")
         )
@@ -217,16 +220,25 @@ class Explorer:
         self.message, self.near, self.group = w.HTML(), w.HTML(), w.HTML()
         self.progress = w.IntProgress(0, 0, 1, layout=w.Layout(display="none", width="420px"))
         half = w.Layout(width="50%", padding="0 4px")
-        columns = [w.VBox([c, m.widget], layout=half) for c, m in zip(self.captions, self.maps,
-                   strict=True)]  # fmt: skip
+        columns = [
+            w.VBox([c, m.widget], layout=half)
+            for c, m in zip(self.captions, self.maps, strict=True)
+        ]
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
-        self.panel = w.VBox([
-            w.Box([self.left, self.right, self.right_block, self.layout, self.colour], layout=wrap),
-            w.Box([self.slider, self.play, self.progress], layout=wrap),
-            w.HBox(columns), self.legend,
-            w.Box([self.searching, self.clear, self.to_csv, self.to_png], layout=wrap),
-            self.message, self.near, self.group,
-        ])  # fmt: skip
+        self.panel = w.VBox(
+            [
+                w.Box(
+                    [self.left, self.right, self.right_block, self.layout, self.colour], layout=wrap
+                ),
+                w.Box([self.slider, self.play, self.progress], layout=wrap),
+                w.HBox(columns),
+                self.legend,
+                w.Box([self.searching, self.clear, self.to_csv, self.to_png], layout=wrap),
+                self.message,
+                self.near,
+                self.group,
+            ]
+        )
         self.panel.add_class("refiner-explorer")
         self._listen()
 
@@ -363,10 +375,20 @@ class _Map:
         frame = pd.DataFrame({"x": shown.xy[:, 0], "y": shown.xy[:, 1]})
         size = float(np.clip(6000 / len(frame), 2, 8))
         self.scatter = jscatter.Scatter(
-            "x", "y", frame, x_scale=(-REACH, REACH), y_scale=(-REACH, REACH), height=HEIGHT,
-            axes=False, size=size, opacity=0.8, opacity_unselected=0.35, color_selected="black",
-            transition_points_duration=GLIDE, lasso_color=explorer_html.RIGHT,
-        )  # fmt: skip
+            "x",
+            "y",
+            frame,
+            x_scale=(-REACH, REACH),
+            y_scale=(-REACH, REACH),
+            height=HEIGHT,
+            axes=False,
+            size=size,
+            opacity=0.8,
+            opacity_unselected=0.35,
+            color_selected="black",
+            transition_points_duration=GLIDE,
+            lasso_color=explorer_html.RIGHT,
+        )
         self.widget = self.scatter.widget
         self.widget.toolbar_buttons = ["pan_zoom", "lasso", "divider", "full_screen", "reset"]
         self._show_pictures(explored)
@@ -465,8 +487,9 @@ class _Map:
         if colour.names is None:
             table = plt.get_cmap(explorer_html.CIRCLE if colour.circle else explorer_html.NUMBERS)
             shades = [table(i / 255) for i in range(256)]
-            self.scatter.color(by=colour.values.astype(float), norm=(0, 1), map=shades,
-                               skip_widget_update=True)  # fmt: skip
+            self.scatter.color(
+                by=colour.values.astype(float), norm=(0, 1), map=shades, skip_widget_update=True
+            )
         else:
             names = [f"{i} {name}" for i, name in enumerate(colour.names)]
             values = pd.Categorical.from_codes(colour.values, categories=names)

@@ -21,8 +21,9 @@ from refiner.images.folders import resize
 from refiner.probing.search import Graph
 from refiner.visuals import plots
 from refiner.visuals.explorer_state import Colour, Exploration, Near, View
+from refiner.visuals.style import RIGHT, WRONG
 
-RIGHT, WRONG, GRAY = plots.RIGHT, plots.WRONG, "#767676"
+GRAY = "#767676"
 LARGEST = 64  # pixels of a thumbnail
 SHOWN = 36  # images of a group
 NUMBERS, CIRCLE = "viridis", "hsv"  # colours of numbers, and of angles and hues
@@ -142,11 +143,17 @@ def _near_row(explored: Exploration, model: str, block: int, near: Near) -> str:
         )
     pieces = []
     for j, similarity, shared, right in zip(
-        near.indices, near.similarities, near.shared,
-        [None] * len(near.indices) if near.right is None else near.right, strict=True,
-    ):  # fmt: skip
-        colour, line, mark = (GRAY, "solid", "") if right is None else (
-            (RIGHT, "solid", "✓") if right else (WRONG, "dashed", "✗"))  # fmt: skip
+        near.indices,
+        near.similarities,
+        near.shared,
+        [None] * len(near.indices) if near.right is None else near.right,
+        strict=True,
+    ):
+        colour, line, mark = (
+            (GRAY, "solid", "")
+            if right is None
+            else ((RIGHT, "solid", "✓") if right else (WRONG, "dashed", "✗"))
+        )
         note = f"cosine {similarity:.2f}" + (", near on both sides" if shared else "")
         picture = _picture(explored, j, 56, frame=f"border:3px {line} {colour};", note=note)
         badge = f"{mark}{'★' if shared else ''}"
@@ -256,8 +263,14 @@ def _names(ax: Axes, colour: Colour, name: str) -> None:
             plt.Line2D([], [], linestyle="", marker="o", color=c, label=name)
             for c, name in zip(palette(len(colour.names)), colour.names, strict=True)
         ]
-        ax.legend(handles=dots, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8,
-                  labelspacing=0.3, handletextpad=0.1)  # fmt: skip
+        ax.legend(
+            handles=dots,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            fontsize=8,
+            labelspacing=0.3,
+            handletextpad=0.1,
+        )
 
 
 def _curve(ax: Axes, explored: Exploration, view: View) -> None:
@@ -291,5 +304,6 @@ def _near_grid(panel, explored: Exploration, view: View) -> None:
         indices = torch.arange(1 + part * k, 1 + part * k + k).expand(len(near), k)
         graphs[name] = Graph(indices, torch.zeros(indices.shape))
     title = f"Image {i} and its nearest neighbors"
-    plots.neighbor_grid(pixels, [0], graphs, labels, explored.classes or None, k=k, title=title,
-                        ax=panel.subplots())  # fmt: skip
+    plots.neighbor_grid(
+        pixels, [0], graphs, labels, explored.classes or None, k=k, title=title, ax=panel.subplots()
+    )

@@ -160,8 +160,12 @@ class View:
         parts = [f"{side.model}, block {side.block}" for side in self.sides]
         parts = [" | ".join(parts), f"{self.shared:.0%} of the neighbors in common"]
         if self.near:
-            own = [f"{near.right.sum()} of its class" if near.right is not None else
-                   f"{near.shared.sum()} in common" for near in self.near]  # fmt: skip
+            own = [
+                f"{near.right.sum()} of its class"
+                if near.right is not None
+                else f"{near.shared.sum()} in common"
+                for near in self.near
+            ]
             parts.append(f"image {self.state.selected}: {' | '.join(own)}")
         if self.group:
             parts.append(f"a group of {len(self.group.indices)}")
@@ -261,8 +265,10 @@ class Exploration:
             ValueError: for a model, layout, colour or image that is not there.
         """
         state = self._checked(state)
-        at = [self._at(state.left, state.block), self._at(state.right, state.right_block
-              or state.block)]  # fmt: skip
+        at = [
+            self._at(state.left, state.block),
+            self._at(state.right, state.right_block or state.block),
+        ]
         shared_S = self._shared(*at)
         sides = tuple(self._side(where, state, shared_S) for where in at)
         near = None if state.selected is None else self._near(at, state.selected)
@@ -271,10 +277,11 @@ class Exploration:
 
     def _checked(self, state: State) -> State:
         for what, value, known in (
-            ("model", state.left, self.tables), ("model", state.right, self.tables),
+            ("model", state.left, self.tables),
+            ("model", state.right, self.tables),
             ("layout", state.layout, self.tables[next(iter(self.tables))].xy),
             ("colour", state.colour, self.colours),
-        ):  # fmt: skip
+        ):
             if value not in known:
                 raise UserError(f"there is no {what} {value!r}, only {', '.join(known)}")
         chosen = np.asarray([*state.group, *([] if state.selected is None else [state.selected])])
@@ -284,8 +291,12 @@ class Exploration:
         clamp = lambda block, name: min(max(block, 1), len(self.tables[name].blocks))  # noqa: E731
         deepest = max((state.left, state.right), key=lambda name: len(self.tables[name].blocks))
         right = state.right_block and clamp(state.right_block, state.right)
-        return replace(state, block=clamp(state.block, deepest), right_block=right,
-                       group=tuple(sorted(set(state.group))))  # fmt: skip
+        return replace(
+            state,
+            block=clamp(state.block, deepest),
+            right_block=right,
+            group=tuple(sorted(set(state.group))),
+        )
 
     def _at(self, name: str, block: int) -> tuple[str, int]:
         """Model, and position of the block in its table."""
@@ -304,8 +315,14 @@ class Exploration:
         table = self.tables[name]
         accuracy = None if self.labels is None else float(table.accuracy[block])
         colour = self._colour(state.colour, at, shared_S)
-        return Side(name, table.blocks[block], table.xy[state.layout][block], colour, accuracy,
-                    float(table.kept[block]))  # fmt: skip
+        return Side(
+            name,
+            table.blocks[block],
+            table.xy[state.layout][block],
+            colour,
+            accuracy,
+            float(table.kept[block]),
+        )
 
     def _colour(self, name: str, at, shared_S: np.ndarray) -> Colour:
         if name == "none":
@@ -395,10 +412,14 @@ class Exploration:
             chosen = [i for part in asked.split(",") for i in _span(part)]
         except ValueError:
             near = get_close_matches(asked, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else (
-                f"type a position from 0 to {len(self) - 1}"
-                + (f", or a class: {', '.join(classes[:20])}" if classes else "")
-            )  # fmt: skip
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else (
+                    f"type a position from 0 to {len(self) - 1}"
+                    + (f", or a class: {', '.join(classes[:20])}" if classes else "")
+                )
+            )
             raise UserError(f"nothing is called {text.strip()!r}; {hint}") from None
         if not chosen or not all(0 <= i < len(self) for i in chosen):
             raise UserError(f"there are images 0 to {len(self) - 1}, not {text.strip()!r}")
@@ -423,8 +444,10 @@ class Exploration:
             {name: t.features for name, t in self.tables.items()},
             {name: t.graph for name, t in self.tables.items()},
             {name: t.xy["pca"][0] for name, t in self.tables.items()},
-            seed=seed, progress=progress, report=report,
-        )  # fmt: skip
+            seed=seed,
+            progress=progress,
+            report=report,
+        )
         for name, xy in made.items():
             self.tables[name].xy["umap"] = xy
 
@@ -496,8 +519,10 @@ def prepare(
     axes = maps.shared_axes({name: x for name, (x, _) in found.items()})
     total = sum(len(x) for x, _ in found.values())
     with tqdm(total=total, desc="neighbors", unit="block", disable=not progress) as bar:
-        tables = {name: _table(x, blocks, axes[name], labels, sample, k, bar)
-                  for name, (x, blocks) in found.items()}  # fmt: skip
+        tables = {
+            name: _table(x, blocks, axes[name], labels, sample, k, bar)
+            for name, (x, blocks) in found.items()
+        }
     _frame_together([t.xy for t in tables.values()])
     ready = maps.prepared_maps({name: t.graph for name, t in tables.items()})
     for name, xy in (ready or {}).items():
@@ -521,18 +546,27 @@ def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) 
             scaling.append((*how, x_ND.norm(dim=1).clamp_min(1e-12)))
         graphs.append(graph)
         if labels is not None:
-            votes_SC = _votes(graph.indices[:, :k].numpy(), graph.similarities[:, :k].numpy(),
-                              labels)  # fmt: skip
+            votes_SC = _votes(
+                graph.indices[:, :k].numpy(), graph.similarities[:, :k].numpy(), labels
+            )
             accuracy.append((votes_SC.argmax(1) == labels[sample]).mean())
             own.append(votes_SC[np.arange(len(sample)), labels[sample]].astype(np.float32))
         bar.update()
     last = graphs[-1].indices[:, :k].numpy()
     kept = [_common(g.indices[:, :k].numpy(), last).mean() for g in graphs]
-    graph = Graph(*(torch.stack([getattr(g, part) for g in graphs])
-                    for part in ("indices", "similarities")))  # fmt: skip
-    return Table(x_LND, blocks, graph, np.asarray(accuracy or np.full(len(blocks), np.nan)),
-                 np.asarray(kept), np.asarray(own), scaling,
-                 {"pca": np.stack(points)})  # fmt: skip
+    graph = Graph(
+        *(torch.stack([getattr(g, part) for g in graphs]) for part in ("indices", "similarities"))
+    )
+    return Table(
+        x_LND,
+        blocks,
+        graph,
+        np.asarray(accuracy or np.full(len(blocks), np.nan)),
+        np.asarray(kept),
+        np.asarray(own),
+        scaling,
+        {"pca": np.stack(points)},
+    )
 
 
 def _frame_together(layouts: list[dict[str, np.ndarray]]) -> None:

@@ -107,8 +107,9 @@ def umap_maps(
     return found
 
 
-def _one_map(x_ND: Tensor, graph: Graph, init: np.ndarray, epochs: int, seed: int,
-             cache: bool) -> np.ndarray:  # fmt: skip
+def _one_map(
+    x_ND: Tensor, graph: Graph, init: np.ndarray, epochs: int, seed: int, cache: bool
+) -> np.ndarray:
     graph = graph.first(N_NEIGHBORS - 1)
     path = cache_folder() / "maps" / f"{_key(graph, init, epochs, seed)}.npy"
     known = _read(path, len(x_ND)) if cache else None
@@ -285,12 +286,15 @@ def umap_embedding(
     import umap  # takes many seconds, so only when it is needed
 
     mapper = umap.UMAP(
-        n_neighbors=n_neighbors, min_dist=min_dist, metric="cosine", random_state=seed,
+        n_neighbors=n_neighbors,
+        min_dist=min_dist,
+        metric="cosine",
+        random_state=seed,
         n_jobs=1,  # a seed allows no more
         n_epochs=epochs,
         init=start.detach().cpu().numpy().astype(np.float32),
         precomputed_knn=(indices, distances),
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         # New images could not be added to the map. Nobody asks for that.
         warnings.filterwarnings("ignore", message="precomputed_knn.*NNDescent")

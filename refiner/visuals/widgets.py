@@ -32,7 +32,8 @@ from refiner.models.encoders import (
 )
 from refiner.models.mae import MaskedAutoencoder, patchify, random_masking, unpatchify
 from refiner.training.heads import IDHeads, NeighborQueue
-from refiner.visuals import plots
+from refiner.visuals.pictures import contact_sheet
+from refiner.visuals.style import RIGHT, WRONG
 
 
 class Panel:
@@ -51,8 +52,9 @@ class Panel:
         self._quiet = False
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         shown = [w.Box([c for c in controls.values() if c is not above], layout=wrap)]
-        self.widget = w.VBox([*shown, *([above] if above is not None else []), self._message,
-                              self._picture])  # fmt: skip
+        self.widget = w.VBox(
+            [*shown, *([above] if above is not None else []), self._message, self._picture]
+        )
         for control in controls.values():
             control.observe(self._changed, names="value")
         self._changed()
@@ -106,8 +108,9 @@ def _slider(label: str, value, low, high, step=1):
 
     kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
     style = {"description_width": "initial"}
-    return kind(value, min=low, max=high, step=step, description=label, style=style,
-                continuous_update=False)  # fmt: skip
+    return kind(
+        value, min=low, max=high, step=step, description=label, style=style, continuous_update=False
+    )
 
 
 def _image_slider(images):
@@ -146,8 +149,9 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     error, prediction = mae(x, visible, mask)
     _, mean, std = mae.targets(x)
     true = patchify(x, mae.patch)
-    scale, shift = (torch.tensor(card["preprocessing"][key])[:, None, None].to(x)
-                    for key in ("std", "mean"))  # fmt: skip
+    scale, shift = (
+        torch.tensor(card["preprocessing"][key])[:, None, None].to(x) for key in ("std", "mean")
+    )
     picture = lambda patches: (unpatchify(patches, mae.patch)[0] * scale + shift).clamp(0, 1)  # noqa: E731
     return {
         "original": picture(true),
@@ -289,8 +293,9 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
     patches_AN = maps_AT[:, prefix:].cpu()
     side = round(patches_AN.shape[1] ** 0.5)
     heads = len(maps_AT)
-    drawn, axes = plt.subplots(1, 1 + heads, figsize=(2.2 * (1 + heads) + 0.8, 2.7),
-                               layout="constrained")  # fmt: skip
+    drawn, axes = plt.subplots(
+        1, 1 + heads, figsize=(2.2 * (1 + heads) + 0.8, 2.7), layout="constrained"
+    )
     axes[0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0].set_title("image", fontsize=10)
     top = float(patches_AN.max())
@@ -346,8 +351,9 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
         row = {"cls": 0}.get(token, prefix + token if isinstance(token, int) else None)
         maps_AT = maps_ATT[:, prefix:].mean(1) if row is None else maps_ATT[:, row]
         name = next(label for label, value in tokens if value == token)
-        return attention_figure(pixels[int(image)], maps_AT, prefix=prefix,
-                                title=f"block {block}, from the {name}")  # fmt: skip
+        return attention_figure(
+            pixels[int(image)], maps_AT, prefix=prefix, title=f"block {block}, from the {name}"
+        )
 
     return Panel(draw, controls)
 
@@ -364,8 +370,9 @@ def augmented(image: Tensor, view: View, n: int = 12, *, seed: int = 0) -> Tenso
     """
     batch = image[None].expand(n, -1, -1, -1)
     views = make_view(batch, view, torch.Generator().manual_seed(seed))
-    own = torch.nn.functional.interpolate(image[None].float() / 255, views.shape[-2:],
-                                          mode="bilinear", antialias=True)  # fmt: skip
+    own = torch.nn.functional.interpolate(
+        image[None].float() / 255, views.shape[-2:], mode="bilinear", antialias=True
+    )
     return torch.cat([own.clamp(0, 1), views])
 
 
@@ -389,23 +396,37 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
     view = view or Recipe.cpu(size=pixels.shape[-1]).views[0]
     controls = {
         "image": _image_slider(pixels),
-        "scale": w.FloatRangeSlider(value=view.scale, min=0.02, max=1, step=0.02,
-                                    description="crop's area", continuous_update=False),
+        "scale": w.FloatRangeSlider(
+            value=view.scale,
+            min=0.02,
+            max=1,
+            step=0.02,
+            description="crop's area",
+            continuous_update=False,
+        ),
         "strength": _slider("colour jitter", max(view.brightness, view.contrast), 0.0, 1.0, 0.05),
         "hue": _slider("hue, turns", view.hue, 0.0, 0.5, 0.05),
         "gray": _slider("gray", view.gray, 0.0, 1.0, 0.05),
         "blur": _slider("blur", view.blur, 0.0, 1.0, 0.05),
         "solarize": _slider("solarize", view.solarize, 0.0, 1.0, 0.05),
         "seed": _slider("draw", seed, 0, 99),
-    }  # fmt: skip
+    }
 
     def draw(image, scale, strength, hue, gray, blur, solarize, seed):
-        now = replace(view, scale=tuple(scale), brightness=strength, contrast=strength,
-                      saturation=strength, hue=hue, gray=gray, blur=blur,
-                      solarize=solarize)  # fmt: skip
+        now = replace(
+            view,
+            scale=tuple(scale),
+            brightness=strength,
+            contrast=strength,
+            saturation=strength,
+            hue=hue,
+            gray=gray,
+            blur=blur,
+            solarize=solarize,
+        )
         some = augmented(pixels[int(image)], now, n, seed=seed)
         title = "The image, then random views of it"
-        drawn = plots.contact_sheet(some, columns=8, title=title).figure
+        drawn = contact_sheet(some, columns=8, title=title).figure
         drawn.set_label(f"An image and {n} random views of it, in other colours and crops")
         return drawn
 
@@ -416,8 +437,9 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
 
 
 @torch.no_grad()
-def project(model, heads: IDHeads, recipe, images: Tensor, *, view: View | None = None,
-            seed: int = 0) -> Tensor:  # fmt: skip
+def project(
+    model, heads: IDHeads, recipe, images: Tensor, *, view: View | None = None, seed: int = 0
+) -> Tensor:
     """Projections of images, or of one random view of each: float32 [T, B, O] of T heads.
 
     Args:
@@ -437,8 +459,15 @@ def project(model, heads: IDHeads, recipe, images: Tensor, *, view: View | None 
     return heads(pooled_TBD[:, None])[0][:, 0].to(images.device)
 
 
-def queue_candidates(queue: NeighborQueue, z_TO: Tensor, sample_id: int, *, k: int = 20,
-                     head: int = -1, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+def queue_candidates(
+    queue: NeighborQueue,
+    z_TO: Tensor,
+    sample_id: int,
+    *,
+    k: int = 20,
+    head: int = -1,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """A query's nearest entries in the queue, and the one that a lookup draws among them.
 
     Args:
@@ -463,14 +492,14 @@ def queue_candidates(queue: NeighborQueue, z_TO: Tensor, sample_id: int, *, k: i
     if not usable:
         raise UserError("the queue holds no other sample: push some first")
     values, where = similarity_Q.topk(min(k, usable))
-    found = queue.lookup(z_TO[:, None], torch.tensor([sample_id]), k,
-                         torch.Generator().manual_seed(seed))  # fmt: skip
+    found = queue.lookup(
+        z_TO[:, None], torch.tensor([sample_id]), k, torch.Generator().manual_seed(seed)
+    )
     drawn = (where == found.positions[head, 0]).nonzero()[0, 0]
     return {"ids": queue.ids[where], "similarities": values, "drawn": drawn}
 
 
-def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20,
-                   seed: int = 0) -> Panel:  # fmt: skip
+def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: int = 0) -> Panel:
     """Fill a queue with views of images, and see whom another view of an image finds in it.
 
     Args:
@@ -516,8 +545,9 @@ def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figu
     drawn, ids = int(found["drawn"]), found["ids"]
     columns = 10
     rows = 1 + -(-len(ids) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 1.35 * rows + 0.5),
-                                layout="constrained", squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11, 1.35 * rows + 0.5), layout="constrained", squeeze=False
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     _show(axes[0, 0], pixels[image], f"query\n{_label(image, labels, classes)}")
@@ -526,7 +556,7 @@ def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figu
         ax = axes[1 + place // columns, place % columns]
         same = None if labels is None else bool(labels[i] == labels[image])
         mark = "" if same is None else (" ✓" if same else " ✗")
-        colour = "black" if same is None else (plots.RIGHT if same else plots.WRONG)
+        colour = "black" if same is None else (RIGHT if same else WRONG)
         star = "★ drawn\n" if place == drawn else ""
         text = f"{star}{_label(i, labels, classes)}{mark} {similarity:.2f}"
         _show(ax, pixels[i], text, colour=colour, frame=place == drawn)
