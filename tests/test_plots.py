@@ -388,21 +388,25 @@ def test_differences_are_filled_where_they_are_more_than_two_spreads():
 ODD = [r"a$\frac$", "5 $ or $ 6", os.fsdecode(b"caf\xe9")]
 
 
+def each(value) -> dict:
+    return {name: value for name in ODD}
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda images, graph: plots.contact_sheet(images, title=ODD[0]),
         lambda images, graph: plots.reconstruction(*[images.images] * 3, title=ODD[0]),
-        lambda images, graph: plots.neighbor_grid(images, [0, 1, 2], dict.fromkeys(ODD, graph)),
-        lambda images, graph: plots.block_curve(dict.fromkeys(ODD, [0.1, 0.2]), ylabel=ODD[0]),
-        lambda images, graph: plots.bars_with_spread(dict.fromkeys(ODD, [0.1]), title=ODD[2]),
-        lambda images, graph: plots.error_and_knn(*[dict.fromkeys(ODD, [0.1, 0.2])] * 2),
+        lambda images, graph: plots.neighbor_grid(images, [0, 1, 2], each(graph)),
+        lambda images, graph: plots.block_curve(each([0.1, 0.2]), ylabel=ODD[0]),
+        lambda images, graph: plots.bars_with_spread(each([0.1]), title=ODD[2]),
+        lambda images, graph: plots.error_and_knn(*[each([0.1, 0.2])] * 2),
         lambda images, graph: plots.similarity_map([[0.1]], rows=ODD[0], columns=ODD[2]),
-        lambda images, graph: plots.spider(dict.fromkeys(ODD, [0.1] * 3), ODD),
+        lambda images, graph: plots.spider(each([0.1] * 3), ODD),
         lambda images, graph: plots.differences(ODD, [0.1] * 3, [0.1] * 3, title=ODD[2]),
-        lambda images, graph: plots.factor_heatmap(dict.fromkeys(ODD, np.zeros((2, 3))), ODD),
+        lambda images, graph: plots.factor_heatmap(each(np.zeros((2, 3))), ODD),
         lambda images, graph: plots.embedding(
-            dict.fromkeys(ODD, np.zeros((12, 2))), images.labels, images.classes
+            each(np.zeros((12, 2))), images.labels, images.classes
         ),
         lambda images, graph: plots.history([{"step": 1, "loss": [0.1] * 3}], heads=ODD),
     ],

@@ -15,7 +15,7 @@ from refiner.base.files import write_text
 from refiner.base.pages import STYLE
 from refiner.evaluation.probe import NAMES
 from refiner.visuals import plots
-from refiner.visuals.style import save_figures
+from refiner.visuals.style import plain, save_figures
 
 # ---------------------------------------------------------------- before and after
 
@@ -109,9 +109,14 @@ def _corruptions(report: dict) -> plt.Figure:
         detail = entry["scores"][0]["detail"]
         table, look = np.array(detail["accuracy"]), plots.curve_style(i)
         severity = [0, *detail["severities"]]
-        left.plot(severity, [detail["clean"], *table.mean(0)], label=_label(report, side), **look)
+        left.plot(
+            severity, [detail["clean"], *table.mean(0)], label=plain(_label(report, side)), **look
+        )
         right.plot(
-            table.mean(1), range(len(table)), **look | {"linestyle": ""}, label=_label(report, side)
+            table.mean(1),
+            range(len(table)),
+            **look | {"linestyle": ""},
+            label=plain(_label(report, side)),
         )
     left.set(xlabel="severity, 0 = clean", ylabel="accuracy", title="Mean of all corruptions")
     left.set_xticks(severity)
