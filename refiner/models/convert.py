@@ -125,8 +125,12 @@ def _harmless() -> list:
     scalar = np.float64(1).__reduce__()[0]  # NumPy's function for a pickled number
     homes = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = ("float64", "float32", "int64", "int32", "bool")
-    return [argparse.Namespace, np.dtype, *((scalar, home) for home in homes),
-            *(type(np.dtype(kind)) for kind in kinds)]  # fmt: skip
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *((scalar, home) for home in homes),
+        *(type(np.dtype(kind)) for kind in kinds),
+    ]
 
 
 def _damaged(path: Path) -> ValueError:
@@ -139,8 +143,9 @@ def _damaged(path: Path) -> ValueError:
 # ---------------------------------------------------------------- converting
 
 
-def convert(content: Mapping, *, name: str = "the file", num_heads: int | None = None,
-            size: int = 224) -> Converted:  # fmt: skip
+def convert(
+    content: Mapping, *, name: str = "the file", num_heads: int | None = None, size: int = 224
+) -> Converted:
     """Renames a checkpoint's tensors and works out its architecture.
 
     Args:
@@ -259,15 +264,25 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
     }
     if details["post_norm"]:
         del details["final_norm"]
-    usual = {"mlp": None, "class_token": True, "registers": 0, "qkv_bias": True,
-             "layer_scale": False, "final_norm": True, "post_norm": False}  # fmt: skip
+    usual = {
+        "mlp": None,
+        "class_token": True,
+        "registers": 0,
+        "qkv_bias": True,
+        "layer_scale": False,
+        "final_norm": True,
+        "post_norm": False,
+    }
     if "pos_embed" in state:
         rows = _position_rows(state["pos_embed"], details, kind, name)
         size = patch * math.isqrt(_positions_3d(state["pos_embed"]).shape[1] - rows)
     return {
-        "size": size, "patch": patch, "dim": dim, "depth": 1 + max(blocks),
+        "size": size,
+        "patch": patch,
+        "dim": dim,
+        "depth": 1 + max(blocks),
         "heads": _heads(dim, num_heads, name),
-    } | {k: v for k, v in details.items() if v != usual[k]}  # fmt: skip
+    } | {k: v for k, v in details.items() if v != usual[k]}
 
 
 def _heads(dim: int, num_heads: int | None, name: str) -> int:

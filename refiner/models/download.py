@@ -6,17 +6,16 @@ the other way round; files of the Hugging Face hub go into its own cache.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import socket
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
@@ -38,8 +37,14 @@ def cache_path(address: str, file: str | None = None) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
-def download(address: str, *, file: str | None = None, sha256: str | None = None,
-             md5: str | None = None, progress: bool = True) -> Path:  # fmt: skip
+def download(
+    address: str,
+    *,
+    file: str | None = None,
+    sha256: str | None = None,
+    md5: str | None = None,
+    progress: bool = True,
+) -> Path:
     """A file's place on this machine, fetched first if it is not there yet.
 
     A download grows in ``<name>.part`` beside its place, goes on there if it was interrupted, and
@@ -67,7 +72,7 @@ def download(address: str, *, file: str | None = None, sha256: str | None = None
         sha256 = named.group(1)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    with _alone(part):
+    with FileLock(part.with_name(f".{part.name}.lock")):  # one process at a time
         if target.is_file():  # another process was faster
             return target
         try:
@@ -162,21 +167,6 @@ def _verify(part: Path, address: str, **expected: str | None) -> None:
                 f"the file from {address} has the {kind} {digest}, expected {begin}; it was "
                 "deleted: try again, and if it stays so, the file was changed"
             )
-
-
-@contextlib.contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Lets one process at a time fetch a file (where the system has locks on files)."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    lock = part.with_name(f".{part.name}.lock")
-    with open(lock, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)  # only on success: then those who wait find the file
 
 
 def _reason(error: BaseException) -> str:

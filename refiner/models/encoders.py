@@ -82,12 +82,20 @@ def timm_arguments(
     """
     ratio = 4.0 if mlp in (None, 4 * dim) else (mlp + 0.5) / dim  # timm rounds down
     return {
-        "img_size": size, "patch_size": patch, "embed_dim": dim, "depth": depth,
-        "num_heads": heads, "mlp_ratio": ratio, "class_token": class_token,
-        "global_pool": "token" if class_token else "avg", "fc_norm": False,
-        "reg_tokens": registers, "qkv_bias": qkv_bias,
-        "init_values": 1e-5 if layer_scale else None, "final_norm": final_norm,
-    }  # fmt: skip
+        "img_size": size,
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": ratio,
+        "class_token": class_token,
+        "global_pool": "token" if class_token else "avg",
+        "fc_norm": False,
+        "reg_tokens": registers,
+        "qkv_bias": qkv_bias,
+        "init_values": 1e-5 if layer_scale else None,
+        "final_norm": final_norm,
+    }
 
 
 def plain_vit(*, post_norm: bool = False, **description) -> VisionTransformer:
@@ -246,8 +254,9 @@ def last_tokens(model: Encoder, images: Tensor, **how) -> Tensor:
     return deque(walk(model, images, **how), maxlen=1)[0][1]
 
 
-def embed(model: Encoder, images: Tensor,
-          gaps: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, dict]:  # fmt: skip
+def embed(
+    model: Encoder, images: Tensor, gaps: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, dict]:
     """The tokens that enter the first block.
 
     Args:
@@ -315,8 +324,9 @@ def _ask_first(attn: Attention, x_BTD: Tensor) -> Tensor:
     return attn.proj_drop(attn.proj(attn.norm(x_B1D.transpose(1, 2).flatten(2))))
 
 
-def keep_patches(model: Encoder, x_BTD: Tensor, context: dict,
-                 kept_BK: Tensor) -> tuple[Tensor, dict]:  # fmt: skip
+def keep_patches(
+    model: Encoder, x_BTD: Tensor, context: dict, kept_BK: Tensor
+) -> tuple[Tensor, dict]:
     """Drops patches before the first block.
 
     Args:
@@ -373,12 +383,19 @@ def _embed_beit(model: Beit, patches: Tensor, grid: tuple[int, int]) -> tuple[Te
     return x_BTD, {"shared_rel_pos_bias": model.rel_pos_bias()}
 
 
-def _beit_block(block: nn.Module, x_BTD: Tensor, grid: tuple[int, int], kept_BK: Tensor | None,
-                shared: nn.Module | None) -> Tensor:  # fmt: skip
+def _beit_block(
+    block: nn.Module,
+    x_BTD: Tensor,
+    grid: tuple[int, int],
+    kept_BK: Tensor | None,
+    shared: nn.Module | None,
+) -> Tensor:
     """timm's BEiT block with relative positions of another grid, or of some patches only."""
     sources = [s for s in (block.attn, shared) if s is not None and s.window_size]
-    bias = sum(relative_bias(s.relative_position_bias_table, tuple(s.window_size), grid, kept_BK)
-               for s in sources)  # fmt: skip
+    bias = sum(
+        relative_bias(s.relative_position_bias_table, tuple(s.window_size), grid, kept_BK)
+        for s in sources
+    )
     attended = _biased_attention(block.attn, block.norm1(x_BTD), bias if sources else None)
     gamma1, gamma2 = (1 if g is None else g for g in (block.gamma_1, block.gamma_2))
     x_BTD = x_BTD + block.drop_path1(gamma1 * attended)
@@ -395,8 +412,9 @@ def _biased_attention(attn: nn.Module, x_BTD: Tensor, bias: Tensor | None) -> Te
     return attn.proj_drop(attn.proj(x_BTD.reshape(b, t, -1)))
 
 
-def relative_bias(table_RA: Tensor, window: tuple[int, int], grid: tuple[int, int],
-                  kept_BK: Tensor | None = None) -> Tensor:  # fmt: skip
+def relative_bias(
+    table_RA: Tensor, window: tuple[int, int], grid: tuple[int, int], kept_BK: Tensor | None = None
+) -> Tensor:
     """BEiT's attention bias for a grid other than the one its table was made for.
 
     Args:
@@ -535,9 +553,16 @@ def borrowed(model: Encoder, device: torch.device) -> Iterator[None]:
 # ---------------------------------------------------------------- features of the views
 
 
-def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
-                  pooling: str | tuple[str, ...] = "cls", kept_BK: Tensor | None = None,
-                  frozen_blocks: int = 0, recompute: bool = False) -> Tensor:  # fmt: skip
+def head_features(
+    model: Encoder,
+    x_BCHW: Tensor,
+    blocks: tuple[int, ...],
+    *,
+    pooling: str | tuple[str, ...] = "cls",
+    kept_BK: Tensor | None = None,
+    frozen_blocks: int = 0,
+    recompute: bool = False,
+) -> Tensor:
     """Pooled output of the chosen blocks, [T, B, D], in one pass.
 
     Args:
@@ -555,9 +580,14 @@ def head_features(model: Encoder, x_BCHW: Tensor, blocks: tuple[int, ...], *,
     reads = dict(zip(numbers, poolings, strict=True))
     top, pooled = max(numbers), []
     for number, x_BND in walk(
-        model, x_BCHW, top=top, kept_BK=kept_BK, frozen=frozen_blocks, recompute=recompute,
+        model,
+        x_BCHW,
+        top=top,
+        kept_BK=kept_BK,
+        frozen=frozen_blocks,
+        recompute=recompute,
         class_token_only=reads[top] == "cls",
-    ):  # fmt: skip
+    ):
         if number in reads:
             take_out = final_features if number == depth else pool
             pooled.append(take_out(model, x_BND, reads[number]))

@@ -28,8 +28,12 @@ from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
 # What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use.
-IMAGENET = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
-            "interpolation": "bicubic", "crop_pct": 0.875}  # fmt: skip
+IMAGENET = {
+    "mean": list(IMAGENET_DEFAULT_MEAN),
+    "std": list(IMAGENET_DEFAULT_STD),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+}
 FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 
 
@@ -38,8 +42,16 @@ def embedded_models() -> list[str]:
     return sorted(path.stem for path in data_folder().glob("*.safetensors"))
 
 
-def build_vit(*, size: int = 32, patch: int = 4, dim: int = 96, depth: int = 12, heads: int = 3,
-              seed: int | None = None, **details) -> VisionTransformer:  # fmt: skip
+def build_vit(
+    *,
+    size: int = 32,
+    patch: int = 4,
+    dim: int = 96,
+    depth: int = 12,
+    heads: int = 3,
+    seed: int | None = None,
+    **details,
+) -> VisionTransformer:
     """A plain ViT with random weights.
 
     Positions start as 2-D sine-cosine (as in MAE) and are trained; those of prefix tokens are zero.
@@ -105,8 +117,9 @@ def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
 # ---------------------------------------------------------------- loading
 
 
-def load_model(name: str | Path, *, num_heads: int | None = None,
-               size: int | None = None) -> Encoder:  # fmt: skip
+def load_model(
+    name: str | Path, *, num_heads: int | None = None, size: int | None = None
+) -> Encoder:
     """Loads an encoder by name, path or address.
 
     Args:
@@ -207,7 +220,7 @@ def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransfo
 
 def _load_entry(entry: Entry, num_heads: int | None) -> VisionTransformer:
     """A model of the catalogue that lies at an address."""
-    path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
+    path = download(entry.address, file=entry.file, md5=entry.md5)
     model = _load_file(path, num_heads or entry.shape[2], name=entry.name)
     model.refiner_card |= {"origin": entry.address, **_told(entry)}
     return model
@@ -234,8 +247,9 @@ def resized(model: Encoder, size: int) -> Encoder:
     return model
 
 
-def read_checkpoint(name: str | Path, *,
-                    num_heads: int | None = None) -> tuple[dict, dict, dict] | None:  # fmt: skip
+def read_checkpoint(
+    name: str | Path, *, num_heads: int | None = None
+) -> tuple[dict, dict, dict] | None:
     """Card, encoder and decoder of an embedded checkpoint, a folder, a file or a catalogue model.
 
     Args:
@@ -254,7 +268,7 @@ def read_checkpoint(name: str | Path, *,
     if str(name) in embedded_models():
         path = data_folder() / f"{name}.safetensors"
     elif entry is not None and entry.address:
-        path = download(entry.address, file=entry.file, md5=entry.md5, sha256=entry.sha256)
+        path = download(entry.address, file=entry.file, md5=entry.md5)
     if path.is_dir():
         card, state = read_card(path), load_file(path / "model.safetensors")
         decoder = path / "decoder.safetensors"
@@ -264,8 +278,12 @@ def read_checkpoint(name: str | Path, *,
     elif path.is_file():
         found = convert(read_file(path), name=str(path), num_heads=num_heads)
         preprocessing = {"size": found.architecture["size"], **IMAGENET}
-        card = {"name": path.stem, "architecture": found.architecture, "format": found.format,
-                "preprocessing": preprocessing}  # fmt: skip
+        card = {
+            "name": path.stem,
+            "architecture": found.architecture,
+            "format": found.format,
+            "preprocessing": preprocessing,
+        }
         return card, found.encoder, found.decoder
     else:
         return None

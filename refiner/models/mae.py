@@ -40,8 +40,13 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, side * patch, side * patch)
 
 
-def random_masking(batch: int, n: int, ratio: float, generator: torch.Generator | None = None,
-                   device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:  # fmt: skip
+def random_masking(
+    batch: int,
+    n: int,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
     """Chooses the visible patches of each image by sorting noise, as MAE does.
 
     Returns:
@@ -99,8 +104,15 @@ class MaskedAutoencoder(nn.Module):
         ValueError: for a width that the decoder's heads cannot share.
     """
 
-    def __init__(self, encoder: VisionTransformer, *, decoder_dim: int = 96, decoder_depth: int = 1,
-                 decoder_heads: int = 3, normalize_targets: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        decoder_dim: int = 96,
+        decoder_depth: int = 1,
+        decoder_heads: int = 3,
+        normalize_targets: bool = False,
+    ):
         super().__init__()
         self.encoder = encoder
         self.patch = encoder.patch_embed.patch_size[0]
@@ -276,8 +288,9 @@ def load_mae(
     return mae.eval()
 
 
-def _built(card: dict, decoder: dict[str, Tensor], heads: int,
-           normalize_targets: bool) -> MaskedAutoencoder:  # fmt: skip
+def _built(
+    card: dict, decoder: dict[str, Tensor], heads: int, normalize_targets: bool
+) -> MaskedAutoencoder:
     """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
     if "recipe" in card:
         return MAERecipe(**card["recipe"]).build()
@@ -292,8 +305,9 @@ def _built(card: dict, decoder: dict[str, Tensor], heads: int,
 
 
 @torch.no_grad()
-def reconstruct(mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0.75,
-                seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+def reconstruct(
+    mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0.75, seed: int = 0
+) -> dict[str, Tensor]:
     """Hides patches and lets the autoencoder paint them.
 
     Where the model predicts normalised patches, mean and deviation of the true patch are put back

@@ -15,8 +15,9 @@ from refiner.base.files import replacing, write_json, write_text
 from refiner.models.encoders import Encoder, PostNormBlock, timm_arguments
 
 
-def save_model(model: Encoder, folder: str | os.PathLike, *,
-               extra: dict[str, torch.Tensor] | None = None) -> Path:  # fmt: skip
+def save_model(
+    model: Encoder, folder: str | os.PathLike, *, extra: dict[str, torch.Tensor] | None = None
+) -> Path:
     """Saves an encoder as a folder that refiner and timm open.
 
     Writes ``model.safetensors``, timm's ``config.json``, ``card.json`` and a model card
@@ -116,9 +117,10 @@ def _timm_recipe(model: Encoder) -> tuple[str, dict]:
         return config["architecture"], arguments
     block = model.blocks[0]
     return "vit_base_patch16_224", arguments | {
-        "embed_dim": model.embed_dim, "depth": len(model.blocks),
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-    }  # fmt: skip
+    }
 
 
 def model_card(card: dict, *, timm_opens: bool = True) -> str:
@@ -129,18 +131,34 @@ def model_card(card: dict, *, timm_opens: bool = True) -> str:
         timm_opens: whether timm can build the model.
     """
     how = card["preprocessing"]
-    lines = ["---", "library_name: timm", "tags: [masked-image-modeling, image-feature-extraction]",
-             "---", "", f"# {card['name']}", ""]  # fmt: skip
-    told = {"method": "Method", "refined_from": "Refined from", "origin": "Origin",
-            "licence": "Licence of the original weights", "machine": "Machine",
-            "seconds": "Seconds of training", "loss": "Loss"}  # fmt: skip
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [masked-image-modeling, image-feature-extraction]",
+        "---",
+        "",
+        f"# {card['name']}",
+        "",
+    ]
+    told = {
+        "method": "Method",
+        "refined_from": "Refined from",
+        "origin": "Origin",
+        "licence": "Licence of the original weights",
+        "machine": "Machine",
+        "seconds": "Seconds of training",
+        "loss": "Loss",
+    }
     lines += [f"- {label}: {card[key]}" for key, label in told.items() if key in card]
     lines += [f"- {k}: {v}" for k, v in card.get("architecture", {}).items()]
     lines += [
         f"- Images: {how['size']} pixels, mean {how['mean']}, std {how['std']}, "
         f"{how['interpolation']}, crop {how.get('crop_pct', 1.0)}",
-        "", "```python", "import refiner", 'model = refiner.load_model("path/to/this/folder")',
-    ]  # fmt: skip
+        "",
+        "```python",
+        "import refiner",
+        'model = refiner.load_model("path/to/this/folder")',
+    ]
     if timm_opens:
         opened = 'timm.create_model("local-dir:path/to/this/folder", pretrained=True)'
         lines += ["", "import timm", f"model = {opened}"]
