@@ -241,10 +241,11 @@ def refinable_images(args: argparse.Namespace, size: int, smallest: int):
     Raises:
         ValueError: for images that are too small, and a stream that shall be evaluated.
     """
-    from refiner.images.load import is_stream, load_images
+    from refiner.images.load import check_source, is_stream, load_images
     from refiner.images.streams import open_stream
 
     if not is_stream(args.data):
+        check_source(args.data)
         check_sides(args.data, size, smallest)
         return load_images(args.data, n=args.n, size=size)
     if args.knn_every:
@@ -448,9 +449,12 @@ def training_options(args: argparse.Namespace) -> dict:
         ValueError: for a number of steps below 1.
     """
     options = {"out": args.out, "resume": args.resume, "device": args.device}
+    for option, least in (("save_every", 1), ("knn_every", 0)):
+        value = getattr(args, option, None)
+        if value is not None and value < least:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} is {value}; it needs to be {least} or more")
     if args.save_every is not None:
-        if args.save_every < 1:
-            raise UserError(f"--save-every needs at least 1 step, got {args.save_every}")
         options["save_every"] = args.save_every
     return options
 

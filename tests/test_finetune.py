@@ -270,7 +270,7 @@ def test_recipes_that_cannot_work_are_refused(change, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=math.inf, epochs=3),
+        finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=1e30, epochs=3),
                  progress=False)  # fmt: skip
 
 

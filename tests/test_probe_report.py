@@ -212,8 +212,8 @@ def test_the_command(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "knnn"], "unknown part 'knnn'"),
-        (["--k", "0"], "k must be at least 1"),
+        (["--parts", "knnn"], "parts is 'knnn'; choose 'knn', 'linear'"),
+        (["--k", "0"], "k is 0; it needs to be 1 or more"),
         (["--model", "no_such_model"], "no_such_model"),
         (["--data", "no_such_folder"], "no_such_folder"),
         (["--n", "0"], "n must be at least 1"),

@@ -87,15 +87,15 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["pretrain", "--set", "size_of_patch=4"], "the recipe has no 'size_of_patch'; it has size"),
-    (["pretrain", "--set", "steps=many"], "expected a value of type int, such as 11000"),
+    (["pretrain", "--set", "size_of_patch=4"], "no setting 'size_of_patch'; there are size"),
+    (["pretrain", "--set", "steps=many"], "steps is 'many'; it needs to be a whole number"),
     (["pretrain", "--set", "steps"], "--set needs NAME=VALUE"),
     (["pretrain", "--set", "steps=1.5"], "steps is 1.5; it needs to be a whole number"),
-    (["refine", "--set", "steps=True"], "expected a value of type int, such as 160"),
-    (["refine", "--set", "queue=inf"], "queue='inf': expected a value of type int"),
+    (["refine", "--set", "steps=True"], "steps is True; it needs to be a whole number"),
+    (["refine", "--set", "queue=inf"], "queue is 'inf'; it needs to be a whole number"),
     (["refine", "--set", "queue=1e999"], "queue is inf; it needs to be a whole number"),
-    (["refine", "--set", "clip=much"], "clip='much': expected a value of type float"),
-    (["refine", "--set", "blocks=('a',)"], "give whole numbers from 1 to 12"),
+    (["refine", "--set", "clip=much"], "clip is 'much'; it needs to be a number"),
+    (["refine", "--set", "blocks=('a',)"], "blocks is 'a'; it needs to be a whole number"),
     (["refine", "--preset", "gpu", "--set", "blocks=13"], "different blocks from 1 to 12"),
     (["refine", "--set", "blocks=0"], "heads on blocks [0]: blocks count from 1"),
     (["refine", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
@@ -113,6 +113,24 @@ def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
     (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 1 to 12"),
     (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
+    (["pretrain", "--set", "size=-32"], "size is -32; it needs to be 1 or more"),
+    (["pretrain", "--set", "decoder_dim=0"], "decoder_dim is 0; it needs to be 1 or more"),
+    (["pretrain", "--set", "ema=5"], "ema is 5; it needs to be between 0 and 1"),
+    (["pretrain", "--set", "warmup=-3"], "warmup is -3; it needs to be between 0 and 1"),
+    (["refine", "--set", "seed=1e100"], "needs to be a whole number below"),
+    (["refine", "--set", "queue=1e12"], "needs to be a whole number below"),
+    (["refine", "--set", "views=()"], "views is (); it needs to be 2 or more values"),
+    (["refine", "--knn-every", "-1"], "--knn-every is -1; it needs to be 0 or more"),
+    (["refine", "--save-every", "0"], "--save-every is 0; it needs to be 1 or more"),
+    (["refine", "--data", ""], "the name of the images is empty"),
+    (["pretrain", "--data", ""], "the name of the images is empty"),
+    (["probe", "--data", ""], "the name of the images is empty"),
+    (["evaluate", "--data", ""], "the name of the images is empty"),
+    (["probe", "--draws", "0"], "draws is 0; it needs to be 1 or more"),
+    (["probe", "--device", "gpu"], "there is no device 'gpu' here"),
+    (["evaluate", "--transfer", "digits", "toyboks"], "did you mean 'toybox'"),
+    (["evaluate", "--dense", "nowhere"], "nowhere has no sub-folder 'images'"),
+    (["evaluate", "--set", "draws=0"], "draws is 0; it needs to be 1 or more"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
@@ -136,7 +154,7 @@ def test_settings_of_an_evaluation_are_read_in_the_same_way():
     settings = changed(EvaluationSettings(), ["shots=2", "fractions=0.5", "n=1e3", "dense=None"])
     assert (settings.shots, settings.fractions, settings.dense) == ((2,), (0.5,), None)
     assert settings.n == 1000 and type(settings.n) is int
-    with pytest.raises(ValueError, match="full=1: expected a value of type FinetuneRecipe"):
+    with pytest.raises(ValueError, match="full is 1; it needs to be a FinetuneRecipe"):
         changed(EvaluationSettings(), ["full=1"])
 
 

@@ -1,62 +1,111 @@
-"""Settings: read from the command line, changed, and put right."""
+"""Settings: one declared range per field, and every error that comes of it.
+
+A field says its range in its type, ``batch: Annotated[int, Range(2)]``. What ``--set`` changes,
+what a notebook gives and what a loaded card says are checked by the same few lines.
+"""
 
 from __future__ import annotations
 
 import ast
-from dataclasses import fields, replace
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from refiner.base.errors import UserError
 
+S = TypeVar("S")
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+LIMIT = 2**32  # whole numbers are below, as NumPy's seeds are; larger ones are slips
 
-def changed(recipe, settings: list[str]):
-    """A recipe with ``NAME=VALUE`` settings applied.
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a field takes."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf  # a lower end that is left out itself
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value > self.above
+
+    def __str__(self) -> str:
+        if self.above > -math.inf:
+            return f"above {self.above:g}" + f" and at most {self.high:g}" * (self.high < math.inf)
+        if self.high < math.inf:
+            return f"between {self.low:g} and {self.high:,g}"
+        return f"{self.low:g} or more"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which tuples a field takes: of how many values, and in which order."""
+
+    least: int = 0
+    rising: bool = False
+
+    def __contains__(self, values: tuple) -> bool:
+        return len(values) >= self.least and (not self.rising or list(values) == sorted(values))
+
+    def __str__(self) -> str:
+        return "in rising order" if self.rising else f"{self.least} or more values"
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(0)]
+Portion = Annotated[float, Range(above=0, high=1)]  # of what would be nothing at 0
+
+
+def checked(settings: S) -> S:
+    """Settings whose values have the kind and the range that their fields declare.
+
+    Args:
+        settings: a dataclass.
+
+    Returns:
+        The same with 1e4 as 10000 where a whole number is declared, and with a list or a single
+        value as a tuple where one is.
 
     Raises:
-        ValueError: for a name that the recipe lacks, or a value of another kind.
+        UserError: naming the field, its value, and what it needs to be.
     """
-    from dataclasses import fields, replace
-
-    from refiner.base.settings import whole_numbers
-
-    known = {field.name: field.type for field in fields(recipe)}
-    values = dict(map(parse_setting, settings))
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"the recipe has no {name!r}; it has {', '.join(known)}")
-        values[name] = suited(name, value, known[name], getattr(recipe, name))
-    recipe = whole_numbers(replace(recipe, **values))
-    if recipe.seed < 0:
-        raise UserError(f"seed is {recipe.seed}; it needs to be 0 or more")
-    return recipe
+    hints = _hints(type(settings))
+    return replace(settings, **{n: _fitted(n, getattr(settings, n), h) for n, h in hints.items()})
 
 
-KINDS = {"int": (int, float), "float": (int, float), "bool": (bool, int), "str": (str,),
-         "tuple": (tuple, list), "None": (type(None),)}  # fmt: skip
-
-
-def suited(name: str, value: object, annotation: str, now: object) -> object:
-    """A setting's value as the recipe has it; a number alone may stand for a tuple of numbers.
+def settings_from(kind: type[S], values: Mapping) -> S:
+    """Settings from plain values, as a card holds them; what is missing has its default.
 
     Raises:
-        ValueError: for a value of another kind.
+        UserError: for a name that the settings lack, or a value out of its range.
     """
-    kinds = [part.split("[")[0].strip() for part in annotation.split("|")]
-    several = any(f"tuple[{kind}, ...]" in annotation for kind in ("int", "float"))
-    if several and isinstance(value, int | float):
-        value = (value,)
-    truth = isinstance(value, bool) and "bool" not in kinds  # which Python counts as a number
-    if truth or not any(isinstance(value, KINDS.get(kind, ())) for kind in kinds):
-        such = f", such as {now!r}" if now is not None and len(repr(now)) < 80 else ""
-        wanted = " or ".join(kind for kind in kinds if kind != "None")
-        raise UserError(f"{name}={value!r}: expected a value of type {wanted}{such}")
-    return tuple(value) if isinstance(value, list) else value
+    return _fitted(kind.__name__, values, kind)
+
+
+def changed(settings: S, texts: list[str]) -> S:
+    """Settings with ``NAME=VALUE`` texts applied.
+
+    Raises:
+        UserError: for a name that the settings lack, or a value out of its range.
+    """
+    values = dict(map(parse_setting, texts))
+    _check_names(type(settings), values)
+    return checked(replace(settings, **values))
 
 
 def parse_setting(text: str) -> tuple[str, object]:
     """``name=value`` → name and value; what is no Python literal is taken as a text.
 
     Raises:
-        ValueError: without an equal sign or a name.
+        UserError: without an equal sign or a name.
     """
     name, equal, value = text.partition("=")
     if not equal or not name.isidentifier():
@@ -67,21 +116,68 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-def whole_numbers(recipe):
-    """A recipe whose counts are ints: 1e4 becomes 10000.
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
-    Raises:
-        ValueError: for a count that is no whole number.
-    """
-    changes = {}
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        if field.type == "int" or (field.type == "int | None" and value is not None):
-            try:
-                whole = int(value) == value and not isinstance(value, bool)
-            except (TypeError, ValueError, OverflowError):  # None, texts, NaN, infinity
-                whole = False
-            if not whole:
-                raise UserError(f"{field.name} is {value!r}; it needs to be a whole number")
-            changes[field.name] = int(value)
-    return replace(recipe, **changes)
+
+def _check_names(kind: type, values: Mapping) -> None:
+    for name in values:
+        if name not in _hints(kind):
+            raise UserError(f"there is no setting {name!r}; there are {', '.join(_hints(kind))}")
+
+
+def _fitted(name: str, value: Any, hint: Any) -> Any:
+    """A value as its field's type has it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = _fitted(name, value, parts[0])
+        for limits in parts[1:]:
+            if value not in limits:
+                raise UserError(f"{name} is {value!r}; it needs to be {limits}")
+    elif origin in (Union, UnionType):
+        return None if value is None and NoneType in parts else _first(name, value, parts)
+    elif origin is tuple:
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        hints = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(value) != len(hints):
+            raise UserError(f"{name} is {value!r}; it needs {len(hints)} values")
+        value = tuple(_fitted(name, v, h) for v, h in zip(value, hints, strict=True))
+    elif origin is Literal:
+        if value not in parts:
+            raise UserError(f"{name} is {value!r}; choose {', '.join(map(repr, parts))}")
+    elif is_dataclass(hint) and isinstance(value, hint | Mapping):
+        if isinstance(value, Mapping):
+            _check_names(hint, value)
+            value = hint(**value)
+        value = checked(value)
+    else:
+        value = _plain(name, value, hint)
+    return value
+
+
+def _first(name: str, value: Any, hints: tuple) -> Any:
+    """A value as the first of several types that takes it, or the last one's complaint."""
+    *others, last = (hint for hint in hints if hint is not NoneType)
+    for hint in others:
+        try:
+            return _fitted(name, value, hint)
+        except UserError:
+            continue
+    return _fitted(name, value, last)
+
+
+def _plain(name: str, value: Any, kind: type) -> Any:
+    """A number, truth value or text. A truth value is no number here, and NaN is none either."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if kind is int and number and -LIMIT < value < LIMIT and int(value) == value:
+        return int(value)
+    if kind is float and number and -math.inf < value < math.inf:
+        return value if isinstance(value, int) else float(value)
+    if kind not in (int, float) and isinstance(value, kind):
+        return value
+    needed = KINDS.get(kind, f"a {kind.__name__}")
+    if kind is int and number and abs(value) >= LIMIT:
+        needed += f" below {LIMIT:,}"
+    raise UserError(f"{name} is {reprlib.repr(value)}; it needs to be {needed}")

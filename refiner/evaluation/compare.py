@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from refiner.base.errors import UserError
 from refiner.base.files import write_json
 from refiner.base.pages import BAR, json_ready
+from refiner.base.parallel import check_device
 from refiner.base.places import machine
+from refiner.base.settings import checked
 from refiner.evaluation import protocols
 from refiner.evaluation.protocols import EvaluationSettings, Subject
-from refiner.images.dense import DenseSet, load_dense, object_maps
-from refiner.images.load import train_and_test
+from refiner.images.dense import DenseSet, check_dense, load_dense, object_maps
+from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder
 from refiner.models.load import load_model
@@ -132,8 +134,14 @@ def evaluate(
 
     on_gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     settings = settings or (EvaluationSettings.gpu() if on_gpu else EvaluationSettings.cpu())
+    settings = checked(settings)
     transfers, out = [str(t) for t in transfers], Path(out)
     wanted = rows_for(rows, transfers)
+    for source in (data, *transfers):  # what is misspelt is told before the work
+        check_source(source)
+    if dense is not None:
+        check_dense(dense)
+    check_device(device)
     models = {"before": str(before)} | ({"after": str(after)} if after else {})
     asked = {
         "models": models,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,8 +23,10 @@ from tqdm.auto import tqdm
 from refiner.base.errors import UserError
 from refiner.base.files import write_json, write_text
 from refiner.base.pages import BAR, STYLE, json_ready
+from refiner.base.parallel import check_device
 from refiner.base.places import machine
-from refiner.images.load import train_and_test
+from refiner.base.settings import Count, Entries, Portion, Whole, checked
+from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
 from refiner.models.load import load_model
 from refiner.probing import measures, neighbors, probes
@@ -41,7 +44,8 @@ COST = {
     "measures": 10,
     "factors": 10,
 }
-PARTS = tuple(COST)[1:]
+Part = Literal["knn", "linear", "low_shot", "clustering", "measures", "factors"]
+PARTS = get_args(Part)
 NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
 
 
@@ -49,24 +53,12 @@ NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final 
 class Settings:
     """What :func:`probe` measures; see there."""
 
-    parts: tuple[str, ...] = PARTS
-    k: tuple[int, ...] = (1, 10, 20)
-    shots: tuple[int, ...] = (1, 2, 5, 10)
-    fractions: tuple[float, ...] = ()
-    draws: int = 10
-    seed: int = 0
-
-    def check(self) -> None:
-        """Refuses what no part can do.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        unknown = [part for part in self.parts if part not in PARTS]
-        if unknown or not self.parts:
-            raise UserError(f"unknown part {', '.join(unknown)!r}: choose among {', '.join(PARTS)}")
-        if not self.k or min(self.k) < 1:
-            raise UserError(f"k must be at least 1, not {list(self.k)}")
+    parts: Annotated[tuple[Part, ...], Entries(1)] = PARTS
+    k: Annotated[tuple[Count, ...], Entries(1)] = (1, 10, 20)
+    shots: tuple[Count, ...] = (1, 2, 5, 10)
+    fractions: tuple[Portion, ...] = ()
+    draws: Count = 10
+    seed: Whole = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +114,11 @@ def probe(
         ValueError: for unknown parts, the same model twice, or data that do not load.
         FileNotFoundError: for a model or image set that is not there.
     """
-    settings = settings or Settings()
-    settings.check()
+    settings = checked(settings or Settings())
     names = [models] if isinstance(models, str | Path) else list(models)
     names = [str(name) for name in names]
+    check_source(data)
+    check_device(device)
     if not names or len(set(names)) < len(names):
         raise UserError(f"give each model once, not {names}")
     out = Path(out)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from refiner.base import tensors
 from refiner.base.pages import json_ready
+from refiner.base.settings import Count, Entries, Portion, Positive, Range, Whole
 from refiner.evaluation.probe import NAMES
 from refiner.evaluation.segmentation import linear_segmentation
 from refiner.images import toybox
@@ -75,27 +77,27 @@ class EvaluationSettings:
         seed: of everything random.
     """
 
-    n: int | None = None
-    n_test: int | None = None
-    linear_blocks: int = 0
-    shots: tuple[int, ...] = (1, 2, 5)
-    fractions: tuple[float, ...] = (0.01, 0.1)
-    draws: int = 10
-    kmeans_seeds: int = 5
-    corrupted: int | None = 5000
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    shifted: int = 2048
-    dense: int | None = 5000
-    dense_test: int | None = 2000
-    dense_pixels: int = 32
+    n: Count | None = None
+    n_test: Count | None = None
+    linear_blocks: Whole = 0
+    shots: tuple[Count, ...] = (1, 2, 5)
+    fractions: tuple[Portion, ...] = (0.01, 0.1)
+    draws: Count = 10
+    kmeans_seeds: Count = 5
+    corrupted: Count | None = 5000
+    severities: Annotated[tuple[Annotated[int, Range(1, 5)], ...], Entries(1)] = (1, 2, 3, 4, 5)
+    shifted: Count = 2048
+    dense: Count | None = 5000
+    dense_test: Count | None = 2000
+    dense_pixels: Count = 32
     full: FinetuneRecipe = field(default_factory=FinetuneRecipe.gpu)
-    full_images: int | None = None
-    full_seeds: int = 3
+    full_images: Count | None = None
+    full_seeds: Count = 3
     few: FinetuneRecipe = field(default_factory=lambda: FinetuneRecipe.low_shot("gpu"))
-    few_sizes: tuple[float, ...] = (1, 5, 0.01, 0.1)
-    few_draws: int = 3
-    finetune_test: int | None = None
-    seed: int = 0
+    few_sizes: tuple[Positive, ...] = (1, 5, 0.01, 0.1)
+    few_draws: Count = 3
+    finetune_test: Count | None = None
+    seed: Whole = 0
 
     @classmethod
     def cpu(cls, **changes) -> EvaluationSettings:

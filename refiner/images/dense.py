@@ -68,6 +68,17 @@ def object_maps(images: ImageSet, *, threshold: float = 0.5) -> DenseSet:
     return DenseSet(images.images, maps, ("background", *images.classes), images.name, 0)
 
 
+def check_dense(folder: str | os.PathLike) -> None:
+    """Does nothing for a folder that has both of its parts.
+
+    Raises:
+        FileNotFoundError: naming the part that is missing.
+    """
+    for part in ("images", "annotations"):
+        if not Path(folder, part).is_dir():
+            raise FileNotFoundError(f"{folder} has no sub-folder {part!r}")
+
+
 def load_dense(
     folder: str | os.PathLike,
     *,
@@ -101,9 +112,7 @@ def load_dense(
     folder = Path(folder)
     if split not in ("train", "test"):
         raise UserError(f"a folder with annotations has splits train and test, not {split!r}")
-    for part in ("images", "annotations"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder} has no sub-folder {part!r}")
+    check_dense(folder)
     files = _split_files(folder / "images", split)[:n]
     pairs = [(path, _annotation(path, folder)) for path in files]
     pixels, broken = read_files(files, size, progress=progress)

@@ -140,6 +140,7 @@ def load_images(
         UserWarning: once, when images of a folder cannot be read (they are left out) or are all of
             one class, or when a cache file is damaged (it is made again) or cannot be written.
     """
+    check_source(name)
     _check_n(n)
     if size is not None and size < 1:
         raise UserError(f"size must be at least 1 pixel, not {size}")
@@ -154,6 +155,19 @@ def load_images(
     else:
         found = _load_folder(Path(name), split, n, size, seed, progress)
     return found.to(device)
+
+
+def check_source(name: str | os.PathLike) -> None:
+    """Does nothing for the name of a set, or a folder that is there.
+
+    Raises:
+        ValueError: for an empty name, which would be the current folder.
+        FileNotFoundError: for any other name, with the nearest one.
+    """
+    if not str(name):
+        raise UserError("the name of the images is empty: give a set or a folder")
+    if str(name) not in BUILT_IN and not Path(name).is_dir():
+        raise FileNotFoundError(_no_folder(Path(name)))
 
 
 def _check_split(split: str, known: Sequence[str], name: str) -> None:
@@ -302,8 +316,6 @@ def _load_named(name: str, split: str, n: int | None, size, seed: int, progress:
 def _load_folder(
     folder: Path, split: str, n: int | None, size: int | None, seed: int, progress: bool
 ) -> ImageSet:
-    if not folder.is_dir():
-        raise FileNotFoundError(_no_folder(folder))
     return _read_set(*_files_of(folder, split), n, size, seed, progress)
 
 

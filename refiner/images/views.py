@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from refiner.base.settings import Count, Entries, NotNegative, Portion, Positive, Range, Share
 from refiner.base.tensors import constant, draw
 
 
@@ -43,20 +45,20 @@ class View:
             saves time. A masked autoencoder has seen such input throughout its pretraining.
     """
 
-    size: int = 224
-    scale: tuple[float, float] = (0.25, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    gray: float = 0.2
-    blur: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = 0.0
-    keep: float = 1.0
+    size: Count = 224
+    scale: Annotated[tuple[Portion, Portion], Entries(rising=True)] = (0.25, 1.0)
+    ratio: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: NotNegative = 0.4
+    contrast: NotNegative = 0.4
+    saturation: NotNegative = 0.2
+    hue: Annotated[float, Range(0, 0.5)] = 0.1
+    gray: Share = 0.2
+    blur: Share = 0.0
+    sigma: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (0.1, 2.0)
+    solarize: Share = 0.0
+    keep: Portion = 1.0
 
 
 def _uniform(n: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:

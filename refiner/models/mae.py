@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -19,6 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from refiner.base.errors import UserError
+from refiner.base.settings import Count, Entries, NotNegative, Portion, Share, Whole, settings_from
 from refiner.models.encoders import last_tokens, preprocess
 from refiner.models.load import build_vit, read_checkpoint
 
@@ -207,26 +209,26 @@ class MAERecipe:
         seed: of weights, batches and masks.
     """
 
-    size: int = 32
-    patch: int = 4
-    dim: int = 96
-    depth: int = 12
-    heads: int = 3
-    decoder_dim: int = 96
-    decoder_depth: int = 1
-    decoder_heads: int = 3
+    size: Count = 32
+    patch: Count = 4
+    dim: Count = 96
+    depth: Count = 12
+    heads: Count = 3
+    decoder_dim: Count = 96
+    decoder_depth: Whole = 1
+    decoder_heads: Count = 3
     normalize_targets: bool = False
-    mask_ratio: float = 0.75
-    crop: tuple[float, float] | None = None
+    mask_ratio: Portion = 0.75
+    crop: Annotated[tuple[Portion, Portion], Entries(rising=True)] | None = None
     flip: bool = False
-    batch: int = 64
-    steps: int = 11_000
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    ema: float = 0.999
+    batch: Count = 64
+    steps: Count = 11_000
+    lr: NotNegative = 3e-3
+    weight_decay: NotNegative = 0.05
+    warmup: Share = 0.05
+    ema: Share = 0.999
     compile: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     def build(self) -> MaskedAutoencoder:
         """A fresh autoencoder; the same seed gives the same weights.
@@ -293,7 +295,7 @@ def _built(
 ) -> MaskedAutoencoder:
     """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
     if "recipe" in card:
-        return MAERecipe(**card["recipe"]).build()
+        return settings_from(MAERecipe, card["recipe"]).build()
     blocks = {key.split(".")[1] for key in decoder if key.startswith("decoder_blocks.")}
     return MaskedAutoencoder(
         build_vit(**card["architecture"]),

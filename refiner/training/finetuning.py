@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from refiner.base.errors import NotFinite, UserError
-from refiner.base.settings import whole_numbers
+from refiner.base.settings import (
+    Entries,
+    NotNegative,
+    Portion,
+    Positive,
+    Range,
+    Share,
+    Whole,
+    checked,
+)
 from refiner.base.tensors import constant, step_generator
 from refiner.images.sets import ImageSet
 from refiner.images.views import View, make_view
@@ -89,25 +99,25 @@ class FinetuneRecipe:
         seed: of everything random.
     """
 
-    epochs: float = 50
-    least_steps: int = 0
-    batch: int = 512
-    lr: float = 1e-3
-    layer_decay: float = 0.75
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    drop_path: float = 0.1
-    ema: float = 0.9999
-    crop: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.3
-    pooling: str | None = None
-    head: str = "zero"
-    seed: int = 0
+    epochs: NotNegative = 50
+    least_steps: Whole = 0
+    batch: Annotated[int, Range(2)] = 512
+    lr: NotNegative = 1e-3
+    layer_decay: Positive = 0.75
+    weight_decay: NotNegative = 0.05
+    warmup: Share = 0.1
+    mixup: NotNegative = 0.8
+    cutmix: NotNegative = 1.0
+    smoothing: Share = 0.1
+    drop_path: Share = 0.1
+    ema: Share = 0.9999
+    crop: Annotated[tuple[Portion, Portion], Entries(rising=True)] = (0.2, 1.0)
+    ratio: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    jitter: NotNegative = 0.3
+    pooling: Literal["cls", "patch"] | None = None
+    head: Literal["zero", "probe"] = "zero"
+    seed: Whole = 0
 
     @classmethod
     def cpu(cls, **changes) -> FinetuneRecipe:
@@ -273,7 +283,7 @@ class _Run:
 
     def __init__(self, model: Encoder, images: ImageSet, recipe: FinetuneRecipe,
                  device: torch.device, out: Path | None):  # fmt: skip
-        recipe = _checked(recipe)
+        recipe = checked(recipe)
         classes, y_N = _classes(images)
         pooling = _pooling(model, recipe)
         self.recipe, self.device, self.out = recipe, device, out
@@ -382,15 +392,6 @@ class _Run:
 
 def _indices(n: int, batch: int, seed: int, step: int) -> Tensor:
     return batch_indices(n, batch, seed=seed, step=step)
-
-
-def _checked(recipe: FinetuneRecipe) -> FinetuneRecipe:
-    """The recipe with whole numbers, if a run can follow it."""
-    recipe = whole_numbers(recipe)
-    for name, low in {"batch": 2, "epochs": 0, "least_steps": 0, "seed": 0}.items():
-        if not low <= getattr(recipe, name) < math.inf:  # also for NaN
-            raise UserError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
-    return recipe
 
 
 def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from refiner.base.errors import NotFinite, UserError
 from refiner.base.files import write_json
 from refiner.base.places import machine
-from refiner.base.settings import whole_numbers
+from refiner.base.settings import checked, settings_from
 from refiner.base.tensors import constant, step_generator, take
 from refiner.images.views import View, make_view
 from refiner.models.encoders import preprocess
@@ -208,23 +208,12 @@ def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Gener
 
 
 def _checked(recipe: MAERecipe) -> MAERecipe:
-    """The recipe with whole numbers, if a run can follow it."""
-    recipe = whole_numbers(recipe)
-    for name, low in {"batch": 1, "steps": 1, "seed": 0}.items():
-        if getattr(recipe, name) < low:
-            raise UserError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
-    if recipe.crop is not None:
-        low, high = recipe.crop
-        if not 0 < low <= high <= 1:
-            raise UserError(
-                f"crop is {recipe.crop}; it needs to be two shares of the area above 0 and up to "
-                "1, the smaller one first"
-            )
-    patches = (recipe.size // max(1, recipe.patch)) ** 2
-    if not 0 < recipe.mask_ratio <= 1 or round(patches * (1 - recipe.mask_ratio)) == patches:
+    """The recipe with every value in its range, if a run can follow it."""
+    recipe = checked(recipe)
+    patches = (recipe.size // recipe.patch) ** 2
+    if round(patches * (1 - recipe.mask_ratio)) == patches:
         raise UserError(
-            f"mask_ratio is {recipe.mask_ratio}; it needs to hide at least one of {patches} "
-            "patches, and to be at most 1"
+            f"mask_ratio is {recipe.mask_ratio}; it needs to hide at least one of {patches} patches"
         )
     return recipe
 
@@ -263,7 +252,8 @@ def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecip
 def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
              began_with: dict) -> tuple[int, list[Tensor]]:  # fmt: skip
     state = load_state(out / "state.pt")
-    saved = asdict(MAERecipe(**state["recipe"]))  # what an older one lacks has its default
+    # What an older one lacks has its default.
+    saved = asdict(settings_from(MAERecipe, state["recipe"]))
     if saved != asdict(recipe):
         changed = [k for k, v in asdict(recipe).items() if saved[k] != v]
         raise UserError(

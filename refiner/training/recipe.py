@@ -11,11 +11,24 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
+from typing import Annotated, Literal
 
 import torch
 
 from refiner.base.errors import UserError
-from refiner.base.settings import changed, parse_setting, whole_numbers
+from refiner.base.settings import (
+    Count,
+    Entries,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    Whole,
+    changed,
+    checked,
+    parse_setting,
+    settings_from,
+)
 from refiner.images.streams import ImageStream
 from refiner.images.views import View
 from refiner.models.encoders import Encoder, check_refinable, has_class_token
@@ -23,8 +36,6 @@ from refiner.models.encoders import Encoder, check_refinable, has_class_token
 
 def refine_preset(name: str, model, size: int, images, settings: list[str]):
     """The recipe of a preset for a model, its image size and a set or a number of images."""
-    from refiner.training.recipe import Recipe
-
     values = dict(map(parse_setting, settings))
     batch = values.get("batch")
     numbers = isinstance(batch, int | float) and float(batch).is_integer() and batch > 0
@@ -41,9 +52,7 @@ def refine_preset(name: str, model, size: int, images, settings: list[str]):
 
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's train split
-POOLINGS = ("cls", "patch")
-SWAPS = ("neighbor", "both", "none")
-LOSS_WEIGHTS = ("constant", "decay", "staggered")
+Pooling = Literal["cls", "patch"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,10 @@ class Recipe:
             third. The last block's head reads the encoder's output, after the final norm.
         pooling: "cls", "patch" (mean), one of them for each block of ``blocks``, or None for the
             class token where there is one.
-        hidden, predictor_hidden, out: widths of the heads, see
-        :class:`refiner.training.heads.IDHeads`. views: the random views of each image; the first
-        ``global_views`` are targets too. batch: images a step, of all processes together.
+        hidden, predictor_hidden, out: widths of the heads; see
+            :class:`refiner.training.heads.IDHeads`.
+        views: the random views of each image; the first ``global_views`` are targets too.
+        batch: images a step, of all processes together.
         head_steps: steps of stage 2 (heads only).
         steps: steps of stage 3 (encoder and heads).
         head_lr, lr: peak learning rates of the two stages for a batch of 256; scaled linearly.
@@ -89,41 +99,41 @@ class Recipe:
     """
 
     blocks: tuple[int, ...] | None = None
-    pooling: str | tuple[str, ...] | None = None
-    hidden: int = 2048
-    predictor_hidden: int = 4096
-    out: int = 256
-    views: tuple[View, ...] = (
+    pooling: Pooling | tuple[Pooling, ...] | None = None
+    hidden: Count = 2048
+    predictor_hidden: Count = 4096
+    out: Count = 256
+    views: Annotated[tuple[View, ...], Entries(2)] = (
         View(blur=1.0),
         View(blur=0.1, solarize=0.2),
         *(View(size=96, scale=(0.05, 0.25), blur=0.5) for _ in range(10)),
     )
-    global_views: int = 2
-    batch: int = 1024
-    head_steps: int = 25_000
-    steps: int = 37_500
-    head_lr: float = 2e-4
-    lr: float = 4e-4
-    layer_decay: float = 0.65
+    global_views: Count = 2
+    batch: Annotated[int, Range(2)] = 1024
+    head_steps: Whole = 25_000
+    steps: Whole = 37_500
+    head_lr: NotNegative = 2e-4
+    lr: NotNegative = 4e-4
+    layer_decay: Positive = 0.65
     decay_last: bool = False
-    weight_decay: float = 0.05
-    head_weight_decay: float = 1e-5
-    warmup: float = 0.15
-    head_warmup: float | None = None
-    cached_views: int = 0
-    frozen_blocks: int = 0
-    temperature: float = 0.2
-    queue: int = 65_536
-    top_k: int = 20
-    swap: str = "neighbor"
-    swap_from: float = 0.0
-    swap_full: float = 0.0
-    loss_weights: str = "constant"
-    ema: float = 0.9999
-    clip: float | None = None
+    weight_decay: NotNegative = 0.05
+    head_weight_decay: NotNegative = 1e-5
+    warmup: Share = 0.15
+    head_warmup: Share | None = None
+    cached_views: Whole = 0
+    frozen_blocks: Whole = 0
+    temperature: Positive = 0.2
+    queue: Count = 65_536
+    top_k: Count = 20
+    swap: Literal["neighbor", "both", "none"] = "neighbor"
+    swap_from: Share = 0.0
+    swap_full: Share = 0.0
+    loss_weights: Literal["constant", "decay", "staggered"] = "constant"
+    ema: Share = 0.9999
+    clip: Positive | None = None
     checkpoint: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     @classmethod
     def cpu(cls, *, size: int = 32, **changes) -> Recipe:
@@ -327,9 +337,7 @@ def recipe_from(values: dict) -> Recipe:
     values = dict(values)
     if values.pop("blocks_from", 0) == 0:
         values["blocks"] = _one_higher(values.get("blocks"))
-    pair = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
-    views = tuple(View(**{k: pair(v) for k, v in view.items()}) for view in values["views"])
-    return Recipe(**{k: pair(v) for k, v in values.items() if k != "views"}, views=views)
+    return settings_from(Recipe, values)
 
 
 def _one_higher(blocks):
@@ -351,13 +359,13 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
         ValueError: in one sentence, for what would fail later.
     """
     check_refinable(model)
-    recipe = whole_numbers(recipe)
+    recipe = checked(recipe)
     given = _given_blocks(recipe.blocks, len(model.blocks))
     blocks = _checked_blocks(given, recipe, len(model.blocks))
     pooling = _checked_pooling(recipe.pooling, model, len(blocks))
     if isinstance(pooling, tuple):  # they move with their blocks
         pooling = tuple(p for _, p in sorted(zip(given, pooling, strict=True)))
-    _check_options(recipe)
+    _check_swap(recipe)
     pixels = getattr(images, "images", images)
     if isinstance(pixels, ImageStream):
         if recipe.cached_views:
@@ -377,10 +385,7 @@ def _given_blocks(blocks, depth: int) -> tuple[int, ...]:
     """The blocks in the order given, counted from 1; by default the last third."""
     if blocks is None:
         return _last_third(depth)
-    several = blocks if isinstance(blocks, list | tuple) else (blocks,)
-    if not all(isinstance(b, Integral) for b in several):
-        raise UserError(f"heads on blocks {blocks!r}: give whole numbers from 1 to {depth}")
-    return tuple(int(depth + 1 + b if b < 0 else b) for b in several)
+    return tuple(depth + 1 + b if b < 0 else b for b in blocks)
 
 
 def _last_third(depth: int) -> tuple[int, ...]:
@@ -407,33 +412,14 @@ def _checked_pooling(pooling, model: Encoder, heads: int) -> str | tuple[str, ..
     pooling = pooling or ("cls" if has_cls else "patch")
     each = (pooling,) if isinstance(pooling, str) else tuple(pooling)
     for one in each:
-        if one not in POOLINGS or (one == "cls" and not has_cls):
-            raise UserError(f"pooling {one!r} does not exist for this model; use 'patch' or 'cls'")
+        if one == "cls" and not has_cls:
+            raise UserError("this model has no class token; use the pooling 'patch'")
     if not isinstance(pooling, str) and len(each) != heads:
         raise UserError(f"{len(each)} poolings for {heads} heads: give one, or one for each block")
     return pooling if isinstance(pooling, str) else each
 
 
-def _check_options(recipe: Recipe) -> None:
-    for name, choices in (("swap", SWAPS), ("loss_weights", LOSS_WEIGHTS)):
-        if getattr(recipe, name) not in choices:
-            raise UserError(
-                f"{name} {getattr(recipe, name)!r}: choose {', '.join(map(repr, choices))}"
-            )
-    least = {"batch": 2, "queue": 1, "top_k": 1, "head_steps": 0, "steps": 0, "frozen_blocks": 0,
-             "cached_views": 0, "hidden": 1, "predictor_hidden": 1, "out": 1, "lr": 0, "head_lr": 0,
-             "weight_decay": 0, "head_weight_decay": 0, "seed": 0}  # fmt: skip
-    for name, low in least.items():
-        if not low <= getattr(recipe, name) < math.inf:  # also for NaN
-            raise UserError(f"{name} is {getattr(recipe, name)}; it needs to be {low} or more")
-    for name in ("temperature", "layer_decay", "clip"):
-        value = getattr(recipe, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} is {value}; it needs to be above 0")
-    for name in ("ema", "warmup", "head_warmup", "swap_from", "swap_full"):
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it needs to be between 0 and 1")
+def _check_swap(recipe: Recipe) -> None:
     if recipe.swap_from > recipe.swap_full:
         raise UserError(
             f"swapping cannot begin at {recipe.swap_from} and be full at {recipe.swap_full}; "
