@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from refiner.base.tensors import step_generator
 from refiner.images.toybox import render
 from refiner.models import mae as M
-from refiner.models.encoders import plain_vit, preprocess
+from refiner.models.encoders import last_tokens, plain_vit, preprocess
 from refiner.models.load import build_vit, load_model
 from refiner.training.decoders import decode_blocks
 
@@ -67,12 +67,13 @@ def test_the_decoder_is_that_of_mae_for_the_same_weights(model, pixels):
 
 
 def test_errors_are_those_of_the_paintings(model, pixels):
-    """Of the last block and of the mean patch, written out from encode_visible."""
+    """Of the last block and of the mean patch, written out from its last tokens."""
     found = decode_blocks(model, pixels, pixels[:8], **SMALL)
     x = preprocess(pixels[:8], model.refiner_card)
     visible, mask = M.random_masking(8, 64, 0.75, step_generator(0, 2**32 - 1))
     with torch.no_grad():
-        painted = found.decoders[-1](M.encode_visible(model.eval(), x, visible), visible)
+        tokens = last_tokens(model.eval(), x, kept_BK=visible)
+        painted = found.decoders[-1](tokens, visible)
     error = (painted - M.patchify(x, 4)).square().mean(2)[mask].mean()
     assert found.error[-1] == pytest.approx(error.item(), rel=1e-5)
     mean = M.patchify(preprocess(pixels, model.refiner_card), 4).mean((0, 1))

@@ -13,6 +13,7 @@ import torch
 from refiner.images.toybox import render
 from refiner.images.views import crop, crop_boxes
 from refiner.models import mae as M
+from refiner.models.encoders import last_tokens
 from refiner.models.load import load_model
 from refiner.training import loop, pretraining
 from refiner.training.states import load_state, save_state
@@ -55,7 +56,7 @@ def test_hidden_pixels_never_reach_the_encoder(pixels):
     hidden = M.unpatchify(mask[:, :, None].float().expand(-1, -1, 48), 4).bool()
     noisy = torch.where(hidden, torch.rand_like(x), x)
     with torch.no_grad():
-        a, b = (M.encode_visible(mae.encoder, image, visible) for image in (x, noisy))
+        a, b = (last_tokens(mae.encoder, image, kept_BK=visible) for image in (x, noisy))
     assert torch.equal(a, b)
 
 
@@ -63,7 +64,7 @@ def test_without_a_mask_it_is_timms_own_forward(pixels):
     encoder = TINY.build().encoder.eval()
     x = pixels[:4].float() / 255
     with torch.no_grad():
-        ours = encoder.norm(M.encode_visible(encoder, x, None))
+        ours = encoder.norm(last_tokens(encoder, x))
         assert torch.allclose(ours, encoder.forward_features(x), atol=1e-5)
 
 

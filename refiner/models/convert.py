@@ -13,8 +13,6 @@ Formats, told apart by their keys (facts from the named repositories; nothing is
   there is an ``embed_norm``.
 
 Positions get one row for each prefix token; it is zero where the original adds none.
-
-Shape legend: D width, N patches, P patch size, K entries.
 """
 
 from __future__ import annotations
@@ -30,12 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.models.encoders import plain_vit, sincos_positions
+from refiner.models.encoders import plain_vit
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
 WRAPPERS = ("state_dict", "model", "target_encoder", "teacher")
@@ -316,13 +316,25 @@ def _position_rows(positions: Tensor, details: Mapping, kind: str, name: str) ->
     raise UserError(f"{name}: {n} positions are no square grid of patches; only those are known")
 
 
+def _sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
+    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens.
+
+    The order of channels is that of facebookresearch/mae (sines and cosines of the column, then of
+    the row), so that its files without positions can be completed; timm's own order is another.
+    """
+    positions_ND = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
+    sin_row, sin_column, cos_row, cos_column = positions_ND.chunk(4, dim=1)
+    positions_ND = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
+    return F.pad(positions_ND, (0, 0, prefix, 0))[None]
+
+
 def _with_positions(state: dict, architecture: Mapping, name: str) -> dict:
     """Positions [1, prefix + N, D] with a row for every prefix token."""
     grid = architecture["size"] // architecture["patch"]
     prefix = int(architecture.get("class_token", True)) + architecture.get("registers", 0)
     if "pos_embed" not in state:
         dim = architecture["dim"]
-        return state | {"pos_embed": sincos_positions((grid, grid), dim, prefix)}
+        return state | {"pos_embed": _sincos_positions((grid, grid), dim, prefix)}
     positions = _positions_3d(state["pos_embed"])
     have = positions.shape[1] - grid**2  # rows of the class token, and maybe of the registers
     if have < prefix:

@@ -4,9 +4,6 @@ timm's masked-image models are VisionTransformer (MAE, I-JEPA, BEiT-3, …), Bei
 positions), Eva (rotary positions) and Hiera (stages of growing width). :func:`embed` makes the
 tokens of the first block, :func:`run_block` applies a block, whatever the class, and :func:`walk`
 goes through them all.
-
-Shape legend: B images, T tokens (prefix tokens, then patches), N patches, K kept patches, D width,
-P prefix tokens, R entries of a table of relative positions, A attention heads.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     Attention,
     Format,
-    build_sincos2d_pos_embed,
     gen_relative_position_index,
     resample_abs_pos_embed,
     resize_rel_pos_bias_table,
@@ -115,18 +111,6 @@ def plain_vit(*, post_norm: bool = False, **description) -> VisionTransformer:
     # timm's own pre_norm would take the bias from the patch embedding.
     model.norm_pre = type(model.blocks[0].norm1)(model.embed_dim)
     return model
-
-
-def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
-    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens.
-
-    The order of channels is that of facebookresearch/mae (sines and cosines of the column, then of
-    the row), so that its files without positions can be completed; timm's own order is another.
-    """
-    positions_ND = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
-    sin_row, sin_column, cos_row, cos_column = positions_ND.chunk(4, dim=1)
-    positions_ND = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
-    return F.pad(positions_ND, (0, 0, prefix, 0))[None]
 
 
 # ---------------------------------------------------------------- what a model is
@@ -334,7 +318,7 @@ def keep_patches(
         kept_BK: int64 [B, K], which of the N patches stay, on the tokens' device.
 
     Returns:
-        Tokens [B, P + K, D] and the context that goes with them.
+        Tokens [B, T, D], T prefix tokens and kept patches, and the context that goes with them.
     """
     prefix = prefix_tokens(model)
     patches = x_BTD[:, prefix:].gather(1, kept_BK[:, :, None].expand(-1, -1, x_BTD.shape[2]))

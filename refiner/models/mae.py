@@ -3,9 +3,6 @@
 The encoder sees a quarter of the patches; a small decoder puts mask tokens in the gaps and paints
 the rest. Parameter names follow the authors' repository (facebookresearch/mae), so their released
 files fit.
-
-Shape legend: B batch, C channels, H W image, N patches, K visible patches, D encoder width,
-E decoder width, P pixels of a patch (patch * patch * C).
 """
 
 from __future__ import annotations
@@ -62,32 +59,6 @@ def random_masking(
     return visible_BK, mask_BN.scatter(1, visible_BK, False)
 
 
-def encode_visible(encoder: VisionTransformer, images: Tensor, visible: Tensor | None) -> Tensor:
-    """The encoder's tokens before its last norm, [B, 1+K, D], class token first.
-
-    Args:
-        encoder: a VisionTransformer with a class token and a position for it.
-        images: normalised [B, C, H, W].
-        visible: [B, K] patches to keep, or None for all.
-    """
-    return last_tokens(encoder, images, kept_BK=visible)
-
-
-def encode_gaps(encoder: VisionTransformer, images: Tensor, mask: Tensor, gap: Tensor) -> Tensor:
-    """The encoder's tokens before its last norm with gaps to fill, [B, 1+N, D], class token first.
-
-    As in SimMIM (Xie et al. 2022, arXiv 2111.09886) and BEiT: hidden patches enter the encoder too,
-    as one learned token at their positions, so that the encoder itself has to paint.
-
-    Args:
-        encoder: a VisionTransformer with a class token and a position for it.
-        images: normalised [B, C, H, W].
-        mask: bool [B, N], True where a patch is hidden.
-        gap: [1, 1, D] the token that stands for hidden patches.
-    """
-    return last_tokens(encoder, images, gaps=(mask, gap))
-
-
 class MaskedAutoencoder(nn.Module):
     """An encoder, a small decoder, and the loss on hidden patches.
 
@@ -95,8 +66,9 @@ class MaskedAutoencoder(nn.Module):
         encoder: timm VisionTransformer with a class token.
         decoder_dim: width of the decoder.
         decoder_depth: blocks of the decoder. One narrow block leaves decoding work to the encoder;
-            0 leaves it all: mask tokens enter the encoder (:func:`encode_gaps`), a linear layer
-            reads the pixels, and the other sizes of the decoder mean nothing.
+            0 leaves it all, as in SimMIM (Xie et al. 2022, arXiv 2111.09886) and BEiT: mask tokens
+            enter the encoder at the hidden patches' positions, a linear layer reads the pixels, and
+            the other sizes of the decoder mean nothing.
         decoder_heads: attention heads of the decoder.
         normalize_targets: predict each patch with its mean removed and divided by its standard
             deviation, as MAE recommends for photos. False predicts the pixels: on images with
@@ -156,10 +128,10 @@ class MaskedAutoencoder(nn.Module):
     def predict(self, images: Tensor, visible: Tensor, mask: Tensor) -> Tensor:
         """Every patch [B, N, P] as painted by the decoder, or without one by the encoder itself."""
         if len(self.decoder_blocks):
-            tokens = self.encoder.norm(encode_visible(self.encoder, images, visible))
+            tokens = self.encoder.norm(last_tokens(self.encoder, images, kept_BK=visible))
             return self.decode(tokens, visible)
-        tokens = self.encoder.norm(encode_gaps(self.encoder, images, mask, self.mask_token))
-        return self.decoder_pred(tokens[:, 1:])
+        tokens = last_tokens(self.encoder, images, gaps=(mask, self.mask_token))
+        return self.decoder_pred(self.encoder.norm(tokens)[:, 1:])
 
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches to predict [B, N, P], and the means and deviations [B, N, 1] that undo them."""

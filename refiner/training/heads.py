@@ -6,9 +6,6 @@ the *neighbor* of another view, and pushes it away from the other samples themse
 
 All heads run at once: weights, queues and losses carry a leading axis of heads, and each layer is
 one batched product.
-
-Shape legend: T heads, V views, G global views (the first of the V), B samples, D encoder width,
-O output width, Q queue entries.
 """
 
 from __future__ import annotations
@@ -52,15 +49,15 @@ def nna_loss(
     the neighbor in both roles.
 
     Args:
-        predictions: [V, B, O] or [T, V, B, O]; normalised here.
-        targets: [G, B, O] or [T, G, B, O], G <= V; view g of targets and predictions are the same
+        predictions: [V, B, O] or [L, V, B, O]; normalised here.
+        targets: [G, B, O] or [L, G, B, O], G <= V; view g of targets and predictions are the same
             images. Normalised and detached here.
         neighbors: like targets.
         temperature: τ.
         swap_negatives: what to use instead of the targets in the sum over j, like targets.
         reference_indexing: reproduce the authors' loop, which reads local view k from position k
             instead of G + k: self-pairs enter and the last G local views get no gradient.
-        per_head: return [T] instead of its sum.
+        per_head: return [L] instead of its sum.
         first: where targets of fewer samples than predictions begin among these: one process's
             share of a batch, against the predictions gathered from all.
 
@@ -75,30 +72,30 @@ def nna_loss(
         swap_negatives = None if swap_negatives is None else swap_negatives[None]
     if neighbors.shape != targets.shape or predictions.dim() != 4 or targets.dim() != 4:
         raise UserError(
-            f"expected predictions [T, V, B, O] with targets and neighbors [T, G, B, O], got "
+            f"expected predictions [L, V, B, O] with targets and neighbors [L, G, B, O], got "
             f"{list(predictions.shape)}, {list(targets.shape)}, {list(neighbors.shape)}"
         )
-    t, v, b, o = predictions.shape
+    l, v, b, o = predictions.shape
     g, m = targets.shape[1:3]  # m = b but for a share of the batch
     if first + m > b:
         raise UserError(f"targets {first} to {first + m} of only {b} predictions")
     weight_GV = _pair_weights(g, v, reference_indexing, predictions.device)
 
-    p_TVBO = F.normalize(predictions, dim=-1)
-    z_TGBO = F.normalize(targets.detach(), dim=-1)
-    nn_TGBO = F.normalize(neighbors.detach(), dim=-1)
-    negatives = z_TGBO if swap_negatives is None else F.normalize(swap_negatives.detach(), dim=-1)
+    p_LVBO = F.normalize(predictions, dim=-1)
+    z_LGBO = F.normalize(targets.detach(), dim=-1)
+    nn_LGBO = F.normalize(neighbors.detach(), dim=-1)
+    negatives = z_LGBO if swap_negatives is None else F.normalize(swap_negatives.detach(), dim=-1)
 
     # One product gives the logits of every pair of views; then the diagonal gets the neighbors.
-    flat = torch.bmm(negatives.reshape(t, g * m, o), p_TVBO.reshape(t, v * b, o).mT) / temperature
-    logits_TGVBB = flat.reshape(t, g, m, v, b).transpose(2, 3)
-    own_TVBO = p_TVBO[:, :, first : first + m]
-    positive_TGVB = (nn_TGBO[:, :, None] * own_TVBO[:, None]).sum(-1) / temperature
+    flat = torch.bmm(negatives.reshape(l, g * m, o), p_LVBO.reshape(l, v * b, o).mT) / temperature
+    logits_LGVBB = flat.reshape(l, g, m, v, b).transpose(2, 3)
+    own_LVBO = p_LVBO[:, :, first : first + m]
+    positive_LGVB = (nn_LGBO[:, :, None] * own_LVBO[:, None]).sum(-1) / temperature
     eye = torch.eye(b, dtype=torch.bool, device=predictions.device)[first : first + m]
-    logits_TGVBB = torch.where(eye, positive_TGVB[..., None], logits_TGVBB)
-    loss_TGV = (logits_TGVBB.logsumexp(dim=-1) - positive_TGVB).mean(dim=-1)
-    loss_T = (loss_TGV * weight_GV.to(loss_TGV.dtype)).sum(dim=(1, 2))
-    return loss_T if per_head else loss_T.sum()
+    logits_LGVBB = torch.where(eye, positive_LGVB[..., None], logits_LGVBB)
+    loss_LGV = (logits_LGVBB.logsumexp(dim=-1) - positive_LGVB).mean(dim=-1)
+    loss_L = (loss_LGV * weight_GV.to(loss_LGV.dtype)).sum(dim=(1, 2))
+    return loss_L if per_head else loss_L.sum()
 
 
 @lru_cache(maxsize=8)  # on a GPU, copying it there at every step would make the host wait
@@ -118,7 +115,7 @@ def _pair_weights(g: int, v: int, reference_indexing: bool, device: torch.device
 
 
 class Neighbors(NamedTuple):
-    """What a lookup found: vectors [T, M, O], similarity [T, M], queue positions [T, M]."""
+    """What a lookup found: vectors [L, M, O], similarity [L, M], queue positions [L, M]."""
 
     vectors: Tensor
     similarity: Tensor
@@ -134,7 +131,7 @@ class NeighborQueue(nn.Module):
     Args:
         size: Q, entries kept.
         dim: O.
-        heads: T.
+        heads: L.
     """
 
     def __init__(self, size: int, dim: int, *, heads: int = 1):
@@ -153,30 +150,35 @@ class NeighborQueue(nn.Module):
         """Stores projections, overwriting the oldest.
 
         Args:
-            z: [B, O] or [T, B, O]; normalised here. Of more than Q samples the last Q are kept.
+            z: [B, O] or [L, B, O]; normalised here. Of more than Q samples the last Q are kept.
             sample_ids: int64 [B], non-negative.
         """
-        z_TBO = F.normalize(z.detach() if z.dim() == 3 else z.detach()[None], dim=-1)
-        z_TBO, ids_B = z_TBO[:, -self.size :], sample_ids[-self.size :]
+        z_LBO = F.normalize(z.detach() if z.dim() == 3 else z.detach()[None], dim=-1)
+        z_LBO, ids_B = z_LBO[:, -self.size :], sample_ids[-self.size :]
         b = len(ids_B)
         at = (self.pushed + torch.arange(b, device=ids_B.device)) % self.size
-        self.vectors[:, at] = z_TBO.to(self.vectors.dtype)
+        self.vectors[:, at] = z_LBO.to(self.vectors.dtype)
         self.ids[at] = ids_B
         self.born[at] = self.pushes
         self.pushed += b
         self.pushes += 1
 
     @torch.no_grad()
-    def lookup(self, z: Tensor, sample_ids: Tensor, k: int = 1,
-               generator: torch.Generator | None = None,
-               rows: tuple[int, int] | None = None) -> Neighbors:  # fmt: skip
+    def lookup(
+        self,
+        z: Tensor,
+        sample_ids: Tensor,
+        k: int = 1,
+        generator: torch.Generator | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Neighbors:
         """One neighbor of each query, drawn uniformly from its k nearest queue entries.
 
         A query with no candidate (empty queue, or only its own entries) gets itself back, with
         similarity 1 and position -1.
 
         Args:
-            z: [M, O] or [T, M, O]; M may be several views of the B samples, view after view.
+            z: [M, O] or [L, M, O]; M may be several views of the B samples, view after view.
             sample_ids: int64 [B]; entries with the query's own id are never returned.
             k: 1 gives the nearest (the paper's stage 2), 20 its stage 3.
             generator: for the draw.
@@ -187,29 +189,29 @@ class NeighborQueue(nn.Module):
             A :class:`Neighbors`; without the head axis if z had none.
         """
         stacked = z.dim() == 3
-        z_TMO = F.normalize(z.detach() if stacked else z.detach()[None], dim=-1)
-        t, m, o = z_TMO.shape
+        z_LMO = F.normalize(z.detach() if stacked else z.detach()[None], dim=-1)
+        l, m, o = z_LMO.shape
         b = len(sample_ids)
         ids_M = sample_ids.repeat(m // b)
-        similarity_TMQ = torch.bmm(z_TMO.to(self.vectors.dtype), self.vectors.mT)
+        similarity_LMQ = torch.bmm(z_LMO.to(self.vectors.dtype), self.vectors.mT)
         forbidden_MQ = (ids_M[:, None] == self.ids) | (self.ids < 0)
-        similarity_TMQ.masked_fill_(forbidden_MQ, -torch.inf)
+        similarity_LMQ.masked_fill_(forbidden_MQ, -torch.inf)
         k = min(k, self.size)
-        found_MK = largest(similarity_TMQ.flatten(0, 1), k)
-        values_TMK, where_TMK = (x.unflatten(0, (t, m)) for x in found_MK)
+        found_MK = largest(similarity_LMQ.flatten(0, 1), k)
+        values_LMK, where_LMK = (x.unflatten(0, (l, m)) for x in found_MK)
         # With fewer than k candidates, draw among those that exist.
-        candidates_TM = values_TMK.isfinite().sum(-1)
+        candidates_LM = values_LMK.isfinite().sum(-1)
         first, total = rows or (0, b)
-        draw_TVB = draw(t, m // b, total, generator=generator, device=z.device)
-        draw_TM = draw_TVB[..., first : first + b].reshape(t, m)
-        pick_TM1 = (draw_TM * candidates_TM).long().clamp(max=k - 1)[..., None]
-        value_TM, where_TM = (x.gather(-1, pick_TM1)[..., 0] for x in (values_TMK, where_TMK))
-        found_TMO = self.vectors.gather(1, where_TM[..., None].expand(-1, -1, o)).to(z.dtype)
-        none_TM = candidates_TM == 0
+        draw_LVB = draw(l, m // b, total, generator=generator, device=z.device)
+        draw_LM = draw_LVB[..., first : first + b].reshape(l, m)
+        pick_LM1 = (draw_LM * candidates_LM).long().clamp(max=k - 1)[..., None]
+        value_LM, where_LM = (x.gather(-1, pick_LM1)[..., 0] for x in (values_LMK, where_LMK))
+        found_LMO = self.vectors.gather(1, where_LM[..., None].expand(-1, -1, o)).to(z.dtype)
+        none_LM = candidates_LM == 0
         result = Neighbors(
-            torch.where(none_TM[..., None], z_TMO, found_TMO),
-            value_TM.masked_fill(none_TM, 1.0),
-            where_TM.masked_fill(none_TM, -1),
+            torch.where(none_LM[..., None], z_LMO, found_LMO),
+            value_LM.masked_fill(none_LM, 1.0),
+            where_LM.masked_fill(none_LM, -1),
         )
         return result if stacked else Neighbors(*(x[0] for x in result))
 
@@ -218,7 +220,7 @@ class NeighborQueue(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """One linear layer per head, without bias: [T, B, in] to [T, B, out] in one product."""
+    """One linear layer per head, without bias: [L, B, in] to [L, B, out] in one product."""
 
     def __init__(self, heads: int, inputs: int, outputs: int):
         super().__init__()
@@ -226,12 +228,12 @@ class StackedLinear(nn.Module):
         for head in self.weight:  # Xavier-uniform of each head's own matrix
             nn.init.xavier_uniform_(head)
 
-    def forward(self, x_TBI: Tensor) -> Tensor:
-        return torch.bmm(x_TBI, self.weight)
+    def forward(self, x_LBI: Tensor) -> Tensor:
+        return torch.bmm(x_LBI, self.weight)
 
 
 class StackedBatchNorm(nn.Module):
-    """BatchNorm without learned scale and shift, over the samples of each head: [T, B, F]."""
+    """BatchNorm without learned scale and shift, over the samples of each head: [L, B, F]."""
 
     def __init__(self, heads: int, features: int, *, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
@@ -239,15 +241,15 @@ class StackedBatchNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(heads, 1, features))
         self.register_buffer("var", torch.ones(heads, 1, features))
 
-    def forward(self, x_TBF: Tensor) -> Tensor:
+    def forward(self, x_LBF: Tensor) -> Tensor:
         if not self.training:
-            return ((x_TBF - self.mean) * (self.var + self.eps).rsqrt()).to(x_TBF.dtype)
-        y_TBF, mean, var = _Normalise.apply(x_TBF, self.eps)
+            return ((x_LBF - self.mean) * (self.var + self.eps).rsqrt()).to(x_LBF.dtype)
+        y_LBF, mean, var = _Normalise.apply(x_LBF, self.eps)
         with torch.no_grad():  # running averages, unbiased variance as in torch
-            b = x_TBF.shape[1] * parallel.world()
+            b = x_LBF.shape[1] * parallel.world()
             self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
             self.var.lerp_((var * b / max(1, b - 1)).to(self.var.dtype), self.momentum)
-        return y_TBF
+        return y_LBF
 
 
 class _Normalise(torch.autograd.Function):
@@ -259,8 +261,8 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TBF: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x_TBF if x_TBF.dtype == torch.float64 else x_TBF.float()  # never in bf16
+    def forward(ctx, x_LBF: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x_LBF if x_LBF.dtype == torch.float64 else x_LBF.float()  # never in bf16
         mean = wide.mean(dim=1, keepdim=True)
         centred = wide - mean
         var = centred.square().mean(dim=1, keepdim=True)
@@ -269,19 +271,19 @@ class _Normalise(torch.autograd.Function):
             mean, var = parallel.pooled_statistics(mean, var)
             centred += own - mean
         scale = (var + eps).rsqrt()
-        y_TBF = (centred * scale).to(x_TBF.dtype)
-        ctx.save_for_backward(y_TBF, scale)
+        y_LBF = (centred * scale).to(x_LBF.dtype)
+        ctx.save_for_backward(y_LBF, scale)
         ctx.mark_non_differentiable(mean, var)
-        return y_TBF, mean, var
+        return y_LBF, mean, var
 
     @staticmethod
-    def backward(ctx, grad_TBF: Tensor, *_) -> tuple[Tensor, None]:
-        y_TBF, scale = ctx.saved_tensors
-        wide = grad_TBF.to(scale.dtype)
-        means = [x.mean(dim=1, keepdim=True) for x in (wide, wide * y_TBF)]
+    def backward(ctx, grad_LBF: Tensor, *_) -> tuple[Tensor, None]:
+        y_LBF, scale = ctx.saved_tensors
+        wide = grad_LBF.to(scale.dtype)
+        means = [x.mean(dim=1, keepdim=True) for x in (wide, wide * y_LBF)]
         mean, along = parallel.mean(torch.stack(means))
-        inner_TBF = torch.addcmul(wide - mean, y_TBF.to(along), along, value=-1)
-        return (inner_TBF * scale).to(grad_TBF.dtype), None
+        inner_LBF = torch.addcmul(wide - mean, y_LBF.to(along), along, value=-1)
+        return (inner_LBF * scale).to(grad_LBF.dtype), None
 
 
 def _mlp(heads: int, *sizes: int) -> nn.Sequential:
@@ -294,32 +296,39 @@ def _mlp(heads: int, *sizes: int) -> nn.Sequential:
 
 
 class IDHeads(nn.Module):
-    """Instance-discrimination heads for T blocks (MIM-Refiner, appendix).
+    """Instance-discrimination heads for L blocks (MIM-Refiner, appendix).
 
     Projector D→hidden→hidden→out, predictor out→predictor_hidden→out; BatchNorm without learned
     scale and shift after every linear layer, GELU between, Xavier-uniform weights, no bias, no
     momentum encoder.
 
     Args:
-        heads: T.
+        heads: L.
         dim: D, the encoder's width.
         hidden: width inside the projector; the paper's is 2048.
         predictor_hidden: width inside the predictor; the paper's is 4096.
         out: O; the paper's is 256.
     """
 
-    def __init__(self, heads: int, dim: int, *, hidden: int = 2048, predictor_hidden: int = 4096,
-                 out: int = 256):  # fmt: skip
+    def __init__(
+        self,
+        heads: int,
+        dim: int,
+        *,
+        hidden: int = 2048,
+        predictor_hidden: int = 4096,
+        out: int = 256,
+    ):
         super().__init__()
         self.projector = _mlp(heads, dim, hidden, hidden, out)
         self.predictor = _mlp(heads, out, predictor_hidden, out)
 
-    def forward(self, x_TVBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections and predictions, both [T, V, B, O], of pooled features [T, V, B, D].
+    def forward(self, x_LVBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections and predictions, both [L, V, B, O], of pooled features [L, V, B, D].
 
         Statistics of BatchNorm are taken over all views together, as the authors do.
         """
-        t, v, b, d = x_TVBD.shape
-        z_TMO = self.projector(x_TVBD.reshape(t, v * b, d))
-        p_TMO = self.predictor(z_TMO)
-        return z_TMO.reshape(t, v, b, -1), p_TMO.reshape(t, v, b, -1)
+        l, v, b, d = x_LVBD.shape
+        z_LMO = self.projector(x_LVBD.reshape(l, v * b, d))
+        p_LMO = self.predictor(z_LMO)
+        return z_LMO.reshape(l, v, b, -1), p_LMO.reshape(l, v, b, -1)
