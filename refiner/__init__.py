@@ -15,13 +15,13 @@ The rooms, each importing only from those below it:
 
 Axes stand in names, ``x_LND``, and in brackets, [L, N, D]:
 
-    N  images of a set; patches of an image      B  images of a batch, H and W (or S, S) large
-    L  blocks, or the heads on them              T  tokens: class token, registers, patches
-    D  width of the encoder                      E  width of a decoder; D + 1, with a bias
-    K  kept patches; nearest neighbors           P  numbers of a patch
-    V  views, the first G of them global         A  attention heads
-    O  width of a projection                     C  classes
-    Q  entries of the queue; queries             M  what is asked together: views times images
+    N: images of a set; patches of an image      B: images of a batch, H and W (or S, S) large
+    L: blocks, or the heads on them              T: tokens: class token, registers, patches
+    D: width of the encoder                      E: width of a decoder; D + 1, with a bias
+    K: kept patches; nearest neighbors           P: numbers of a patch
+    V: views, the first G of them global         A: attention heads
+    O: width of a projection                     C: classes
+    Q: entries of the queue; queries             M: what is asked together: views times images
 """
 
 import importlib
