@@ -53,13 +53,14 @@ bench: $(READY)
 	@$(PIP) --editable '.[bench]'
 	@for script in $(MEASURING); do $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
-# Everything that waits for a GPU, the shortest first. CIFAR is torchvision's folder cifar10.
+# Everything that waits for a GPU: one script for the most valuable (docs/gpu.md; it needs neither make
+# nor .venv), then the long studies. CIFAR is what torchvision downloads, or a folder train/…, test/….
 CIFAR ?= cifar10
 gpu: $(READY)
 	@$(PIP) --quiet --editable '.[bench]'
+	-$(BIN)/python benchmarks/one_gpu.py --cifar $(CIFAR) $(ARGS)
 	$(BIN)/python benchmarks/probing.py --device cuda --blocks 12
 	$(BIN)/python benchmarks/refine_step.py --full
-	$(BIN)/python benchmarks/utilisation.py --models B L --largest L
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/cifar10.py --preset gpu --split test --data $(CIFAR)
 	$(BIN)/python benchmarks/evaluate_pair.py toybox --preset gpu

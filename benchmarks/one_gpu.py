@@ -2,7 +2,7 @@
 
     python3 benchmarks/one_gpu.py                             # everything, into runs/one_gpu
     python3 benchmarks/one_gpu.py --parts smoke cifar --cifar cifar10.tar.gz --budget 540 --out out
-    python3 benchmarks/one_gpu.py --parts cifar --continue out --budget 540 --out out2 ...
+    python3 benchmarks/one_gpu.py --parts cifar --continue out --budget 540 --out longer --cifar ...
 
 Made also for a machine with a GPU that is lent for minutes and has no network. Nothing has to be
 installed there but torch, torchvision, timm and what scientists' machines have anyway: bring the

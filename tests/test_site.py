@@ -35,7 +35,7 @@ def page(site, name):
 
 def test_every_notebook_and_page_is_there_and_linked(site):
     index = page(site, "index")
-    for name in [*NAMES, "results", "guide", "rooms", "cheat_sheet", "glossary", "teaching"]:
+    for name in [*NAMES, "results", "guide", "gpu", "rooms", "cheat_sheet", "glossary", "teaching"]:
         assert f'href="{name}.html"' in index, name
         assert "<h1>" in page(site, name)
     assert {p.stem for p in (ROOT / "docs").glob("*.md")} <= {p.stem for p in site.glob("*.html")}
