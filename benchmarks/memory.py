@@ -29,7 +29,7 @@ from refiner.models.load import build_vit
 from refiner.training import planning
 from refiner.training.planning import NOT_COUNTED
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Trainer, begin
+from refiner.training.refining import Steps, begin, loop_of
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -71,14 +71,12 @@ def simulated_peak(name: str, recipe: Recipe) -> int:
     with simulated(CPU):
         hollow(run.model, run.heads, run.queue, device=CPU)
         images = torch.empty(recipe.batch, 3, SIZE, SIZE, dtype=torch.uint8)
-        trainer = Trainer(run, images, device=CPU)
-        trainer.log_every = 10**9  # nothing can be logged: there are no numbers
+        training = loop_of(Steps(run, images, CPU))
         modules = (run.model, run.heads, run.queue)
         held = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-        with Peak(*held, *trainer.ema.shadow.values()) as memory:
+        with Peak(*held, *training.ema.module.state_dict().values()) as memory:
             for _ in range(2):
-                trainer.done = recipe.head_steps
-                trainer.one_step(3, 0, 1000, None)
+                training.one_step(3, 0)
     return memory.peak
 
 

@@ -42,7 +42,7 @@ from refiner.images.views import make_views
 from refiner.training.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Trainer, batch_features, begin, view_features
+from refiner.training.refining import Steps, batch_features, begin, loop_of, view_features
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -284,9 +284,9 @@ def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
     images = refiner.load_images("toybox", n=1024, progress=False)
     model = refiner.load_model("mae_toybox")
     recipe = complete_recipe(Recipe.cpu(head_steps=1000, cached_views=1), model, images)
-    trainer = Trainer(begin(model, recipe, torch.device(device)), images, device=device)
-    run, rng = trainer.run, step_generator(0, 0, device)
-    trainer.kept_features(8)  # fills the first epoch
+    steps = Steps(begin(model, recipe, torch.device(device)), images, torch.device(device))
+    training, run, rng = loop_of(steps), steps.run, step_generator(0, 0, device)
+    steps.kept_features(8)  # fills the first epoch
     pixels = images.images[: recipe.batch].to(device)
     ids = torch.arange(recipe.batch, device=device)
     views = make_views(pixels, recipe.views, rng)
@@ -297,25 +297,21 @@ def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
     encode = lambda: view_features(run.model.train(), views, recipe, **frozen)  # noqa: E731
     state = {}
 
-    def one_step(stage, done):
-        trainer.done = done
-        trainer.one_step(stage, 0, 1000, None)
-
     def encode_only():
         state["features"] = encode()
 
     work = {
-        "step of stage 3": lambda: one_step(3, 1000),
-        "step of stage 2": lambda: trainer.keep_features(0) and one_step(2, 8),
-        "step of stage 2, features kept": lambda: one_step(2, 8),
+        "step of stage 3": lambda: training.one_step(3, 0),
+        "step of stage 2": lambda: steps.keep_features(0) and training.one_step(2, 8),
+        "step of stage 2, features kept": lambda: training.one_step(2, 8),
         "views": lambda: make_views(pixels, recipe.views, rng),
         "encoder, forward": encode_only,
         "encoder, backward": lambda: state.pop("features").sum().backward(),
         "heads, both ways": lambda: sum(x.sum() for x in run.heads(x_TVBD)).backward(),
         "lookup": lambda: run.queue.lookup(targets.flatten(1, 2), ids, k=recipe.top_k),
         "loss, both ways": lambda: nna_loss(p_TVBO, targets, targets).backward(),
-        "optimiser": trainer.optimizers[3].step,
-        "average": lambda: trainer.ema.update(run.model),
+        "optimiser": training.stages[3].optimizer.step,
+        "average": lambda: training.ema.update(run.model, 10**6),
     }  # fmt: skip
     seconds = {name: [] for name in work}
     for turn in range(rounds + 1):  # the first is thrown away

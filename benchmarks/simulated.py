@@ -114,6 +114,7 @@ def simulated(device: torch.device) -> Iterator[None]:
         put = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
         put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         put(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        put(torch.cuda, "mem_get_info", lambda *_: (10**12, 10**12))
         # A generator of the GPU's cannot be made here.
         draw = lambda *shape, device=device, **_: torch.rand(*shape, device=device or GPU)  # noqa: E731
         for module in (refining, heads, views):
@@ -125,6 +126,9 @@ def simulated(device: torch.device) -> Iterator[None]:
         for cache in caches:
             cache.cache_clear()
             stack.callback(cache.cache_clear)
+        # A copy of a module belongs to the same simulation.
+        same = mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True)
+        stack.enter_context(same)
         stack.enter_context(FakeTensorMode())
         yield
 

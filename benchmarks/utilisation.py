@@ -31,9 +31,10 @@ import refiner
 from refiner.base.files import write_json
 from refiner.base.places import GB
 from refiner.models.load import build_vit
+from refiner.training.loop import Loop
 from refiner.training.planning import NOT_COUNTED, memory_needed
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Trainer, begin
+from refiner.training.refining import Steps, begin, loop_of
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -66,26 +67,26 @@ def setup_of(name: str, batch: int, **changes):
     return model, images, complete_recipe(recipe, model, images)
 
 
-def trainer_of(name: str, batch: int, device: str, **changes) -> Trainer:
+def training_of(name: str, batch: int, device: str, **changes) -> Loop:
     """A refinement that is ready to take steps."""
     model, images, recipe = setup_of(name, batch, **changes)
-    return Trainer(begin(model, recipe, torch.device(device)), images, device=device)
+    device = torch.device(device)
+    return loop_of(Steps(begin(model, recipe, device), images, device))
 
 
-def step(trainer: Trainer) -> None:
+def step(training: Loop) -> None:
     """One of stage 3."""
-    trainer.done = trainer.run.recipe.head_steps
-    trainer.one_step(3, 0, 1000, None)
+    training.one_step(3, 0)
 
 
 def arithmetic(name: str, batch: int, device: str, **changes) -> int:
     """Floating-point operations of a step, counted at a small batch and scaled to this one."""
-    trainer = trainer_of(name, COUNTED, device, **changes)
+    training = training_of(name, COUNTED, device, **changes)
     # Of attention kernels on a CPU the counter knows nothing; written out, it is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(trainer)
-    trainer.batches.close()
-    recipe = trainer.run.recipe
+        step(training)
+    training.source.close()
+    recipe = training.recipe
 
     def pairs(b: int) -> int:
         """The loss's products of all samples with all, forwards and back: they grow with b²."""
@@ -97,7 +98,7 @@ def arithmetic(name: str, batch: int, device: str, **changes) -> int:
 
 def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> dict:
     """Arithmetic and time of a step, beside a large product in the same rounds."""
-    trainer = trainer_of(name, batch, device, **changes)
+    training = training_of(name, batch, device, **changes)
     planned = planned_memory(name, device, **changes)(batch)
     side = SIDE[device]
     x = torch.randn(side, side, device=device,
@@ -106,14 +107,14 @@ def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> d
     flops = arithmetic(name, batch, device, **changes | {"checkpoint": False, "compile": False})
     seconds, ceiling = [], []
     for _ in range(2):
-        step(trainer)  # warm up, compile, make the optimiser's averages
+        step(training)  # warm up, compile, make the optimiser's averages
         x @ x
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(rounds):
         ceiling.append(2 * side**3 / timed(lambda: x @ x, device))
-        seconds.append(timed(lambda: step(trainer), device))
-    trainer.batches.close()
+        seconds.append(timed(lambda: step(training), device))
+    training.source.close()
     took, limit = statistics.median(seconds), statistics.median(ceiling)
     return {
         "batch": batch, **changes, "gigaflop_a_step": round(flops / 1e9, 1),
@@ -146,18 +147,18 @@ def peak_GB(device: str) -> float | None:
 
 def fits(name: str, batch: int, **changes) -> float | None:
     """The GB that two steps of this batch held on the GPU; None if they do not fit."""
-    trainer = None
+    training = None
     try:
         torch.cuda.reset_peak_memory_stats()
-        trainer = trainer_of(name, batch, "cuda", **changes)
-        step(trainer), step(trainer)
+        training = training_of(name, batch, "cuda", **changes)
+        step(training), step(training)
         return peak_GB("cuda")
     except torch.OutOfMemoryError:
         return None
     finally:
-        if trainer is not None:
-            trainer.batches.close()
-        del trainer
+        if training is not None:
+            training.source.close()
+        del training
         torch.cuda.empty_cache()
 
 

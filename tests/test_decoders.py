@@ -124,5 +124,5 @@ def test_what_cannot_be_is_refused(model, pixels, options, message):
 
 
 def test_a_loss_that_explodes_stops_the_run(model, pixels):
-    with pytest.raises(FloatingPointError, match="lower lr"):
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
         decode_blocks(model, pixels, pixels[:8], **(SMALL | {"lr": 1e30, "log_every": 1}))

@@ -14,18 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refiner
 from refiner.images.sets import ImageSet
+from refiner.images.sources import keep_on
 from refiner.models.load import build_vit
+from refiner.training import finetuning
 from refiner.training.finetuning import (
     Classifier,
     FinetuneRecipe,
-    _Run,
     few_labels,
     finetune,
     parameter_groups,
     set_drop_path,
 )
-from refiner.training.loop import keep_on
-from refiner.training.states import load_state
+from refiner.training.loop import Loop, Stage
+from refiner.training.states import load_state, save_state
 
 PLAIN = FinetuneRecipe(epochs=1, batch=8, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
                        crop=(1.0, 1.0), flip=0.0, jitter=0.0, ema=0.0)  # fmt: skip
@@ -45,9 +46,9 @@ def coloured(n=32, classes=4, seed=0, names=(3, 5, 6, 9)):
 
 
 def begin(recipe, images=None, **options):
-    run = _Run(encoder(**options), images or coloured(), recipe, torch.device("cpu"), None)
-    run.view = replace(run.view, ratio=(1.0, 1.0))  # with a scale of 1: the whole image
-    return run
+    steps = finetuning.begin(encoder(**options), images or coloured(), recipe, torch.device("cpu"))
+    steps.view = replace(steps.view, ratio=(1.0, 1.0))  # with a scale of 1: the whole image
+    return steps
 
 
 def test_it_learns_what_colour_tells_and_leaves_the_model_alone():
@@ -62,27 +63,22 @@ def test_it_learns_what_colour_tells_and_leaves_the_model_alone():
 
 def test_the_first_step_is_plain_adamw_on_the_cross_entropy():
     """Without augmentation, one step equals a computation by hand."""
-    run, images = begin(PLAIN), coloured()
-    twin = Classifier(encoder(), run.model.classes, "cls")
-    twin.load_state_dict(run.model.state_dict())
-    index = run.index(0)
+    steps, images = begin(PLAIN), coloured()
+    twin = Classifier(encoder(), steps.model.classes, "cls")
+    twin.load_state_dict(steps.model.state_dict())
+    index = steps.source.order(0)
     pixels = (images.images[index].float() / 255 - 0.5) / 0.25
     pooled = twin.encoder.forward_features(pixels)[:, 0]
-    loss = F.cross_entropy(twin.head(pooled), run.labels[index])
+    loss = F.cross_entropy(twin.head(pooled), steps.labels[index])
     loss.backward()
-
-    class Bar:
-        def set_postfix(self, **_):
-            pass
-
-    run.steps = 1  # so that the step is logged
-    run.one_step(0, Bar())
-    assert run.history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for mine, theirs in zip(run.model.parameters(), twin.parameters(), strict=True):
+    run = finetuning.loop_of(steps)
+    run.one_step(1, 0)
+    assert run.seen[0]["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for mine, theirs in zip(steps.model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-3)
     # AdamW's first step moves each weight by its learning rate against the gradient's sign.
-    weight, origin = run.model.head.weight, twin.head.weight
-    lr = run.optimizer.param_groups[-2]["lr"]
+    weight, origin = steps.model.head.weight, twin.head.weight
+    lr = run.stages[1].optimizer.param_groups[-2]["lr"]
     expected = origin * (1 - lr * PLAIN.weight_decay) - lr * origin.grad.sign()
     torch.testing.assert_close(weight, expected, atol=2e-3 * lr + 1e-7, rtol=1e-3)
 
@@ -113,8 +109,9 @@ def test_targets_are_mixed_as_the_images_are():
     run = begin(recipe, images)
     x, target = run.mixed(3)
     torch.testing.assert_close(target.sum(1), torch.ones(16))
-    pixels = (images.images[run.index(3)].float() / 255 - 0.5) / 0.25
-    y = F.one_hot(run.labels[run.index(3)], 4) * 0.9 + 0.1 / 4
+    index = run.source.order(3)
+    pixels = (images.images[index].float() / 255 - 0.5) / 0.25
+    y = F.one_hot(run.labels[index], 4) * 0.9 + 0.1 / 4
     # One share λ explains both the pixels and the targets.
     spread = pixels - pixels.flip(0)
     share = float(((x - pixels.flip(0)) * spread).sum() / spread.square().sum())
@@ -132,17 +129,13 @@ def test_smoothing_alone_keeps_images_and_gives_every_class_its_share():
 def test_the_average_follows_the_weights():
     """Against the sum by hand: timm's warm-up of the decay, 1 - (1 + t)^-2/3."""
     recipe = FinetuneRecipe.cpu(epochs=3, batch=8, ema=0.5)
-    run = begin(recipe)
-    average = {k: v.clone() for k, v in run.model.named_parameters()}
-
-    class Bar:
-        def set_postfix(self, **_):
-            pass
-
+    steps = begin(recipe)
+    run, average = finetuning.loop_of(steps), {}
+    average = {k: v.clone() for k, v in steps.model.named_parameters()}
     for step in range(4):
-        run.one_step(step, Bar())
+        run.one_step(1, step)
         decay = min(0.5, 1 - (step + 2) ** (-2 / 3))
-        for k, v in run.model.named_parameters():
+        for k, v in steps.model.named_parameters():
             average[k].mul_(decay).add_(v.detach(), alpha=1 - decay)
     for k, v in run.ema.module.named_parameters():
         torch.testing.assert_close(v, average[k], atol=1e-6, rtol=1e-4)
@@ -163,31 +156,17 @@ def test_stochastic_depth_rises_to_its_rate():
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     recipe = FinetuneRecipe(epochs=2, batch=8, mixup=0.8, cutmix=1.0, drop_path=0.3, ema=0.99)
     whole = finetune(encoder(), coloured(), recipe=recipe, progress=False)
-    run = _Run(encoder(), coloured(), recipe, torch.device("cpu"), tmp_path)
-
-    class Stop(Exception):
-        pass
-
-    class Bar:
-        updates = 0
-
-        def set_postfix(self, **_):
-            pass
-
-        def update(self):
-            self.updates += 1
-            if self.updates == 5:
-                raise Stop
-
-    with pytest.raises(Stop):
-        run.train(Bar(), save_every=2)
+    asked = []
+    stopped = finetune(encoder(), coloured(), recipe=recipe, out=tmp_path, progress=False,
+                       stop=lambda: asked.append(1) or len(asked) > 5)  # fmt: skip
+    assert not stopped.history and load_state(tmp_path / "finetune.pt")["done"] == 5
     torch.manual_seed(123)  # the global state must not matter
     np.random.seed(5)
     again = finetune(encoder(), coloured(), recipe=recipe, out=tmp_path, resume=True,
                      progress=False)  # fmt: skip
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="recipe is another one"):
         finetune(encoder(), coloured(), recipe=PLAIN, out=tmp_path, resume=True, progress=False)
 
 
@@ -211,7 +190,7 @@ def test_other_seeds_other_runs_and_the_same_seed_the_same():
 def test_few_images_still_get_their_steps_and_an_even_batch():
     recipe = FinetuneRecipe.low_shot("cpu", epochs=1, least_steps=7)
     run = begin(recipe, coloured(5))
-    assert run.batch == 4 and run.steps == 7
+    assert run.batch == 4 and run.count == 7
     assert recipe.mixup == recipe.cutmix == 0
 
 
@@ -269,7 +248,7 @@ def test_recipes_that_cannot_work_are_refused(change, message):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="try a lower learning rate"):
         finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=1e30, epochs=3),
                  progress=False)  # fmt: skip
 
@@ -286,16 +265,28 @@ def test_only_the_same_model_and_images_go_on(tmp_path):
     assert finetune(encoder(), coloured(), resume=True, **options).history
 
 
+def test_states_of_older_versions_still_load(tmp_path):
+    options = {"recipe": FinetuneRecipe.cpu(epochs=2, batch=8), "out": tmp_path, "progress": False}
+    whole = finetune(encoder(), coloured(), save_every=3, **options)
+    state = load_state(tmp_path / "finetune.previous.pt")
+    del state["source"], state["seen"]
+    state["optimizer"] = state.pop("optimizers")["1"]
+    save_state(tmp_path / "finetune.pt", state)
+    resumed = finetune(encoder(), coloured(), resume=True, **options)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_broken_weight_is_never_saved(tmp_path, monkeypatch):
-    set_rate = _Run.set_rate
+    set_rate = Stage.set_rate
     options = {"recipe": FinetuneRecipe.cpu(epochs=2, batch=8), "out": tmp_path, "progress": False}
 
     def broken(self, step):
         if step == 4:
-            torch.nn.init.constant_(self.model.head.weight, math.nan)
+            torch.nn.init.constant_(self.optimizer.param_groups[0]["params"][0], math.nan)
         return set_rate(self, step)
 
-    monkeypatch.setattr(_Run, "set_rate", broken)
+    monkeypatch.setattr(Stage, "set_rate", broken)
     with pytest.raises(FloatingPointError, match="weight is no longer finite at step 6"):
         finetune(encoder(), coloured(), save_every=3, **options)
     assert load_state(tmp_path / "finetune.pt")["done"] == 3
@@ -317,13 +308,13 @@ def test_pixels_move_to_a_gpu_that_has_room_for_them_twice(monkeypatch, free, ho
 
 def test_a_finished_run_leaves_nothing_behind(monkeypatch):
     """Not even without the garbage collector: its weights would fill a GPU."""
-    runs, start = [], _Run.__init__
+    runs, start = [], Loop.__init__
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         runs.append(weakref.ref(self))
-        start(self, *args)
+        start(self, *args, **options)
 
-    monkeypatch.setattr(_Run, "__init__", counted)
+    monkeypatch.setattr(Loop, "__init__", counted)
     gc.collect()
     gc.disable()
     try:

@@ -153,16 +153,16 @@ def test_memory_is_counted_elsewhere_if_the_device_is_too_small_to_look(model, i
 @pytest.fixture
 def whole_steps(monkeypatch):
     """Batches whose step was tried; above ``limit`` a step is out of memory."""
-    step, tried = R.Trainer.one_step, []
+    step, tried = R.Loop.one_step, []
 
     def one_step(self, *args):
-        tried.append(self.run.recipe.batch)
+        tried.append(self.recipe.batch)
         if tried[-1] > one_step.limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         step(self, *args)
 
     one_step.limit = math.inf
-    monkeypatch.setattr(R.Trainer, "one_step", one_step)
+    monkeypatch.setattr(R.Loop, "one_step", one_step)
     return one_step, tried
 
 
@@ -203,14 +203,14 @@ def without_gc(monkeypatch):
 def test_what_was_timed_is_gone_before_the_next(
     model, images, whole_steps, without_gc, monkeypatch, limit
 ):
-    made, stale, start = [], [], R.Trainer.__init__
+    made, stale, start = [], [], R.Loop.__init__
 
     def counted(self, *args, **kwargs):
         stale.append(sum(there() is not None for there in made))
-        made.extend([weakref.ref(self), weakref.ref(args[0].model)])
+        made.extend([weakref.ref(self), weakref.ref(args[0]["model"])])
         start(self, *args, **kwargs)
 
-    monkeypatch.setattr(R.Trainer, "__init__", counted)
+    monkeypatch.setattr(R.Loop, "__init__", counted)
     whole_steps[0].limit = limit
     many = images.repeat(4, 1, 1, 1)
     plan(model, many, recipe=replace(TINY, batch=64), device="cpu")

@@ -10,6 +10,7 @@ import torch
 
 from refiner.images.views import View
 from refiner.models.load import build_vit
+from refiner.training.heads import IDHeads, NeighborQueue
 from refiner.training.recipe import (
     Recipe,
     complete_recipe,
@@ -18,7 +19,7 @@ from refiner.training.recipe import (
     recipe_from,
     swap_chance,
 )
-from refiner.training.refining import Trainer
+from refiner.training.refining import Refined, loop_of
 
 TINY = Recipe.cpu(batch=8, blocks=(2, 3), frozen_blocks=1, queue=24)
 
@@ -73,9 +74,17 @@ def test_paper_epochs_follow_the_data():
 @pytest.mark.parametrize("stage, epochs", [(2, 20), (3, 30)])
 def test_warm_up_of_the_paper_is_four_epochs_in_both_stages(stage, epochs):
     recipe = Recipe.paper("L/16")
-    trainer = SimpleNamespace(run=SimpleNamespace(recipe=recipe))
-    optimizer = SimpleNamespace(param_groups=[{"lr_scale": 0.5}])
-    rate = lambda step: Trainer.set_rate(trainer, optimizer, stage, step, 1251 * epochs)  # noqa: E731
+    small = build_vit(size=8, patch=4, dim=8, depth=24, heads=2, seed=0)
+    heads = IDHeads(8, 8, hidden=8, predictor_hidden=8, out=4)
+    steps = SimpleNamespace(
+        run=Refined(small, heads, NeighborQueue(4, 4, heads=8), recipe),
+        take=print,
+        source=None,
+        device="cpu",
+    )
+    found = loop_of(steps).stages[stage]
+    assert found.steps == 1251 * epochs
+    rate = found.set_rate
     peak = (recipe.head_lr if stage == 2 else recipe.lr) * 4  # batch 1024 / 256
     four = 4 * 1251
     assert rate(four - 1) == pytest.approx(peak) and rate(four - 2) < peak
@@ -83,7 +92,8 @@ def test_warm_up_of_the_paper_is_four_epochs_in_both_stages(stage, epochs):
     assert rate(1251 * epochs) == pytest.approx(1e-6)
     middle = four + (1251 * epochs - four) // 2
     assert rate(middle) == pytest.approx((peak + 1e-6) / 2)
-    assert optimizer.param_groups[0]["lr"] == rate(middle) * 0.5
+    for group in found.optimizer.param_groups:
+        assert group["lr"] == rate(middle) * group.get("lr_scale", 1.0)
 
 
 def shaped(width, *, size=224, patch=16, depth=24):

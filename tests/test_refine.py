@@ -165,20 +165,20 @@ def test_the_same_seed_gives_the_same_run(model, images):
     assert not torch.equal(other.model.norm.weight, one.model.norm.weight)
 
 
-def naive_kept_features(trainer, step):
+def naive_kept_features(steps, step):
     """Each image's features from the step that drew its views, computed all over again."""
-    n, recipe = len(trainer.batches.pixels), trainer.run.recipe
-    per_epoch = n // recipe.batch
-    ids, epoch = trainer.indices(step), step // per_epoch % recipe.cached_views
+    recipe, pixels = steps.run.recipe, steps.source.pixels
+    per_epoch = len(pixels) // recipe.batch
+    ids, epoch = steps.order(step), step // per_epoch % recipe.cached_views
     features = []
     for i in ids.tolist():
         for earlier in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            drawn = trainer.indices(earlier)
+            drawn = steps.order(earlier)
             if i in drawn:
                 generator = R.step_generator(recipe.seed, earlier)
                 x_TVBD = R.batch_features(
-                    trainer.run.model, trainer.batches.pixels[drawn], recipe, stage=2,
-                    total=len(drawn), generator=generator,
+                    steps.run.model, pixels[drawn], recipe, stage=2, total=len(drawn),
+                    generator=generator,
                 )  # fmt: skip
                 features.append(x_TVBD[:, :, drawn.tolist().index(i)])
     return torch.stack(features, dim=2), ids
@@ -193,7 +193,7 @@ def test_kept_features_are_those_of_the_same_views(model, images, monkeypatch):
     options = {"recipe": recipe, "progress": False, "log_every": 1}
     run = R.refine(model, images[:20], **options)
     assert len(passes) == 4 + 2, "two epochs of two batches, then stage 3"
-    monkeypatch.setattr(R.Trainer, "kept_features", naive_kept_features)
+    monkeypatch.setattr(R.Steps, "kept_features", naive_kept_features)
     naive = R.refine(model, images[:20], **options)
     for ours, theirs in zip(run.history, naive.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -204,8 +204,9 @@ def test_kept_features_are_those_of_the_same_views(model, images, monkeypatch):
 
 def test_later_epochs_deal_the_kept_images_out_anew(model, images):
     recipe = R.complete_recipe(replace(TINY, head_steps=10, cached_views=2), model, images)
-    trainer = R.Trainer(R.begin(model, recipe, torch.device("cpu")), images[:20])
-    epochs = [torch.cat([trainer.indices(2 * e), trainer.indices(2 * e + 1)]) for e in range(5)]
+    cpu = torch.device("cpu")
+    order = R.Steps(R.begin(model, recipe, cpu), images[:20], cpu).order
+    epochs = [torch.cat([order(2 * e), order(2 * e + 1)]) for e in range(5)]
     for first, later in ((0, 2), (1, 3), (0, 4)):
         assert sorted(epochs[first].tolist()) == sorted(epochs[later].tolist())
         assert not torch.equal(epochs[first], epochs[later])
@@ -219,7 +220,7 @@ def test_a_run_with_kept_features_resumes_to_the_same(
     recipe = replace(TINY, head_steps=9, steps=2, cached_views=2)
     options = {"recipe": recipe, "progress": False, "log_every": 1}
     whole = R.refine(model, images[:20], **options)
-    step, calls = R.Trainer.one_step, []
+    step, calls = R.Loop.one_step, []
 
     def interrupt(self, *args):
         calls.append(1)
@@ -227,10 +228,10 @@ def test_a_run_with_kept_features_resumes_to_the_same(
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(R.Trainer, "one_step", interrupt)
+    monkeypatch.setattr(R.Loop, "one_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         R.refine(model, images[:20], out=tmp_path, save_every=1, **options)
-    monkeypatch.setattr(R.Trainer, "one_step", step)
+    monkeypatch.setattr(R.Loop, "one_step", step)
     resumed = R.refine(model, images[:20], out=tmp_path, save_every=1, resume=True, **options)
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
     assert torch.equal(whole.model.norm.weight, resumed.model.norm.weight)

@@ -19,9 +19,8 @@ from refiner.probing.neighbors import knn_accuracy, knn_predict
 from refiner.probing.search import nearest_neighbors
 from refiner.training import decoders, pretraining
 from refiner.training.planning import NOT_COUNTED
-from refiner.training.pretraining import parameter_groups
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Trainer, begin
+from refiner.training.refining import Steps, begin, loop_of
 from refiner.training.watch import online_knn
 from refiner.visuals import widgets
 
@@ -105,16 +104,13 @@ def test_a_step_of_refining_never_makes_the_host_wait(tools, changes):
     with tools.simulated(tools.GPU):
         tools.hollow(run.model, run.heads, run.queue, device=tools.GPU)
         empty = torch.empty(images.shape, dtype=torch.uint8, device=tools.GPU)
-        trainer = Trainer(run, empty, device=tools.GPU)
-        trainer.labels = torch.empty(32, dtype=torch.int64, device=tools.GPU)
-        trainer.log_every = 10**9  # the log's numbers are what the host has to wait for
-        for stage, done in ((2, 0), (3, run.recipe.head_steps)):
-            trainer.done = done
+        labels = torch.empty(32, dtype=torch.int64, device=tools.GPU)
+        training = loop_of(Steps(run, ImageSet(empty, labels), tools.GPU))
+        for stage in (2, 3):
             with tools.no_backward(run.model, run.heads):
-                trainer.one_step(stage, 0, 1000, None)  # constants go to the GPU once
-                trainer.done = done + 2  # the second epoch, for which features may have been kept
-                with tools.Waits() as waits:
-                    trainer.one_step(stage, 2, 1000, None)
+                training.one_step(stage, 0)  # constants go to the GPU once
+                with tools.Waits() as waits:  # the second epoch: features may have been kept
+                    training.one_step(stage, 2)
             assert waits.found == []
 
 
@@ -135,7 +131,6 @@ def test_the_measured_parts_of_a_step_run_on_a_gpu(tools, scripts, monkeypatch):
         monkeypatch.setattr(bench, "begin", lambda *_: run)
         monkeypatch.setattr(bench, "step_generator", lambda *_: None)
         monkeypatch.setattr(bench, "timed", lambda part, _: parts.append(part()) or 0.0)
-        monkeypatch.setattr(Trainer, "log", lambda *_: None)
         found = bench.parts_of_the_cpu_preset(tools.GPU.type, rounds=1)
     assert len(parts) == 2 * len(found) > 0
 
@@ -146,13 +141,13 @@ def test_a_step_of_pretraining_never_makes_the_host_wait(tools, changes):
     mae = recipe.build()
     with tools.simulated(tools.GPU):
         tools.hollow(mae, device=tools.GPU)
-        optimizer = torch.optim.AdamW(parameter_groups(mae, 0.05), lr=1e-3, fused=True)
         pixels = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device=tools.GPU)
+        training = pretraining.loop_of(mae, pixels, recipe, tools.GPU)
         with tools.no_backward(mae):
             for step in range(2):
                 with tools.Waits() as waits:
-                    loss = pretraining._one_step(mae, optimizer, pixels, recipe, step)
-        assert waits.found == [] and loss.device == tools.GPU
+                    training.one_step(1, step)
+        assert waits.found == [] and training.seen[0]["loss"].device == tools.GPU
 
 
 def test_a_step_of_the_decoders_never_makes_the_host_wait(tools):

@@ -23,6 +23,7 @@ from refiner.images.load import load_images
 from refiner.images.streams import SHARD, StreamBatches, open_stream, shard_paths
 from refiner.images.views import View
 from refiner.models.load import build_vit
+from refiner.training.loop import Loop
 from refiner.training.planning import plan
 from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
@@ -184,11 +185,9 @@ def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_p
     half = replace(TINY, steps=2)
     refine(model, stream, recipe=half, progress=False, log_every=1, out=tmp_path, save_every=1)
     state = torch.load(tmp_path / "state.pt")
-    assert len(state["stream"]) == 1 and state["done"] == 6
+    assert len(state["source"]) == 1 and state["done"] == 6
     # The same run, interrupted there: schedules depend on the steps, so it is killed instead.
-    from refiner.training.refining import Trainer
-
-    step, calls = Trainer.one_step, []
+    step, calls = Loop.one_step, []
 
     def killed(self, *args):
         if len(calls) == 7:
@@ -196,10 +195,10 @@ def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_p
         calls.append(1)
         return step(self, *args)
 
-    monkeypatch.setattr(Trainer, "one_step", killed)
+    monkeypatch.setattr(Loop, "one_step", killed)
     with pytest.raises(KeyboardInterrupt):
         refine(model, stream, out=tmp_path / "k", save_every=1, **options)
-    monkeypatch.setattr(Trainer, "one_step", step)
+    monkeypatch.setattr(Loop, "one_step", step)
     resumed = refine(model, stream, out=tmp_path / "k", resume=True, **options)
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
     assert all(torch.equal(v, resumed.model.state_dict()[k])
@@ -209,7 +208,7 @@ def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_p
 def test_a_stream_resumes_with_as_many_processes_only(model, stream, tmp_path):
     refine(model, stream, recipe=TINY, progress=False, out=tmp_path, save_every=1)
     state = torch.load(tmp_path / "state.pt")
-    torch.save(state | {"stream": state["stream"] * 2, "done": 1}, tmp_path / "state.pt")
+    torch.save(state | {"source": state["source"] * 2, "done": 1}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="2 processes read the stream then, 1 now"):
         refine(model, stream, recipe=TINY, progress=False, out=tmp_path, resume=True)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from refiner.images.sets import ImageSet
+from refiner.images.sources import Batches
 from refiner.images.views import View
 from refiner.models.encoders import allow_any_size
 from refiner.models.load import build_vit
@@ -19,7 +20,6 @@ from refiner.probing.features import extract
 from refiner.probing.neighbors import knn_accuracy
 from refiner.training import watch
 from refiner.training.heads import IDHeads, NeighborQueue
-from refiner.training.loop import Batches
 from refiner.training.recipe import Recipe, complete_recipe
 from refiner.visuals import live
 
@@ -51,7 +51,7 @@ def entry(loss=1.0, spread=0.9, stage=3, step=1):
 
 
 def test_healthy_entries_pass():
-    guard = watch.Guard(TINY)
+    guard = watch.CollapseGuard(TINY)
     for step in range(50):
         guard.check(entry(loss=math.log(4) * (1 + 0.01 * (-1) ** step), spread=0.2, step=step))
 
@@ -59,16 +59,16 @@ def test_healthy_entries_pass():
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops(loss):
     with pytest.raises(FloatingPointError, match="not finite at stage 3, step 1"):
-        watch.Guard(TINY).check(entry(loss=loss))
+        watch.CollapseGuard(TINY).check(entry(loss=loss))
 
 
 def test_collapsed_projections_stop():
     with pytest.raises(watch.Collapse, match="head on block 2 collapsed at stage 2, step 7"):
-        watch.Guard(TINY).check(entry(spread=0.01, stage=2, step=7))
+        watch.CollapseGuard(TINY).check(entry(spread=0.01, stage=2, step=7))
 
 
 def test_a_loss_that_stays_at_the_uniform_value_stops():
-    guard, uniform = watch.Guard(TINY), math.log(4) + 1e-5
+    guard, uniform = watch.CollapseGuard(TINY), math.log(4) + 1e-5
     for stage in (2, 2, 2, 2, 2, 2, 3, 3, 3, 3):  # in stage 2 it may be; then four times
         guard.check(entry(loss=uniform, stage=stage))
     guard.check(entry(loss=1.3))  # recovered
@@ -280,6 +280,9 @@ class Files:
     def __init__(self):
         self.read = []
 
+    def __len__(self):
+        return 100
+
     def __getitem__(self, index):
         self.read.append(index.tolist())
         if 99 in index:
@@ -289,17 +292,18 @@ class Files:
 
 def test_files_are_read_ahead_in_order():
     files = Files()
-    batches = Batches(files, lambda s: torch.tensor([s, s + 1]), torch.device("cpu"), steps=5)
+    batches = Batches(files, lambda s: torch.tensor([s, s + 1]), 2, torch.device("cpu"), steps=5)
     for step in range(5):
-        assert batches[step][:, 0, 0, 0].tolist() == [step, step + 1]
+        pixels, ids = batches.batch(step)
+        assert pixels[:, 0, 0, 0].tolist() == ids.tolist() == [step, step + 1]
     batches.close()
     assert files.read == [[s, s + 1] for s in range(5)], "each once, none too many"
 
 
 def test_an_unreadable_file_stops_with_its_name():
     index = lambda s: torch.tensor([99 if s == 2 else s])  # noqa: E731
-    batches = Batches(Files(), index, torch.device("cpu"), steps=4)
-    assert batches[0] is not None and batches[1] is not None
+    batches = Batches(Files(), index, 1, torch.device("cpu"), steps=4)
+    assert [batches.batch(step)[1].item() for step in range(2)] == [0, 1]
     with pytest.raises(OSError, match="photo99"):
-        batches[2]
+        batches.batch(2)
     batches.close()

@@ -17,7 +17,8 @@ Shape legend: W processes, B samples of the global batch, b = B / W of them here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -29,10 +30,24 @@ from refiner.base.errors import UserError
 # How many processes a launcher has started: torchrun and accelerate, Open MPI, Intel's, MVAPICH2.
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 CPU_ONLY = "ACCELERATE_USE_CPU"
+_alone = False  # see alone()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process trains by itself, however many there are: nothing is exchanged."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def world() -> int:
-    """How many processes there are."""
+    """How many processes share a step."""
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

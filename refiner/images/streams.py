@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refiner.base import parallel
 from refiner.base.errors import MissingPackage, UserError
 from refiner.images.folders import EXTENSIONS, read_image
 
@@ -227,7 +228,7 @@ class StreamBatches:
         batch: images a step that this process takes.
         device: where they shall be.
         seed: of the order.
-        rank, world: which process this is, of how many.
+        rank, world: which process this is, of how many; by default as it is.
         steps: no batch is prepared from this step on.
         ahead: batches that are prepared while a step runs.
 
@@ -235,14 +236,26 @@ class StreamBatches:
         ValueError: for fewer shards than processes.
     """
 
-    def __init__(self, stream: ImageStream, batch: int, device: torch.device, *, seed: int = 0,
-                 rank: int = 0, world: int = 1, steps: int, ahead: int = 2):  # fmt: skip
+    def __init__(
+        self,
+        stream: ImageStream,
+        batch: int,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+        steps: int,
+        ahead: int = 2,
+    ):
+        rank = parallel.rank() if rank is None else rank
+        world = world or parallel.world()
         if stream.shards < world:
             raise UserError(
                 f"{stream.shards} shards of {stream.name} cannot be shared by {world} processes; "
                 "give each at least one"
             )
-        self.stream, self.batch, self.device, self.seed = stream, batch, device, seed
+        self.stream, self.share, self.device, self.seed = stream, batch, device, seed
         self.rank, self.own = rank, np.arange(rank, stream.shards, world)
         self.steps, self.ahead, self.next = steps, ahead, 0
         # Number of a block's first image → block, epoch, shard and image from which to read on.
@@ -257,16 +270,40 @@ class StreamBatches:
         if self.samples is None:
             self.next = step
             (first,) = self.starts
-            self.samples = islice(self._shuffled(first), step * self.batch - first, None)
+            self.samples = islice(self._shuffled(first), step * self.share - first, None)
             self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         for soon in range(self.next, min(step + 1 + self.ahead, self.steps)):
             self.coming[soon] = self.reader.submit(self._take)
             self.next = soon + 1
         return self.coming.pop(step).result()
 
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images of a step, and the ids of the whole batch."""
+        pixels, own = self[step]
+        return pixels, parallel.gather(own.to(self.device, non_blocking=True))
+
+    def state(self, done: int) -> list[list[int]]:
+        """Where each process reads on after so many steps."""
+        own = torch.tensor([self.position(done)], device=self.device)
+        return parallel.gather(own).tolist()
+
+    def restore(self, state: list[list[int]] | None) -> None:
+        """Reads on where :meth:`state` was.
+
+        Raises:
+            ValueError: when there were more processes then, or fewer.
+        """
+        found = len(state or ())
+        if found != parallel.world():
+            raise UserError(
+                f"cannot resume: {found or 'no'} processes read the stream then, "
+                f"{parallel.world()} now; start as many"
+            )
+        self.resume(state[parallel.rank()])
+
     def position(self, done: int) -> list[int]:
         """Where a run reads on after so many steps: the start of a block, in five numbers."""
-        first = max(b for b in list(self.starts) if b <= done * self.batch)
+        first = max(b for b in list(self.starts) if b <= done * self.share)
         for earlier in [b for b in list(self.starts) if b < first]:
             del self.starts[earlier]
         return [first, *self.starts[first]]
@@ -286,7 +323,7 @@ class StreamBatches:
         self.coming.clear()
 
     def _take(self) -> tuple[Tensor, Tensor]:
-        ids, encoded = zip(*islice(self.samples, self.batch), strict=True)
+        ids, encoded = zip(*islice(self.samples, self.share), strict=True)
         size = self.stream.size
         pixels = list(self.decoders.map(partial(decode, size=size), encoded))
         good = [i for i, x in enumerate(pixels) if x is not None]

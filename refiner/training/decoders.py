@@ -11,19 +11,20 @@ encoder, E width of the decoder, P values of a patch (patch * patch * 3).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from refiner.base.errors import NotFinite, UserError
+from refiner.base import parallel
+from refiner.base.errors import UserError
 from refiner.base.tensors import step_generator, take
+from refiner.images.sources import open_source
 from refiner.models.encoders import (
     Encoder,
     block_numbers,
@@ -35,7 +36,7 @@ from refiner.models.encoders import (
     walk,
 )
 from refiner.models.mae import patchify, random_masking
-from refiner.training.loop import autocast, batch_indices, cosine_schedule
+from refiner.training.loop import Loop, Stage, autocast, batch_indices
 from refiner.training.pretraining import parameter_groups
 
 WARMUP = 0.1  # share of the steps
@@ -100,6 +101,7 @@ class BlockDecoders:
         return self.error / self.guess
 
 
+@parallel.alone()
 def decode_blocks(
     model: Encoder,
     train,
@@ -166,32 +168,29 @@ def decode_blocks(
     optimizer = torch.optim.AdamW(
         parameter_groups(decoders, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True
     )
-    history, losses, began = [], [], time.monotonic()
+    batches = open_source(
+        train,
+        partial(batch_indices, len(train), batch, seed=seed),
+        batch=batch,
+        steps=steps,
+        device=device,
+    )
+
+    def step(number: int) -> tuple[None, dict[str, Tensor]]:
+        """Leaves the gradients of one decoder after the other: none of them holds two graphs."""
+        pixels, _ = batches.batch(number)
+        problem = source.problem(pixels, step_generator(seed, number, device))
+        optimizer.zero_grad(set_to_none=True)
+        losses = [_backward(*pair) for pair in zip(decoders, problem, strict=True)]
+        return None, {"loss": torch.stack(losses)}
+
+    stage = Stage(steps, step, optimizer, peak=lr, warmup=int(WARMUP * steps))
+    loop = Loop({"decoders": decoders}, {1: stage}, batches, device, log_every=log_every, mean=True)
     with borrowed(model, device), torch.enable_grad():
-        bar = tqdm(range(steps), desc="decoders", unit="step", disable=not progress)
-        for step in bar:
-            rate = cosine_schedule(step, total=steps, warmup=int(WARMUP * steps), peak=lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            index = batch_indices(len(train), batch, seed=seed, step=step)
-            generator = step_generator(seed, step, device)
-            problem = source.problem(take(train, index, device), generator)
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(torch.stack([_backward(*pair) for pair in zip(
-                decoders, problem, strict=True)]))  # fmt: skip
-            optimizer.step()
-            if (step + 1) % log_every == 0 or step + 1 == steps:
-                mean_L = torch.stack(losses).mean(0)
-                losses.clear()
-                if not mean_L.isfinite().all():
-                    raise NotFinite(f"a loss is not finite at step {step + 1}: lower lr")
-                bar.set_postfix(loss=f"{mean_L.mean():.4f}")
-                seconds = round(time.monotonic() - began, 1)
-                history.append({"step": step + 1, "loss": mean_L.tolist(), "lr": rate,
-                                "seconds": seconds})  # fmt: skip
+        loop.run("decoders", progress=progress)
     decoders.eval()
     error, guess = _measure(model, source, decoders, train, test, seed)
-    return BlockDecoders(numbers, error, guess, decoders, history)
+    return BlockDecoders(numbers, error, guess, decoders, loop.history)
 
 
 @dataclass

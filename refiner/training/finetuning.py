@@ -14,10 +14,9 @@ Shape legend: N images, B images of a batch, D encoder width, C classes.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,11 +27,10 @@ from timm.data import Mixup
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from refiner.base.errors import NotFinite, UserError
+from refiner.base import parallel
+from refiner.base.errors import UserError
 from refiner.base.settings import (
     Entries,
     NotNegative,
@@ -42,9 +40,11 @@ from refiner.base.settings import (
     Share,
     Whole,
     checked,
+    settings_from,
 )
 from refiner.base.tensors import constant, step_generator
 from refiner.images.sets import ImageSet
+from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
 from refiner.models.encoders import (
     Encoder,
@@ -58,17 +58,8 @@ from refiner.models.encoders import (
 from refiner.models.load import copy_model
 from refiner.probing.logistic import PENALTIES
 from refiner.probing.probes import linear_probe, shuffled_by_class
-from refiner.training.loop import (
-    Batches,
-    all_finite,
-    autocast,
-    batch_indices,
-    cosine_schedule,
-    keep_on,
-)
-from refiner.training.states import check_origin, load_state, origin, save_state, set_states_aside
-
-LOG_EVERY = 10  # steps
+from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, batch_indices
+from refiner.training.states import origin
 
 
 @dataclass(frozen=True)
@@ -228,6 +219,7 @@ class Finetuned:
 # ---------------------------------------------------------------- training
 
 
+@parallel.alone()
 def finetune(
     model: Encoder,
     images: ImageSet,
@@ -235,7 +227,8 @@ def finetune(
     recipe: FinetuneRecipe | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    save_every: int = 500,
+    save_every: int | None = None,
+    stop: Stop = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Finetuned:
@@ -248,7 +241,10 @@ def finetune(
         out: a folder for the training state; without it nothing is written. The state of an
             earlier run there becomes ``finetune.old.pt``.
         resume: go on from the state in ``out``, with the same model and images.
-        save_every: steps between saved states.
+        save_every: steps between saved states; by default every 100th, if the last was a minute
+            ago. The last step is always saved.
+        stop: ends the run before its last step: a function that is asked before each step and says
+            True to stop, or a moment of ``time.monotonic()``; ``resume`` goes on from there.
         device: default CUDA if there is one, else the CPU. On CUDA products are bf16.
         progress: show a bar with the loss and the remaining time.
 
@@ -264,134 +260,116 @@ def finetune(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = recipe or getattr(FinetuneRecipe, "cpu" if device.type == "cpu" else "gpu")()
-    run = _Run(model, images, recipe, device, Path(out) if out else None)
-    if out or resume:
-        run.origin = origin(images, model)
-    if resume:
-        run.restore()
-    elif out:
-        set_states_aside(run.out / "finetune.pt")
-    with tqdm(total=run.steps, initial=run.done, desc="fine-tuning", unit="step",
-              leave=None, disable=not progress) as bar:  # fmt: skip
-        run.train(bar, save_every)
-    averaged = run.ema.module if recipe.ema else run.model
-    return Finetuned(averaged.eval(), run.history, recipe)
+    loop = loop_of(
+        begin(model, images, recipe, device),
+        file=Path(out) / "finetune.pt" if out else None,
+        origin=origin(images, model) if out or resume else None,
+        save_every=save_every,
+        stop=stop,
+    )
+    loop.run("fine-tuning", resume=resume, progress=progress)
+    tuned = loop.ema.module if loop.ema else loop.parts["model"]
+    return Finetuned(tuned.eval(), loop.history, recipe)
 
 
-class _Run:
-    """A run's state: what one step hands to the next."""
+def begin(model: Encoder, images: ImageSet, recipe: FinetuneRecipe, device: torch.device) -> Steps:
+    """A copy of a model with a head, before its first step; arguments as for :func:`finetune`."""
+    recipe = checked(recipe)
+    classes, y_N = _classes(images)
+    pooling = _pooling(model, recipe)
+    with _random(recipe.seed, 0, device):
+        classifier = Classifier(copy_model(model), classes, pooling).to(device)
+    if recipe.head == "probe":
+        classifier.start_from_probe(images.images, y_N, seed=recipe.seed)
+    set_drop_path(classifier.encoder, recipe.drop_path)
+    return Steps(classifier, images, y_N, recipe, device)
 
-    def __init__(self, model: Encoder, images: ImageSet, recipe: FinetuneRecipe,
-                 device: torch.device, out: Path | None):  # fmt: skip
-        recipe = checked(recipe)
-        classes, y_N = _classes(images)
-        pooling = _pooling(model, recipe)
-        self.recipe, self.device, self.out = recipe, device, out
-        with _random(recipe.seed, 0, device):
-            self.model = Classifier(copy_model(model), classes, pooling).to(device)
-        if recipe.head == "probe":
-            self.model.start_from_probe(images.images, y_N, seed=recipe.seed)
-        set_drop_path(self.model.encoder, recipe.drop_path)
+
+def loop_of(steps: Steps, **options) -> Loop:
+    """The loop that fine-tunes; the options are others of :class:`refiner.training.loop.Loop`."""
+    model, recipe = steps.model, steps.recipe
+    stage = Stage(
+        steps.count,
+        steps.take,
+        torch.optim.AdamW(
+            parameter_groups(model, recipe), lr=recipe.lr, fused=steps.device.type == "cuda"
+        ),
+        peak=recipe.lr * steps.batch / 256,
+        warmup=math.ceil(recipe.warmup * steps.count),
+    )
+    return Loop(
+        {"model": model},
+        {1: stage},
+        steps.source,
+        steps.device,
+        recipe,
+        read_recipe=partial(settings_from, FinetuneRecipe),
+        ema=EMA(model, recipe.ema, warmup=_warmup) if recipe.ema else None,
+        **options,
+    )
+
+
+def _warmup(t: int) -> float:
+    """timm's decay of the average at update t: 1 - (1 + t)^-2/3."""
+    return 1 - (1 + t) ** (-2 / 3)
+
+
+class Steps:
+    """What takes a step: augmented and mixed images in, the loss out.
+
+    Args:
+        model: the classifier.
+        images: train images.
+        y_N: places of their labels among the classes.
+        recipe, device: as for :func:`finetune`.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        images: ImageSet,
+        y_N: Tensor,
+        recipe: FinetuneRecipe,
+        device: torch.device,
+    ):
+        self.model, self.recipe, self.device = model, recipe, device
         self.batch = min(recipe.batch, len(images)) // 2 * 2
         per_epoch = len(images) // self.batch
-        self.steps = max(1, round(recipe.epochs * per_epoch), recipe.least_steps)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, recipe), lr=recipe.lr, fused=device.type == "cuda"
+        self.count = max(1, round(recipe.epochs * per_epoch), recipe.least_steps)
+        self.source = open_source(
+            images,
+            partial(batch_indices, len(images), self.batch, seed=recipe.seed),
+            batch=self.batch,
+            steps=self.count,
+            device=device,
         )
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True)
-        self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing,
-                         num_classes=len(classes))  # fmt: skip
+        self.labels = y_N.to(device)
+        self.how = preprocessing_card(model.encoder)["preprocessing"]
+        self.view = _view(self.how["size"], recipe)
+        self.mix = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            label_smoothing=recipe.smoothing,
+            num_classes=len(model.classes),
+        )
         self.mix.mixup_enabled = recipe.mixup > 0 or recipe.cutmix > 0
         self.loss = SoftTargetCrossEntropy()
-        self.view = _view(preprocessing_card(model)["preprocessing"]["size"], recipe)
-        self.labels = y_N.to(device)
-        # Not self.index: a cycle would keep the weights of finished runs on the device.
-        index = partial(_indices, len(images), self.batch, recipe.seed)
-        self.batches = Batches(keep_on(device, images.images), index, device, steps=self.steps)
-        self.history: list[dict] = []
-        self.origin: dict | None = None  # what tells another model or other images
-        self.done, self.before, self.began = 0, 0.0, time.monotonic()
 
-    def index(self, step: int) -> Tensor:
-        """Which images a step sees, int64 [B]."""
-        return _indices(len(self.labels), self.batch, self.recipe.seed, step)
-
-    def train(self, bar: tqdm, save_every: int) -> None:
-        try:
-            for step in range(self.done, self.steps):
-                self.one_step(step, bar)
-                self.done = step + 1
-                bar.update()
-                if self.out and (self.done % save_every == 0 or self.done == self.steps):
-                    self.save()
-        finally:
-            self.batches.close()
-
-    def one_step(self, step: int, bar: tqdm) -> None:
-        lr = self.set_rate(step)
+    def take(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A step's loss, to be minimised and to be logged."""
         self.model.train()
         with _random(self.recipe.seed, step, self.device), autocast(self.device):
             x, target = self.mixed(step)
             loss = self.loss(self.model(x).float(), target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.recipe.ema:
-            self.ema.update(self.model, step=step + 2)  # timm's first update is a plain copy
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == self.steps:
-            self.log(float(loss.detach()), lr, step + 1, bar)
+        return loss, {"loss": loss}
 
     def mixed(self, step: int) -> tuple[Tensor, Tensor]:
         """A step's normalised images [B, 3, S, S] and soft targets [B, C]."""
         generator = step_generator(self.recipe.seed, step, self.device)
-        x = make_view(self.batches[step], self.view, generator)
-        how = preprocessing_card(self.model.encoder)["preprocessing"]
-        mean, std = (constant(tuple(how[k]), self.device)[:, None, None] for k in ("mean", "std"))
-        return self.mix(
-            (x - mean) / std, self.labels[self.index(step).to(self.device, non_blocking=True)]
-        )
-
-    def set_rate(self, step: int) -> float:
-        recipe, peak = self.recipe, self.recipe.lr * self.batch / 256
-        warmup = math.ceil(recipe.warmup * self.steps)
-        lr = cosine_schedule(step, total=self.steps, warmup=warmup, peak=peak)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        return lr
-
-    def log(self, loss: float, lr: float, step: int, bar: tqdm) -> None:
-        if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss} at step {step}: lower the learning rate")
-        seconds = round(self.before + time.monotonic() - self.began, 3)
-        self.history.append({"step": step, "loss": loss, "lr": lr, "seconds": seconds})
-        bar.set_postfix(loss=f"{loss:.3f}")
-
-    def save(self) -> None:
-        if not all_finite(self.model):
-            raise NotFinite(
-                f"a weight is no longer finite at step {self.done}: lower the learning rate"
-            )
-        state = {
-            "done": self.done, "recipe": asdict(self.recipe), "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "history": self.history, "origin": self.origin,
-        }  # fmt: skip
-        save_state(self.out / "finetune.pt", state)
-
-    def restore(self) -> None:
-        state = load_state((self.out or Path(".")) / "finetune.pt")
-        if state["recipe"] != asdict(self.recipe):
-            raise UserError(f"cannot resume {self.out}: it was made with another recipe")
-        check_origin(state.get("origin"), self.origin, self.out)
-        self.model.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history[:], self.done = state["history"], state["done"]
-        self.before = self.history[-1]["seconds"] if self.history else 0.0
-
-
-def _indices(n: int, batch: int, seed: int, step: int) -> Tensor:
-    return batch_indices(n, batch, seed=seed, step=step)
+        pixels, ids = self.source.batch(step)
+        x = make_view(pixels, self.view, generator)
+        mean, std = (constant(tuple(self.how[k]), x.device)[:, None, None] for k in ("mean", "std"))
+        return self.mix((x - mean) / std, self.labels[ids])
 
 
 def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from refiner.base import parallel
-from refiner.base.tensors import take
+from refiner.images.sources import Source
+from refiner.training.states import (
+    as_now,
+    check_origin,
+    check_recipe,
+    load_state,
+    save_state,
+    set_states_aside,
+)
+from refiner.training.watch import Guard, plain_numbers
 
 SAVE_EVERY, SAVE_SECONDS = 100, 60.0  # by default, both have to be over
 Stop = Callable[[], bool] | float | None
@@ -41,7 +53,7 @@ def cosine_schedule(step: int, *, total: int, warmup: int, peak: float, floor: f
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def batch_indices(n: int, batch: int, *, seed: int, step: int) -> Tensor:
+def batch_indices(n: int, batch: int, step: int, *, seed: int) -> Tensor:
     """Indices of the images of one step, int64 [batch].
 
     Each epoch is its own permutation of all n images; what does not fill a last batch is left to
@@ -70,54 +82,6 @@ def repeated_indices(n: int, batch: int, *, seed: int, step: int, epochs: int) -
 @lru_cache(maxsize=4)
 def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def keep_on(device: torch.device, pixels):
-    """Images as they are, or on the GPU where they take at most half of its free memory.
-
-    Only tensors move; what is read from files stays there.
-    """
-    if not isinstance(pixels, Tensor) or pixels.device.type == device.type:
-        return pixels
-    if device.type == "cuda" and 2 * pixels.nbytes > torch.cuda.mem_get_info(device)[0]:
-        return pixels
-    return pixels.to(device)
-
-
-class Batches:
-    """The images of each step; files are decoded ahead of it by a thread.
-
-    Args:
-        pixels: a tensor, or images that are read when indexed.
-        index: gives a step's indices.
-        device: where the images shall be.
-        steps: no batch is prepared from this step on.
-        ahead: batches that are prepared while a step runs.
-    """
-
-    def __init__(self, pixels, index: Callable[[int], Tensor], device: torch.device, *,
-                 steps: int, ahead: int = 2):  # fmt: skip
-        self.pixels, self.index, self.device, self.steps = pixels, index, device, steps
-        self.ahead = 0 if isinstance(pixels, Tensor) else ahead
-        self.pool = ThreadPoolExecutor(1) if self.ahead else None
-        self.coming: dict[int, Future] = {}
-
-    def __getitem__(self, step: int) -> Tensor:
-        if self.pool is None:
-            return self._take(step)
-        for soon in range(step, min(step + 1 + self.ahead, self.steps)):
-            if soon not in self.coming:
-                self.coming[soon] = self.pool.submit(self._take, soon)
-        return self.coming.pop(step).result()
-
-    def _take(self, step: int) -> Tensor:
-        return take(self.pixels, self.index(step), self.device)
-
-    def close(self) -> None:
-        """Ends the thread; what it had begun is thrown away."""
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        self.coming.clear()
 
 
 def autocast(device: torch.device):
@@ -170,42 +134,276 @@ def save_is_due(done: int, total: int, every: int | None, saved: float) -> bool:
     return parallel.first_decides(time.monotonic() - saved >= SAVE_SECONDS)
 
 
-def all_finite(*modules: nn.Module) -> bool:
-    """Whether all weights are numbers, so that a state with them is a good one."""
-    weights = [p.detach() for m in modules for p in m.parameters()]
-    largest = torch._foreach_norm(weights, float("inf"))  # squares would overflow
-    return bool(torch.stack(largest).isfinite().all())
-
-
 class EMA:
-    """Exponential moving average of a module's weights, for evaluation.
+    """Exponential moving average of a module's weights, for evaluation; ``module`` has them.
 
-    The decay grows with the number of updates, ``min(decay, (1+t)/(10+t))``, so that a short run
-    is not an average with its own starting point (the rule of TensorFlow's moving averages).
+    The decay grows with the number of updates t, so that a short run is not an average with its own
+    starting point. timm's and torch's averages follow other rules there, which would change runs.
+
+    Args:
+        module: what is averaged; it is copied.
+        decay: the largest decay.
+        warmup: the decay at update t, while it is below the largest; by default TensorFlow's.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        warmup: Callable[[int], float] = lambda t: (1 + t) / (10 + t),
+    ):
+        self.module = deepcopy(module).requires_grad_(True).eval()
+        self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, module: nn.Module, t: int) -> None:
+        """Moves the average towards the module, for the t-th time, counted from 1."""
         floats, news = [], []
-        for key, value in module.state_dict().items():
+        ours, theirs = self.module.state_dict().values(), module.state_dict().values()
+        for average, value in zip(ours, theirs, strict=True):
             if value.dtype.is_floating_point:
-                floats.append(self.shadow[key])
+                floats.append(average)
                 news.append(value)
             else:
-                self.shadow[key].copy_(value)
-        torch._foreach_lerp_(floats, news, 1 - decay)
+                average.copy_(value)
+        torch._foreach_lerp_(floats, news, 1 - min(self.decay, self.warmup(t)))
 
-    def copy_to(self, module: nn.Module) -> None:
-        module.load_state_dict(self.shadow)
 
-    def state_dict(self) -> dict:
-        return {"shadow": self.shadow, "updates": self.updates}
+# ---------------------------------------------------------------- the loop
 
-    def load_state_dict(self, state: dict) -> None:
-        self.shadow, self.updates = state["shadow"], state["updates"]
+
+@dataclass
+class Stage:
+    """Steps in a row with one optimiser and one schedule.
+
+    Attributes:
+        steps: how many.
+        step: takes a step's number in the stage, from 0. Gives the scalar that is minimised, or
+            None where it has left its gradients already, and what is logged: tensors of one shape,
+            the "loss" among them, and None for what is not known.
+        optimizer: the rates of its groups are the schedule's, times their ``lr_scale``.
+        peak, warmup: of :func:`cosine_schedule`.
+        averaged: whether its weights enter the average, and are evaluated.
+    """
+
+    steps: int
+    step: Callable[[int], tuple[Tensor | None, dict[str, Tensor | None]]]
+    optimizer: torch.optim.Optimizer | None
+    peak: float
+    warmup: int
+    averaged: bool = True
+
+    def set_rate(self, step: int) -> float:
+        """Sets a step's learning rate and returns it, without any ``lr_scale``."""
+        lr = cosine_schedule(step, total=self.steps, warmup=self.warmup, peak=self.peak)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+
+@dataclass(eq=False)
+class Loop:
+    """The loop of every training: rate, gradients, average, log, guard, save, resume, stop.
+
+    Attributes:
+        parts: modules whose weights are saved, by their names in the state; the first is averaged.
+        stages: by their numbers, in order. Entries of the history name it where there are several.
+        source: of the images; the place where it reads on is saved.
+        device: of everything.
+        recipe: a dataclass that is saved; a resumed run's may differ in ``changeable`` only.
+        write_recipe, read_recipe: to plain values and back; older ones get defaults.
+        origin: what the run starts from, see :func:`origin`.
+        ema: the average.
+        clip: largest norm of the gradient.
+        file: of the state, beside which the one before is kept; without it nothing is saved.
+        save_every: see :func:`save_is_due`.
+        log_every: steps between two entries of the history.
+        mean: entries have means over the steps since the last one, not the values of one step.
+        stop: see :func:`stopper`.
+        guard: looks at every entry, and at all weights before they are saved.
+        watch: each is called with the history after every entry.
+        evaluate, evaluate_every: see :func:`refiner.refine`.
+        shown: what the bar shows of an entry.
+    """
+
+    parts: dict[str, nn.Module]
+    stages: dict[int, Stage]
+    source: Source
+    device: torch.device
+    recipe: object = None
+    write_recipe: Callable[[object], dict] = asdict
+    read_recipe: Callable[[dict], object] | None = None
+    changeable: tuple[str, ...] = ()
+    origin: dict | None = None
+    ema: EMA | None = None
+    clip: float | None = None
+    file: Path | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    mean: bool = False
+    stop: Stop = None
+    guard: Guard | None = None
+    watch: Sequence[Callable[[list[dict]], None]] = ()
+    evaluate: Callable[[nn.Module], dict] | None = None
+    evaluate_every: int = 0
+    shown: Callable[[dict], dict] | None = None
+
+    def __post_init__(self):
+        self.guard = self.guard or Guard(self.file)
+        self.is_over = stopper(self.stop)
+        self.history: list[dict] = []
+        self.seen: list[dict] = []  # what the steps since the last entry gave
+        self.done, self.total = 0, sum(stage.steps for stage in self.stages.values())
+        self.before = 0.0  # seconds of the run that this one goes on from
+        self.began = self.saved = time.monotonic()
+
+    def run(self, name: str, *, resume: bool = False, progress: bool = True) -> None:
+        """Takes all steps, or those that are left.
+
+        Args:
+            name: what the bar calls it.
+            resume: go on from the state in ``file``; without, that of an earlier run is set aside.
+            progress: show a bar.
+
+        Raises:
+            FileNotFoundError, ValueError: when there is nothing to go on from, or another run.
+            FloatingPointError: when the loss or a weight is no longer finite.
+        """
+        hidden = not progress or parallel.rank() > 0
+        try:
+            self.begin(resume)
+            with tqdm(
+                total=self.total,
+                initial=self.done,
+                desc=name,
+                unit="step",
+                mininterval=1.0,
+                leave=None,
+                disable=hidden,
+            ) as bar:
+                all(self.run_stage(number, bar) for number in self.stages)
+        finally:
+            self.source.close()
+
+    def begin(self, resume: bool) -> None:
+        """Takes the states of earlier runs up or out of the way."""
+        if self.file and parallel.rank() == 0:
+            for rest in self.file.parent.glob(f".{self.file.stem}*"):
+                rest.unlink()  # half a state, of a run that was killed
+            if not resume:
+                set_states_aside(self.file)
+        if resume:
+            self.restore()
+
+    def run_stage(self, number: int, bar: tqdm) -> bool:
+        """Takes a stage's steps; False when it was stopped before the last of them."""
+        first, stage = self.first(number), self.stages[number]
+        for step in range(max(self.done - first, 0), stage.steps):
+            if self.is_over():
+                self.save()
+                return False
+            lr = self.one_step(number, step)
+            bar.update()
+            self.look(number, step + 1, lr, bar)
+            if save_is_due(self.done, self.total, self.save_every, self.saved):
+                self.save()
+        stage.optimizer = None  # its averages are as large as what it trained, twice
+        return True
+
+    def first(self, number: int) -> int:
+        """How many steps come before a stage."""
+        return sum(stage.steps for n, stage in self.stages.items() if n < number)
+
+    def one_step(self, number: int, step: int) -> float:
+        """Learns from one batch, in a step of a stage; the learning rate."""
+        stage = self.stages[number]
+        lr = stage.set_rate(step)
+        objective, seen = stage.step(step)
+        if objective is not None:
+            stage.optimizer.zero_grad(set_to_none=True)
+            objective.backward()
+        parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
+        parallel.average_gradients(parameters)
+        if self.clip:
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        stage.optimizer.step()
+        if self.ema and stage.averaged:
+            self.ema.update(next(iter(self.parts.values())), step + 1)
+        seen = {name: value if value is None else value.detach() for name, value in seen.items()}
+        self.seen = [*(self.seen if self.mean else ()), seen]
+        self.done = self.first(number) + step + 1
+        return lr
+
+    def look(self, number: int, step: int, lr: float, bar: tqdm) -> None:
+        """Logs and evaluates where that is due; what is found belongs to its own step."""
+        stage = self.stages[number]
+        last = step == stage.steps
+        evaluates = self.evaluate_every and stage.averaged
+        due = evaluates and (step % self.evaluate_every == 0 or last)
+        if step % self.log_every == 0 or last or due:
+            at = {"stage": number, "step": step} if len(self.stages) > 1 else {"step": step}
+            self.log(at, lr, bar)
+        if due and parallel.rank() == 0:
+            self.history[-1] |= plain_numbers(self.evaluate(self.ema.module))
+            self.ema.module.eval()
+            self.tell()
+
+    def log(self, at: dict, lr: float, bar: tqdm) -> None:
+        """Adds an entry to the history; on a GPU, here the host waits for the numbers."""
+        names = [name for name, value in self.seen[-1].items() if value is not None]
+        means = [torch.stack([s[name].float() for s in self.seen]).mean(0) for name in names]
+        entry = at | dict.fromkeys(self.seen[-1])
+        entry |= dict(zip(names, parallel.average(torch.stack(means)).tolist(), strict=True))
+        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 3)}
+        self.seen = []
+        self.guard.check(entry)
+        self.history.append(entry)
+        mean = torch.tensor(entry["loss"]).mean()
+        bar.set_postfix(self.shown(entry) if self.shown else {"loss": f"{mean:.4f}"})
+        self.tell()
+
+    def tell(self) -> None:
+        """Hands the history to those who watch."""
+        for watcher in self.watch if parallel.rank() == 0 else ():
+            watcher(self.history)
+
+    def save(self) -> None:
+        """Writes the state, if all weights are good."""
+        if self.file is None:
+            return
+        self.guard.check_weights(self.done, *self.parts.values())
+        place, self.saved = self.source.state(self.done), time.monotonic()
+        if parallel.rank():
+            return
+        optimizers = {str(n): s.optimizer for n, s in self.stages.items() if s.optimizer}
+        state = {
+            "done": self.done,
+            "source": place,
+            "origin": self.origin,
+            "recipe": self.write_recipe(self.recipe),
+            **{name: module.state_dict() for name, module in self.parts.items()},
+            "ema": self.ema and self.ema.module.state_dict(),
+            "optimizers": {n: optimizer.state_dict() for n, optimizer in optimizers.items()},
+            "history": self.history,
+            "seen": self.seen if self.mean else [],
+        }
+        save_state(self.file, state, keep_previous=True)
+        self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Goes on from the state in the file, if it is that of the same run."""
+        file = self.file or Path("state.pt")
+        state = as_now(load_state(file))
+        check_recipe(self.read_recipe(state["recipe"]), self.recipe, self.changeable, file.parent)
+        check_origin(state.get("origin"), self.origin, file.parent)
+        for name, module in self.parts.items():
+            module.load_state_dict(state[name])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        for number, optimizer in state["optimizers"].items():
+            self.stages[int(number)].optimizer.load_state_dict(optimizer)
+        self.history[:], self.done = state["history"], state["done"]
+        self.seen = [{k: v.to(self.device) for k, v in seen.items()} for seen in state["seen"]]
+        self.before = self.history[-1]["seconds"] if self.history else 0.0
+        self.source.restore(state["source"])

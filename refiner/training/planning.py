@@ -19,11 +19,11 @@ import torch
 from refiner.base import parallel
 from refiner.base.places import amount, duration
 from refiner.base.tensors import step_generator, take
-from refiner.images.streams import ImageStream
+from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Refined, Trainer, begin, refine_step
+from refiner.training.refining import Refined, Steps, begin, loop_of, refine_step
 
 NOT_COUNTED = 1.1  # the allocator's gaps and what is held for a moment only
 
@@ -106,9 +106,8 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     device = parallel.join(device)
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
     what = tuple(describe(model, images, recipe))
-    count = _count(images)
-    if isinstance(images, ImageStream):
-        images = images.sample(recipe.batch)
+    n = count(images)
+    images = some(images, recipe.batch)
     if available is None:
         _free(device)  # what earlier runs of this process have left is there for this one
         available = float(parallel.average(torch.tensor(_available(device), device=device)))
@@ -125,7 +124,7 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     if too_large:
         changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
     return Plan(
-        recipe=recipe, images=count,
+        recipe=recipe, images=n,
         step_seconds=_step_seconds(model, images, recipe, device, fits=fits), memory=memory,
         available=available, changes=changes, what=what,
     )  # fmt: skip
@@ -151,7 +150,7 @@ def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
 
 def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     """The recipe as lines of text."""
-    n, depth = _count(images), len(model.blocks)
+    n, depth = count(images), len(model.blocks)
     where = [str(b) if b < depth else f"{b} (the final output)" for b in recipe.blocks]
     sizes = [v.size for v in recipe.views]
     views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
@@ -166,7 +165,7 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     return [
         f"model    {model.refiner_card.get('name', 'unnamed')}: {depth} blocks of width "
         f"{model.embed_dim}",
-        f"data     {_data(images)}; views: {views}",
+        f"data     {in_words(images)}; views: {views}",
         f"heads    on blocks {', '.join(where)}; pooling {recipe.pooling}",
         f"stage 2  heads only: {epochs(recipe.head_steps)} of batch {recipe.batch}"
         + (f" on {many} processes" if many > 1 else "")
@@ -175,19 +174,6 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
         f"targets  {_swapping(recipe)}; temperature {recipe.temperature}, queue {recipe.queue}, "
         f"one of the {recipe.top_k} nearest",
     ]
-
-
-def _data(images) -> str:
-    if isinstance(images, ImageStream):
-        count = f"{images.n} " if images.n else ""
-        return f"{images.shards} shards of {count}images, decoded to {images.size}×{images.size}"
-    pixels = getattr(images, "images", images)
-    return f"{len(pixels)} images of {pixels.shape[2]}×{pixels.shape[3]}"
-
-
-def _count(images) -> int:
-    """How many images there are; 0 where nobody knows."""
-    return images.n or 0 if isinstance(images, ImageStream) else len(images)
 
 
 def _swapping(recipe: Recipe) -> str:
@@ -354,18 +340,18 @@ def _timed(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tenso
     """The last round's seconds of one step of stage 2 and one of stage 3, on the CPU."""
     # A whole epoch of features would be kept, and every batch compiled, for longer than it takes.
     recipe = replace(recipe, cached_views=0, compile=False)
-    trainer = Trainer(begin(model, recipe, device), images, device=device)
+    loop = loop_of(Steps(begin(model, recipe, device), images, device))
     seconds = [0.0, 0.0]
     try:
         for _ in range(rounds):
             for stage in (2, 3):
                 _finish(device)
                 began = time.monotonic()
-                trainer.one_step(stage, 0, 1000, None)
+                loop.one_step(stage, 0)
                 _finish(device)
                 seconds[stage - 2] = time.monotonic() - began
     finally:
-        trainer.batches.close()
+        loop.source.close()
     # All processes have to come to the same decisions.
     return parallel.average(torch.tensor(seconds, device=device)).cpu()
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from refiner.base.errors import NotFinite, UserError
+from refiner.base import parallel
+from refiner.base.errors import UserError
 from refiner.base.files import write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
-from refiner.base.tensors import constant, step_generator, take
+from refiner.base.tensors import constant, step_generator
+from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
 from refiner.models.encoders import preprocess
 from refiner.models.load import read_checkpoint
@@ -25,17 +25,14 @@ from refiner.models.mae import MAERecipe, MaskedAutoencoder, decoder_state, rand
 from refiner.models.save import check_savable, save_model
 from refiner.training.loop import (
     EMA,
+    Loop,
+    Stage,
     Stop,
-    all_finite,
     autocast,
     batch_indices,
     compile_blocks,
-    cosine_schedule,
-    keep_on,
-    save_is_due,
-    stopper,
 )
-from refiner.training.states import check_origin, load_state, origin, save_state, set_states_aside
+from refiner.training.states import origin
 
 
 @dataclass
@@ -70,6 +67,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+@parallel.alone()
 def pretrain(
     images,
     *,
@@ -88,7 +86,7 @@ def pretrain(
     Args:
         images: an ImageSet or uint8 [N, 3, H, W]; labels are not used.
         recipe: a :class:`MAERecipe`; the default is the embedded checkpoint's.
-        start: continue from this autoencoder (it is trained in place) instead of fresh weights.
+        start: continue from a copy of this autoencoder instead of fresh weights.
         out: folder for the model, ``history.json`` and the training state, of which the last two
             are kept; that of an earlier run there becomes ``state.old.pt``. None keeps nothing.
         resume: go on from the state in ``out``, with the same images and start. The result is that
@@ -116,66 +114,66 @@ def pretrain(
     pixels = getattr(images, "images", images)
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pixels = keep_on(device, pixels)
-    mae = (start or recipe.build()).to(device).train()
-    card = mae.encoder.refiner_card
+    mae = (deepcopy(start) if start else recipe.build()).to(device).train()
     if out:
         check_savable(mae.encoder)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(mae, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.95), fused=True
-    )
-    ema = EMA(mae, recipe.ema)
-    run = Pretrained(mae)
-    began_with = origin(images, start=card.get("started_from"))
-    first, losses = 0, []  # losses: of the steps since the last entry of the history
-    if resume:
-        first, losses = _restore(Path(out or "."), mae, optimizer, ema, run, recipe, began_with)
-    elif out:
-        set_states_aside(Path(out) / "state.pt")
     if recipe.compile:
         compile_blocks([*mae.encoder.blocks, *mae.decoder_blocks])
-    is_over, done = stopper(stop), first
-    began = saved = time.monotonic()
-    before = run.history[-1]["seconds"] if run.history else 0.0
-    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="pretraining",
-               unit="step", disable=not progress, mininterval=1.0)  # fmt: skip
-    for step in bar:
-        if is_over():
-            if out:
-                _save(Path(out), mae, optimizer, ema, run, recipe, began_with, done, losses)
-            break
-        lr = cosine_schedule(
-            step, total=recipe.steps, warmup=int(recipe.warmup * recipe.steps), peak=recipe.lr
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        index = batch_indices(len(pixels), recipe.batch, seed=recipe.seed, step=step)
-        losses.append(_one_step(mae, optimizer, take(pixels, index, device), recipe, step))
-        ema.update(mae)
-        done = step + 1
-        if done % log_every == 0 or done == recipe.steps:
-            mean = torch.stack(losses).mean().item()
-            losses.clear()
-            if not math.isfinite(mean):
-                raise NotFinite(f"the loss is not finite at step {done}; try a lower lr")
-            seconds = round(before + time.monotonic() - began, 3)
-            run.history.append({"step": done, "loss": mean, "lr": lr, "seconds": seconds})
-            bar.set_postfix(loss=f"{mean:.4f}")
-        if out and save_is_due(done, recipe.steps, save_every, saved):
-            _save(Path(out), mae, optimizer, ema, run, recipe, began_with, done, losses)
-            saved = time.monotonic()
-    ema.copy_to(mae)
-    run.mae = (deepcopy(mae) if recipe.compile else mae).eval()  # a copy is not compiled
-    run.steps = done
+    loop = loop_of(
+        mae,
+        pixels,
+        recipe,
+        device,
+        origin=origin(images, start=mae.encoder.refiner_card.get("started_from")),
+        file=Path(out) / "state.pt" if out else None,
+        save_every=save_every,
+        log_every=log_every,
+        stop=stop,
+    )
+    loop.run("pretraining", resume=resume, progress=progress)
+    run = Pretrained(loop.ema.module, loop.history, loop.done)
     if out:
         save_pretrained(run, out, recipe=recipe)
     return run
 
 
-def _one_step(
-    mae: MaskedAutoencoder, optimizer, pixels: Tensor, recipe: MAERecipe, step: int
-) -> Tensor:
-    """Crops, masks, predicts, and learns from one batch; its loss, still on the device."""
+def loop_of(
+    mae: MaskedAutoencoder, pixels, recipe: MAERecipe, device: torch.device, **options
+) -> Loop:
+    """The loop that trains an autoencoder; the options are others of :class:`Loop`."""
+    source = open_source(
+        pixels,
+        partial(batch_indices, len(pixels), recipe.batch, seed=recipe.seed),
+        batch=recipe.batch,
+        steps=recipe.steps,
+        device=device,
+    )
+    stage = Stage(
+        recipe.steps,
+        lambda step: loss_of(mae, source.batch(step)[0], recipe, step),
+        torch.optim.AdamW(
+            parameter_groups(mae, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.95), fused=True
+        ),
+        peak=recipe.lr,
+        warmup=int(recipe.warmup * recipe.steps),
+    )
+    return Loop(
+        {"mae": mae},
+        {1: stage},
+        source,
+        device,
+        recipe,
+        read_recipe=partial(settings_from, MAERecipe),
+        ema=EMA(mae, recipe.ema),
+        mean=True,
+        **options,
+    )
+
+
+def loss_of(
+    mae: MaskedAutoencoder, pixels: Tensor, recipe: MAERecipe, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A step's loss on one batch of pixels, which are cropped and masked, twice: to log it, too."""
     # Drawn where the images are: on a GPU the host would have to wait for a copy of the masks.
     device = pixels.device
     generator = step_generator(recipe.seed, step, device)
@@ -183,10 +181,7 @@ def _one_step(
     visible, mask = random_masking(len(x), mae.patches, recipe.mask_ratio, generator, device)
     with autocast(device):
         loss, _ = mae(x, visible, mask)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    return loss, {"loss": loss}
 
 
 def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Generator) -> Tensor:
@@ -230,44 +225,6 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
             f"images are {height}x{width} but the recipe is for {recipe.size}x{recipe.size}; "
             f"load them with size={recipe.size} or change the recipe's size"
         )
-
-
-def _save(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
-          began_with: dict, step: int, losses: list[Tensor]) -> None:  # fmt: skip
-    if not all_finite(mae):  # the loss is looked at more rarely
-        raise NotFinite(f"a weight is no longer finite at step {step}; start again with a lower lr")
-    state = {
-        "step": step,
-        "recipe": asdict(recipe),
-        "origin": began_with,
-        "mae": mae.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "ema": ema.state_dict(),
-        "history": run.history,
-        "losses": losses,
-    }
-    save_state(out / "state.pt", state, keep_previous=True)
-
-
-def _restore(out: Path, mae, optimizer, ema: EMA, run: Pretrained, recipe: MAERecipe,
-             began_with: dict) -> tuple[int, list[Tensor]]:  # fmt: skip
-    state = load_state(out / "state.pt")
-    # What an older one lacks has its default.
-    saved = asdict(settings_from(MAERecipe, state["recipe"]))
-    if saved != asdict(recipe):
-        changed = [k for k, v in asdict(recipe).items() if saved[k] != v]
-        raise UserError(
-            f"cannot resume {out}: the recipe changed in {', '.join(changed)}; "
-            "use the same values, or start again without --resume"
-        )
-    check_origin(state.get("origin"), began_with, out)
-    mae.load_state_dict(state["mae"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    for key, value in ema.shadow.items():
-        ema.shadow[key] = value.to(mae.mask_token.device)
-    run.history[:] = state["history"]
-    return state["step"], [loss.to(mae.mask_token.device) for loss in state["losses"]]
 
 
 # ---------------------------------------------------------------- saving, loading, looking

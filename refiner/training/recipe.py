@@ -29,7 +29,7 @@ from refiner.base.settings import (
     parse_setting,
     settings_from,
 )
-from refiner.images.streams import ImageStream
+from refiner.images.sources import come_again, some
 from refiner.images.views import View
 from refiner.models.encoders import Encoder, check_refinable, has_class_token
 
@@ -366,11 +366,9 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     if isinstance(pooling, tuple):  # they move with their blocks
         pooling = tuple(p for _, p in sorted(zip(given, pooling, strict=True)))
     _check_swap(recipe)
-    pixels = getattr(images, "images", images)
-    if isinstance(pixels, ImageStream):
-        if recipe.cached_views:
-            raise UserError("features of a stream cannot be kept; leave cached_views at 0")
-        pixels = pixels.sample(recipe.batch)
+    if recipe.cached_views and not come_again(images):
+        raise UserError("features of a stream cannot be kept; leave cached_views at 0")
+    pixels = some(images, recipe.batch)
     _check_pixels(pixels)
     _check_views(recipe, model.patch_embed.patch_size[0], min(pixels.shape[2:]))
     if len(pixels) < recipe.batch:

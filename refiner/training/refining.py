@@ -13,10 +13,10 @@ output width, K patches kept or epochs whose features are kept.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +24,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.files import write_json
 from refiner.base.places import data_folder, machine
 from refiner.base.tensors import constant, draw, step_generator
-from refiner.images.streams import ImageStream, StreamBatches
+from refiner.images.sources import count, open_source
 from refiner.images.views import make_views
 from refiner.models.encoders import Encoder, allow_any_size, freeze_first, head_features
 from refiner.models.load import copy_model, read_checkpoint
@@ -39,15 +38,13 @@ from refiner.models.save import check_savable, save_model
 from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.training.loop import (
     EMA,
-    Batches,
+    Loop,
+    Stage,
     Stop,
     autocast,
     batch_indices,
     compile_blocks,
-    cosine_schedule,
     repeated_indices,
-    save_is_due,
-    stopper,
 )
 from refiner.training.recipe import (
     Recipe,
@@ -57,8 +54,8 @@ from refiner.training.recipe import (
     recipe_from,
     swap_chance,
 )
-from refiner.training.states import check_origin, load_state, origin, save_state, set_states_aside
-from refiner.training.watch import Guard, plain_numbers
+from refiner.training.states import load_state, origin, save_state
+from refiner.training.watch import CollapseGuard
 
 # What a resumed run may do otherwise than before, as after a loss that was not finite.
 CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
@@ -332,26 +329,19 @@ def refine(
     check_ids(run.queue, images)
     if out:
         check_savable(run.model)
-    trainer = Trainer(
-        run, images, out, evaluate, evaluate_every, save_every, log_every, device, watch, stop
+    loop = loop_of(
+        Steps(run, images, device),
+        file=Path(out) / "state.pt" if out else None,
+        origin=origin(images, model) if out or resume else None,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        watch=watch,
+        save_every=save_every,
+        log_every=log_every,
+        stop=stop,
     )
-    if out or resume:
-        trainer.origin = origin(images, model)
-    if out and parallel.rank() == 0:
-        for rest in Path(out).glob(".state*"):  # half a state, of a run that was killed
-            rest.unlink()
-        if not resume:
-            set_states_aside(Path(out) / "state.pt")
-    if resume:
-        trainer.restore()
-    total = recipe.head_steps + recipe.steps
-    with tqdm(total=total, initial=trainer.done, desc="refining", unit="step", mininterval=1.0,
-              disable=not progress or parallel.rank() > 0) as bar:  # fmt: skip
-        trainer.train(bar)
-    trainer.ema.copy_to(run.model)
-    run.steps = trainer.done
-    run.model = copy_model(run.model) if recipe.compile else run.model  # a copy is not compiled
-    run.model.eval()
+    loop.run("refining", resume=resume, progress=progress)
+    run.model, run.history, run.steps = loop.ema.module, loop.history, loop.done
     if out and parallel.rank() == 0:
         save_refined(run, Path(out), model)
     parallel.wait()
@@ -410,149 +400,136 @@ def check_ids(queue: NeighborQueue, images) -> None:
     Raises:
         ValueError: for an id that no image has.
     """
-    pixels = getattr(images, "images", images)
-    largest = int(queue.ids.max())
-    if not isinstance(pixels, ImageStream) and largest >= len(pixels):
+    labels, largest = getattr(images, "labels", None), int(queue.ids.max())
+    if labels is not None and largest >= len(labels):
         raise UserError(
-            f"the queue given holds image {largest}, but there are only {len(pixels)} images; "
+            f"the queue given holds image {largest}, but there are only {len(labels)} images; "
             "give the images that it was filled with, or no queue"
         )
 
 
-class Trainer:
-    """The loop's state: what one step hands to the next, and what a checkpoint holds."""
+def loop_of(steps: Steps, **options) -> Loop:
+    """The loop of both stages: stage 2 trains the heads, stage 3 the encoder with them.
 
-    def __init__(self, run, images, out=None, evaluate=None, evaluate_every=0, save_every=None,
-                 log_every=10, device="cpu", watch=(), stop=None):  # fmt: skip
-        self.run, self.out = run, Path(out) if out else None
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.save_every, self.log_every, self.device = save_every, log_every, torch.device(device)
-        self.watch, self.guard = watch, Guard(run.recipe, self.out)
-        self.is_over = stopper(stop)
+    Args:
+        steps: what takes the steps.
+        **options: others of :class:`refiner.training.loop.Loop`.
+    """
+    run, recipe = steps.run, steps.run.recipe
+    head_warmup = recipe.warmup if recipe.head_warmup is None else recipe.head_warmup
+    scale = recipe.batch / 256
+    heads = Stage(
+        recipe.head_steps,
+        partial(steps.take, 2),
+        _head_optimizer(run),
+        peak=recipe.head_lr * scale,
+        warmup=_share_of(recipe.head_steps, head_warmup),
+        averaged=False,
+    )
+    everything = Stage(
+        recipe.steps,
+        partial(steps.take, 3),
+        _full_optimizer(run),
+        peak=recipe.lr * scale,
+        warmup=_share_of(recipe.steps, recipe.warmup),
+    )
+    return Loop(
+        {"model": run.model, "heads": run.heads, "queue": run.queue},
+        {2: heads, 3: everything},
+        steps.source,
+        steps.device,
+        recipe,
+        recipe_dict,
+        recipe_from,
+        CHANGEABLE,
+        ema=EMA(run.model, recipe.ema),
+        clip=recipe.clip,
+        guard=CollapseGuard(recipe, options.get("file")),
+        shown=_shown,
+        **options,
+    )
+
+
+def _share_of(steps: int, share: float) -> int:
+    """4 / 30 of 30 epochs' steps are those of 4 epochs, rounding or not."""
+    return int(share * steps + 1e-6)
+
+
+def _shown(entry: dict) -> dict:
+    """What the bar shows of an entry."""
+    shown = {"stage": entry["stage"], "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}
+    if entry["neighbor_accuracy"] is not None:
+        shown["neighbors right"] = f"{entry['neighbor_accuracy'][-1]:.0%}"
+    return shown
+
+
+class Steps:
+    """What takes a step of either stage: a batch's images in, its loss out.
+
+    Args:
+        run: of :func:`begin`.
+        images: as for :func:`refine`.
+        device: of both.
+    """
+
+    def __init__(self, run: Refined, images, device: torch.device):
         recipe = run.recipe
-        first, count = parallel.rows(recipe.batch)
-        self.mine = slice(first, first + count)
-        self.total = recipe.head_steps + recipe.steps
-        self.batches = self.open(getattr(images, "images", images), count)
+        self.run, self.device, self.n = run, device, count(images)
+        self.order = partial(_indices, recipe, self.n)
+        self.source = open_source(
+            images,
+            self.order,
+            batch=recipe.batch,
+            steps=recipe.head_steps + recipe.steps,
+            device=device,
+            seed=recipe.seed,
+        )
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
-        self.ema = EMA(run.model, recipe.ema)
-        self.done, self.before, self.began = 0, 0.0, time.monotonic()
-        self.saved = self.began  # when
-        self.origin: dict | None = None  # what tells another model or other images
         self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
         self.kept_steps: set[int] = set()
-        self.optimizers = {2: _head_optimizer(run), 3: _full_optimizer(run)}
 
-    def open(self, pixels, count: int) -> Batches | StreamBatches:
-        """This process's images of each step."""
-        if isinstance(pixels, ImageStream):
-            parallel.check_same(pixels.shards, "the number of shards")
-            return StreamBatches(
-                pixels, count, self.device, seed=self.run.recipe.seed, rank=parallel.rank(),
-                world=parallel.world(), steps=self.total,
-            )  # fmt: skip
-        parallel.check_same(len(pixels), "the number of images")
-        # Without the trainer: a cycle would keep the weights of finished ones on the device.
-        recipe, n, mine = self.run.recipe, len(pixels), self.mine
-        return Batches(
-            pixels.to(self.device) if isinstance(pixels, Tensor) else pixels,
-            lambda step: _indices(recipe, n, step)[mine], self.device, steps=self.total,
-        )  # fmt: skip
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's images of a step, and the sample ids of the whole batch."""
-        if isinstance(self.batches, StreamBatches):
-            pixels, own = self.batches[step]
-            return pixels, parallel.gather(own.to(self.device, non_blocking=True))
-        ids = self.indices(step).to(self.device, non_blocking=True)
-        return self.batches[step], ids
-
-    def indices(self, step: int) -> Tensor:
-        """The whole batch of a step, the same in every process."""
-        return _indices(self.run.recipe, len(self.batches.pixels), step)
-
-    def train(self, bar) -> None:
-        try:
-            if self.run_stage(2, bar):
-                self.run_stage(3, bar)
-        finally:
-            self.batches.close()
-
-    def run_stage(self, stage: int, bar) -> bool:
-        """Takes the stage's steps; False when it was stopped before the last of them."""
+    def take(self, stage: int, step: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """A step of a stage: its loss, summed over the heads, and a :class:`Step` to be logged."""
         recipe = self.run.recipe
-        first = 0 if stage == 2 else recipe.head_steps
-        steps = recipe.head_steps if stage == 2 else recipe.steps
-        if stage == 3:
-            self.optimizers.pop(2, None)  # its averages are as large as the heads, twice
-            self.kept_KNTVD = None
-        for step in range(max(self.done - first, 0), steps):
-            if self.is_over():
-                if self.out:
-                    self.save()
-                return False
-            self.one_step(stage, step, steps, bar)
-            self.done = first + step + 1
-            bar.update()
-            if self.out and save_is_due(self.done, self.total, self.save_every, self.saved):
-                self.save()
-                self.saved = time.monotonic()
-        return True
-
-    def one_step(self, stage: int, step: int, steps: int, bar) -> None:
-        run, recipe = self.run, self.run.recipe
-        run.model.train(stage == 3)
-        optimizer = self.optimizers[stage]
-        lr = self.set_rate(optimizer, stage, step, steps)
-        result = self.forward(stage, step)
-        weights = None if stage == 2 else head_loss_weights(recipe, step)
+        self.run.model.train(stage == 3)
+        with autocast(self.device):
+            result = self.step_of_heads(step) if stage == 2 else self.step_of_all(step)
         loss_T = result.loss
+        weights = None if stage == 2 else head_loss_weights(recipe, step)
         if weights is not None:
             loss_T = loss_T * torch.tensor(weights).to(loss_T.device, non_blocking=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss_T.sum().backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        parallel.average_gradients(parameters)
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        if stage == 3:
-            self.ema.update(run.model)
-        last = step + 1 == steps
-        evaluates = self.evaluate_every and stage == 3
-        due = evaluates and ((step + 1) % self.evaluate_every == 0 or last)
-        if (step + 1) % self.log_every == 0 or last or due:  # results belong to their own step
-            self.log(result, stage, step + 1, lr, bar)
-        if due:
-            self.evaluate_average()
+        return loss_T.sum(), vars(result)
 
-    def set_rate(self, optimizer, stage: int, step: int, steps: int) -> float:
-        """Sets the step's learning rate and returns it (the heads')."""
+    def step_of_heads(self, step: int) -> Step:
+        """Stage 2: from pixels, or from features that earlier epochs have left."""
+        if not self.run.recipe.cached_views:
+            pixels, ids = self.source.batch(step)
+            return self.forward(step, pixels, ids, stage=2, swap_chance=1.0)
+        features, ids = self.kept_features(step)
+        return self.forward(step, None, ids, stage=2, swap_chance=1.0, features=features)
+
+    def step_of_all(self, step: int) -> Step:
+        """Stage 3, whose steps come after those of stage 2."""
+        self.kept_KNTVD = None
         recipe = self.run.recipe
-        peak = (recipe.head_lr if stage == 2 else recipe.lr) * (recipe.batch / 256)
-        share = recipe.warmup
-        if stage == 2 and recipe.head_warmup is not None:
-            share = recipe.head_warmup
-        warmup = int(share * steps + 1e-6)  # 4 / 30 of 30 epochs are 4 epochs, rounding or not
-        lr = cosine_schedule(step, total=steps, warmup=warmup, peak=peak)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        return lr
+        at = recipe.head_steps + step
+        chance = swap_chance(recipe, step)
+        return self.forward(at, *self.source.batch(at), stage=3, swap_chance=chance)
 
-    def forward(self, stage: int, step: int) -> Step:
-        run, recipe = self.run, self.run.recipe
-        pixels = features = None
-        with autocast(self.device):
-            if stage == 2 and recipe.cached_views:
-                features, ids = self.kept_features(self.done)
-            else:
-                pixels, ids = self.batch(self.done)
-            return refine_step(
-                run.model, run.heads, run.queue, pixels, ids, recipe,
-                stage=stage, swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
-                generator=self.generator(self.done), labels=self.labels, features=features,
-            )  # fmt: skip
+    def forward(self, at: int, pixels: Tensor | None, ids: Tensor, **options) -> Step:
+        run = self.run
+        return refine_step(
+            run.model,
+            run.heads,
+            run.queue,
+            pixels,
+            ids,
+            run.recipe,
+            generator=self.generator(at),
+            labels=self.labels,
+            **options,
+        )
 
     def generator(self, step: int) -> torch.Generator:
         return step_generator(self.run.recipe.seed, step, self.device)
@@ -560,121 +537,31 @@ class Trainer:
     def kept_features(self, step: int) -> tuple[Tensor, Tensor]:
         """Features [T, V, b, D] of a step's views and the batch's ids, computed or found again."""
         recipe = self.run.recipe
-        per_epoch = len(self.batches.pixels) // recipe.batch
+        per_epoch = self.n // recipe.batch
         epoch = step // per_epoch
         if epoch < recipe.cached_views:
             return self.keep_features(step)
         for earlier in range(recipe.cached_views * per_epoch):
             if earlier not in self.kept_steps:  # in a resumed run
                 self.keep_features(earlier)
-        ids = self.indices(step).to(self.device, non_blocking=True)
-        x_BTVD = self.kept_KNTVD[epoch % recipe.cached_views, ids[self.mine]]
+        first, own = parallel.rows(recipe.batch)
+        ids = self.order(step).to(self.device, non_blocking=True)
+        x_BTVD = self.kept_KNTVD[epoch % recipe.cached_views, ids[first : first + own]]
         return x_BTVD.permute(1, 2, 0, 3), ids
 
     def keep_features(self, step: int) -> tuple[Tensor, Tensor]:
-        recipe, n = self.run.recipe, len(self.batches.pixels)
-        pixels, ids = self.batch(step)
-        x_TVBD = batch_features(self.run.model, pixels, recipe, stage=2, total=len(ids),
-                                generator=self.generator(step))  # fmt: skip
+        recipe = self.run.recipe
+        pixels, ids = self.source.batch(step)
+        x_TVBD = batch_features(
+            self.run.model, pixels, recipe, stage=2, total=len(ids), generator=self.generator(step)
+        )
         t, v, _, d = x_TVBD.shape
         if self.kept_KNTVD is None:
-            self.kept_KNTVD = x_TVBD.new_empty(recipe.cached_views, n, t, v, d)
+            self.kept_KNTVD = x_TVBD.new_empty(recipe.cached_views, self.n, t, v, d)
         everyone = parallel.gather(x_TVBD, dim=2).permute(2, 0, 1, 3)
-        self.kept_KNTVD[step // (n // recipe.batch), ids] = everyone
+        self.kept_KNTVD[step // (self.n // recipe.batch), ids] = everyone
         self.kept_steps.add(step)
         return x_TVBD, ids
-
-    def log(self, result: Step, stage: int, step: int, lr: float, bar) -> None:
-        names = [f.name for f in fields(Step) if getattr(result, f.name) is not None]
-        seen = torch.stack([getattr(result, name).detach().float() for name in names])
-        entry = {"stage": stage, "step": step, "loss": None, "similarity": None,
-                 "neighbor_accuracy": None}  # fmt: skip
-        entry |= dict(zip(names, parallel.average(seen).tolist(), strict=True))
-        entry |= {"lr": lr, "seconds": round(self.before + time.monotonic() - self.began, 3)}
-        self.guard.check(entry)
-        self.run.history.append(entry)
-        shown = {"stage": stage, "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}
-        if entry["neighbor_accuracy"] is not None:
-            shown["neighbors right"] = f"{entry['neighbor_accuracy'][-1]:.0%}"
-        bar.set_postfix(shown)
-        if parallel.rank() == 0:
-            for watcher in self.watch:
-                watcher(self.run.history)
-
-    def evaluate_average(self) -> None:
-        """Runs the user's evaluation on the averaged weights, then puts the trained ones back."""
-        if parallel.rank():
-            return
-        model = self.run.model
-        trained = {k: v.clone() for k, v in model.state_dict().items()}
-        self.ema.copy_to(model)
-        model.eval()
-        self.run.history[-1] |= plain_numbers(self.evaluate(model))
-        model.load_state_dict(trained)
-        for watcher in self.watch:
-            watcher(self.run.history)
-
-    def save(self) -> None:
-        run = self.run
-        self.guard.check_weights(run.model, run.heads)
-        stream = self.stream_positions()
-        if parallel.rank():
-            return
-        state = {
-            "done": self.done,
-            "stream": stream,
-            "origin": self.origin,
-            "recipe": recipe_dict(run.recipe),
-            "model": run.model.state_dict(),
-            "heads": run.heads.state_dict(),
-            "queue": run.queue.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": {str(s): o.state_dict() for s, o in self.optimizers.items()},
-            "history": run.history,
-        }
-        save_state(self.out / "state.pt", state, keep_previous=True)
-
-    def stream_positions(self) -> list[list[int]] | None:
-        """Where each process reads on in a stream."""
-        if not isinstance(self.batches, StreamBatches):
-            return None
-        own = torch.tensor([self.batches.position(self.done)], device=self.device)
-        return parallel.gather(own).tolist()
-
-    def resume_stream(self, positions: list[list[int]] | None) -> None:
-        found = 0 if positions is None else len(positions)
-        if isinstance(self.batches, StreamBatches):
-            if found != parallel.world():
-                raise UserError(
-                    f"cannot resume {self.out}: {found or 'no'} processes read the stream then, "
-                    f"{parallel.world()} now; start as many"
-                )
-            self.batches.resume(positions[parallel.rank()])
-
-    def restore(self) -> None:
-        run, folder = self.run, self.out or Path(".")
-        state = load_state(folder / "state.pt")
-        saved = recipe_from(state["recipe"])
-        others = [f.name for f in fields(Recipe)
-                  if getattr(saved, f.name) != getattr(run.recipe, f.name)]  # fmt: skip
-        others = [name for name in others if name not in CHANGEABLE]
-        if others:
-            raise UserError(
-                f"cannot resume {self.out}: its recipe is another one ({', '.join(others)}); "
-                "use the same settings, or start again without --resume"
-            )
-        check_origin(state.get("origin"), self.origin, self.out)
-        run.model.load_state_dict(state["model"])
-        run.heads.load_state_dict(state["heads"])
-        run.queue.load_state_dict(state["queue"])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.shadow = {k: v.to(self.device) for k, v in self.ema.shadow.items()}
-        for stage, optimizer in state["optimizers"].items():
-            self.optimizers[int(stage)].load_state_dict(optimizer)
-        run.history[:] = state["history"]
-        self.done = state["done"]
-        self.resume_stream(state.get("stream"))
-        self.before = run.history[-1]["seconds"] if run.history else 0.0
 
 
 def _indices(recipe: Recipe, n: int, step: int) -> Tensor:

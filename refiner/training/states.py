@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,40 @@ def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
         raise UserError(
             f"cannot resume {out}: {'; '.join(different)}; give it the same again, or start "
             "without --resume"
+        )
+
+
+def as_now(state: dict) -> dict:
+    """A training state as it is written now, from one that an older version may have written."""
+    state = dict(state)
+    if "step" in state:
+        state["done"] = state.pop("step")
+    if "optimizer" in state:
+        state["optimizers"] = {"1": state.pop("optimizer")}
+    if "shadow" in (state["ema"] or {}):
+        state["ema"] = state["ema"]["shadow"]
+    state.setdefault("source", state.pop("stream", None))
+    state.setdefault("seen", [{"loss": loss} for loss in state.pop("losses", ())])
+    return state
+
+
+def check_recipe(saved, now, changeable: tuple[str, ...], folder: Path) -> None:
+    """Makes sure that a run goes on with the recipe that it started with.
+
+    Args:
+        saved, now: dataclasses of one kind: what its state holds, and what it is given now.
+        changeable: names of fields in which they may differ.
+        folder: the run's, for the message.
+
+    Raises:
+        ValueError: naming the fields that are others.
+    """
+    others = [f.name for f in fields(now) if getattr(saved, f.name) != getattr(now, f.name)]
+    others = [name for name in others if name not in changeable]
+    if others:
+        raise UserError(
+            f"cannot resume {folder}: its recipe is another one ({', '.join(others)}); use the "
+            "same settings, or start again without --resume"
         )
 
 

@@ -10,11 +10,18 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from refiner.base.errors import MissingPackage, NotFinite, UserError
 from refiner.models.encoders import Encoder, final_pooling
-from refiner.training.loop import all_finite
+
+
+def all_finite(*modules: nn.Module) -> bool:
+    """Whether all weights are numbers, so that a state with them is a good one."""
+    weights = [p.detach() for m in modules for p in m.parameters()]
+    largest = torch._foreach_norm(weights, float("inf"))  # squares would overflow
+    return bool(torch.stack(largest).isfinite().all())
 
 
 class Collapse(UserError, ArithmeticError):
@@ -22,21 +29,68 @@ class Collapse(UserError, ArithmeticError):
 
 
 class Guard:
-    """Stops a run that has gone wrong; the states saved before stay.
+    """Stops a run whose loss or weights are no longer finite; the states saved before stay.
 
-    * A loss or weight that is not finite.
+    Args:
+        file: of its state, for the message.
+    """
+
+    advice = "try a lower learning rate."
+
+    def __init__(self, file: Path | None = None):
+        self.file = file
+
+    def check(self, entry: Mapping) -> None:
+        """Looks at one entry of the history.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite.
+        """
+        losses = entry["loss"] if isinstance(entry["loss"], list) else [entry["loss"]]
+        if not all(map(math.isfinite, losses)):
+            at = self.moment(entry)
+            raise NotFinite(f"the loss is not finite at {at}; {self.advice}{self.left()}")
+
+    def check_weights(self, step: int, *modules: nn.Module) -> None:
+        """Looks at all weights before they are saved, so that a saved state is a good one.
+
+        Raises:
+            FloatingPointError: when one is not finite.
+        """
+        if not all_finite(*modules):
+            raise NotFinite(
+                f"a weight is no longer finite at step {step}; {self.advice}{self.left()}"
+            )
+
+    @staticmethod
+    def moment(entry: Mapping) -> str:
+        """When an entry was made, in words."""
+        stage = f"stage {entry['stage']}, " if "stage" in entry else ""
+        return f"{stage}step {entry['step']}"
+
+    def left(self) -> str:
+        """Where the last good states are, as a sentence."""
+        there = self.file is not None and self.file.is_file()
+        return f" The last good state is in {self.file.parent}." if there else ""
+
+
+class CollapseGuard(Guard):
+    """A guard of a refinement, which can also collapse.
+
     * ``spread`` below 0.05 in a head: all projections point the same way. Random directions have 1.
     * A head's loss at log(batch), what predictions give that are the same for every sample, within
       a thousandth at five logged steps of stage 3 in a row.
 
     Args:
         recipe: the run's.
-        out: where its states are, for the message.
+        file: of its state, for the message.
     """
 
-    def __init__(self, recipe, out: Path | None = None):
-        self.recipe, self.out = recipe, out
-        self.uniform = [0] * len(recipe.blocks)
+    advice = "try a lower learning rate or clip=1.0."
+
+    def __init__(self, recipe, file: Path | None = None):
+        super().__init__(file)
+        self.recipe, self.uniform = recipe, [0] * len(recipe.blocks)
 
     def check(self, entry: Mapping) -> None:
         """Looks at one entry of the history.
@@ -45,12 +99,8 @@ class Guard:
             FloatingPointError: for a loss that is not finite.
             Collapse: for the other two.
         """
-        at = f"stage {entry['stage']}, step {entry['step']}"
-        if not all(math.isfinite(x) for x in entry["loss"]):
-            raise NotFinite(
-                f"the loss is not finite at {at}; try a lower learning rate or clip=1.0."
-                + self.left()
-            )
+        super().check(entry)
+        at = self.moment(entry)
         low = self._named(s < 0.05 for s in entry["spread"])
         if low:
             raise Collapse(
@@ -70,22 +120,10 @@ class Guard:
                 "warm-up or views that keep more of the image." + self.left()
             )
 
-    def check_weights(self, *modules: nn.Module) -> None:
-        """Looks at all weights before they are saved, so that a saved state is a good one.
-
-        Raises:
-            FloatingPointError: when one is not finite.
-        """
-        if not all_finite(*modules):
-            raise NotFinite(
-                "a weight is no longer finite; try a lower learning rate or clip=1.0." + self.left()
-            )
-
     def left(self) -> str:
-        """Where the last good states are, as a sentence."""
-        if self.out and (self.out / "state.pt").is_file():
-            return f" The last good state is in {self.out}; resume from it with a lower lr."
-        return ""
+        """Where the last good states are, and what to do with them, as a sentence."""
+        there = super().left()
+        return there and there[:-1] + "; resume from it with a lower lr."
 
     def _named(self, wrong) -> str:
         return ", ".join(str(b) for b, bad in zip(self.recipe.blocks, wrong, strict=True) if bad)
