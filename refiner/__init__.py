@@ -27,6 +27,8 @@ Axes stand in names, ``x_LND``, and in brackets, [L, N, D]:
 import importlib
 from typing import TYPE_CHECKING
 
+from refiner.base.places import settle_caches
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what editors and type checkers read; the table below is what Python does
@@ -145,6 +147,7 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
+settle_caches()
 
 
 def __getattr__(name: str):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.resources import files
+import warnings
 from pathlib import Path
-
-import torch
 
 
 def measured(name: str) -> dict:
@@ -60,6 +58,28 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+# ---------------------------------------------------------------- data and caches
+
+
+def data_folder() -> Path:
+    """Where the embedded checkpoints lie: in the installed package, or in the repository."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_data"  # see setup.py
+    return installed if installed.is_dir() else package.parent / "data"
+
+
+# What names each library's cache, and the folder that it gets where there is no other place.
+CACHES = {
+    "REFINER_CACHE": "refiner",
+    "NUMBA_CACHE_DIR": "numba",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCH_HOME": "torch",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TRITON_CACHE_DIR": "triton",
+    "HF_HOME": "huggingface",
+}
+
+
 def cache_folder() -> Path:
     """Where rendered and downloaded images are kept; safe to delete at any time.
 
@@ -69,20 +89,64 @@ def cache_folder() -> Path:
     """
     if os.environ.get("REFINER_CACHE"):
         return Path(os.environ["REFINER_CACHE"]).expanduser()
+    return _platforms_caches() / "refiner"
+
+
+def settle_caches() -> None:
+    """Gives every cache a temporary folder where the platform's cannot be written.
+
+    Containers and services often run without a home. ``import refiner`` calls this, before a
+    library looks for its own cache; processes that are started later inherit the places.
+
+    Warns:
+        UserWarning: naming the folder, when a cache had no place.
+    """
+    homeless = [name for name in CACHES if not os.environ.get(name)]
+    usual = _platforms_caches()
+    if not homeless or _writable(usual):
+        return
+    folder = _temporary_caches()
+    for name in homeless:
+        os.environ[name] = str(folder / CACHES[name])
+        Path(os.environ[name]).mkdir(exist_ok=True)
+    warnings.warn(
+        f"{usual} cannot be written: caches go to {folder} and may be lost. To keep them, set "
+        "XDG_CACHE_HOME to a folder of yours",
+        stacklevel=3,
+    )
+
+
+def _platforms_caches() -> Path:
+    """By hand: where torch is, platformdirs often is not, and importing it takes its time."""
+    home = Path(os.path.expanduser("~"))  # stays "~" where there is no home
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "refiner"
+        return home / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
 
 
-def data_folder() -> Path:
-    """Where the embedded checkpoints lie: in the installed package, or in the repository."""
-    package = Path(str(files("refiner")))
-    installed = package / "_data"  # see setup.py
-    return installed if installed.is_dir() else package.parent / "data"
+def _writable(folder: Path) -> bool:
+    """Whether a folder can be written, or be made."""
+    if not folder.is_absolute():
+        return False
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))  # or may not be seen
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _temporary_caches() -> Path:
+    """This user's temporary folder, the same at the next start unless somebody else made it."""
+    import tempfile  # slow to import, and needed rarely
+
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir(), f"refiner-caches-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    ours = user == "user" or (state.st_uid == user and not state.st_mode & 0o022)
+    return folder if ours and folder.is_dir() else Path(tempfile.mkdtemp(prefix="refiner-"))
+
+
+# ---------------------------------------------------------------- words
 
 
 GB = 1e9
@@ -103,6 +167,8 @@ def duration(seconds: float) -> str:
 
 def machine() -> dict[str, object]:
     """The machine in words, for cards and result files: processor, cores, GPU, versions."""
+    import torch  # here, so that `import refiner` stays instant
+
     processor = "unknown"
     info = Path("/proc/cpuinfo")
     if info.is_file():

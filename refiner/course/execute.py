@@ -23,6 +23,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 import zmq
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -315,15 +316,14 @@ def _peak_memory_mb(pid: int) -> int | None:
 
 
 def _processor_seconds(pid: int) -> float | None:
-    """Processor time so far of a process and the children it waited for; None without /proc.
+    """Processor time so far of a process and the children it waited for; None if it is gone.
 
     On a machine that does other work too it says more than the clock.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        return sum(psutil.Process(pid).cpu_times()[:4])
+    except psutil.Error:
         return None
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _problems(notebook: NotebookNode, watch: _Watch) -> list[Problem]:
@@ -428,7 +428,7 @@ def machine_paths(notebook: NotebookNode) -> list[str]:
     Returns:
         the paths found, each once.
     """
-    here = [str(Path.home()), sys.prefix, str(Path(__file__).resolve().parent.parent.parent)]
+    here = [os.path.expanduser("~"), sys.prefix, str(Path(__file__).resolve().parent.parent.parent)]
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):

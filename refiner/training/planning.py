@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from refiner.base import parallel
@@ -291,7 +291,7 @@ def saved_bytes(run: Refined, images, device: torch.device, n: int) -> float:
 def _available(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # not on Windows
+    return float(psutil.virtual_memory().total)
 
 
 # ---------------------------------------------------------------- time
