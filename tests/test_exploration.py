@@ -148,6 +148,18 @@ def test_colours(explored):
     assert agreement.mean() == pytest.approx(explored.compute(State("before", "after", 3)).shared)
 
 
+def test_what_is_not_known_of_a_factor_spoils_no_other_image():
+    yaw, none = np.linspace(0, 90, N), np.full(N, np.nan)
+    yaw[[3, 5]] = np.nan, np.inf
+    images = replace(make_images(), factors={"yaw": yaw, "none": none})
+    explored = prepare(images, FEATURES, k=K, progress=False)
+    shown = explored.compute(State("before", "after", colour="yaw")).sides[0].colour
+    assert shown.limits == (0, 90) and np.flatnonzero(np.isnan(shown.values)).tolist() == [3, 5]
+    assert np.allclose(np.delete(shown.values, [3, 5]), np.delete(yaw, [3, 5]) / 90, atol=1e-6)
+    shown = explored.compute(State("before", "after", colour="none")).sides[0].colour
+    assert shown.values.tolist() == [0] * N and shown.names is not None
+
+
 def test_pca_has_one_frame_for_all_blocks_and_models(explored):
     points = np.stack([t.xy["pca"] for t in explored.tables.values()])
     assert points.shape == (2, L, N, 2) and np.abs(points).max() == pytest.approx(1)
@@ -227,7 +239,7 @@ def test_search_by_position_range_and_class(explored):
         explored.find("coen")
     with pytest.raises(ValueError, match="position from 0 to 59, or a class: ball"):
         explored.find("zebra")
-    for beyond in ("60", "58-61", "9-5"):
+    for beyond in ("60", "58-61", "9-5", "0-99999999999", "1,2-99999999999"):
         with pytest.raises(ValueError, match="images 0 to 59"):
             explored.find(beyond)
 

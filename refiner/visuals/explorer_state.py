@@ -2,8 +2,6 @@
 
 :func:`prepare` finds every block's exact neighbors and what is read off them once; after that a
 state is answered from tables, so that a step of the slider is instant.
-
-Shape legend: L blocks, N images, D width, k neighbors, S sampled images, G images of a group.
 """
 
 from __future__ import annotations
@@ -39,131 +37,81 @@ CIRCLES = ("hue", "background_hue", "background_angle")
 
 @dataclass(frozen=True)
 class State:
-    """What the controls say.
+    """What the controls say."""
 
-    Attributes:
-        left, right: names of the models on the two maps.
-        block: the block both show, counted from 1; a model with fewer shows its last.
-        right_block: a block for the right map alone; None follows ``block``.
-        layout: "pca" or "umap".
-        colour: one of :attr:`Exploration.colours`.
-        selected: the image whose neighbors are shown.
-        group: images chosen together, by lasso or search.
-    """
-
-    left: str
+    left: str  # the model on the left map
     right: str
-    block: int = 1
-    right_block: int | None = None
-    layout: str = "pca"
-    colour: str = "none"
-    selected: int | None = None
-    group: tuple[int, ...] = ()
+    block: int = 1  # that both show, counted from 1; a model with fewer shows its last
+    right_block: int | None = None  # a block for the right map alone; None follows ``block``
+    layout: str = "pca"  # or "umap"
+    colour: str = "none"  # one of ``Exploration.colours``
+    selected: int | None = None  # the image whose neighbors are shown
+    group: tuple[int, ...] = ()  # images chosen together, by lasso or search
 
 
 @dataclass(frozen=True, eq=False)
 class Colour:
-    """How points are coloured.
+    """How points are coloured."""
 
-    Attributes:
-        values: int64 [N] categories, or float32 [N] in 0…1.
-        names: the categories' names; None for numbers.
-        limits: what 0 and 1 stand for.
-        circle: 0 and 1 are the same.
-    """
-
-    values: np.ndarray
-    names: tuple[str, ...] | None = None
-    limits: tuple[float, float] = (0.0, 1.0)
-    circle: bool = False
+    values: np.ndarray  # int64 [N] categories, or float32 [N] in 0…1, NaN where not known
+    names: tuple[str, ...] | None = None  # the categories'; None for numbers
+    limits: tuple[float, float] = (0.0, 1.0)  # what 0 and 1 stand for
+    circle: bool = False  # 0 and 1 are the same
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One of the two maps.
-
-    Attributes:
-        model, block: what it shows; ``block`` is the model's own number.
-        xy: float32 [N, 2] in -1…1.
-        colour: of the points.
-        accuracy: share of the images whose class their neighbors vote for; None without labels.
-        kept: share of the neighbors that are neighbors in the model's last block too.
-    """
+    """One of the two maps."""
 
     model: str
-    block: int
-    xy: np.ndarray
+    block: int  # the model's own number
+    xy: np.ndarray  # float32 [N, 2] in -1…1
     colour: Colour
-    accuracy: float | None
-    kept: float
+    accuracy: float | None  # share whose class their neighbors vote for; None without labels
+    kept: float  # share of the neighbors that are neighbors in the model's last block too
 
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """The neighbors of the selected image on one side, nearest first, all [k].
-
-    Attributes:
-        indices: which images.
-        similarities: cosines of the standardised features.
-        shared: whether the other side has the image among its neighbors too.
-        right: whether it is of the selected image's class; None without labels.
-        vote: the class that the neighbors vote for; None without labels.
-    """
+    """The neighbors of the selected image on one side, nearest first, all [k]."""
 
     indices: np.ndarray
-    similarities: np.ndarray
-    shared: np.ndarray
-    right: np.ndarray | None
-    vote: int | None
+    similarities: np.ndarray  # cosines of the standardised features
+    shared: np.ndarray  # whether the other side has the image among its neighbors too
+    right: np.ndarray | None  # whether it is of the selected image's class; None without labels
+    vote: int | None  # the class that the neighbors vote for; None without labels
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """What is common to the images of a group.
+    """What is common to the images of a group."""
 
-    Attributes:
-        indices: int64 [G], sorted.
-        counts: images by class, most frequent first; empty without labels.
-        inside: share of the group's neighbors that are in the group, left and right.
-        right: share of them that are of their image's class, left and right; None without labels.
-        shared: share of the neighbors that both sides have in common.
-        moved: the group's images, those that lost most of their neighbors from left to right first.
-    """
-
-    indices: np.ndarray
-    counts: dict[int, int]
-    inside: tuple[float, float]
-    right: tuple[float, float] | None
-    shared: float
-    moved: np.ndarray
+    indices: np.ndarray  # int64 [G], sorted
+    counts: dict[int, int]  # images by class, most frequent first; empty without labels
+    inside: tuple[float, float]  # share of its neighbors that are in the group, left and right
+    right: tuple[float, float] | None  # … that are of their image's class; None without labels
+    shared: float  # share of the neighbors that both sides have in common
+    moved: np.ndarray  # its images, those that lost most of their neighbors first
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """Everything that the explorer shows in one state.
+    """Everything that the explorer shows in one state."""
 
-    Attributes:
-        state: the state, with numbers that are out of reach brought back.
-        sides: left and right.
-        shared: share of the neighbors that both sides have in common.
-        near: the selected image's neighbors, left and right; None without one.
-        group: None without a group.
-    """
-
-    state: State
+    state: State  # with numbers that are out of reach brought back
     sides: tuple[Side, Side]
-    shared: float
-    near: tuple[Near, Near] | None = None
+    shared: float  # share of the neighbors that both sides have in common
+    near: tuple[Near, Near] | None = None  # of the selected image
     group: Group | None = None
 
     def __repr__(self) -> str:
-        parts = [f"{side.model}, block {side.block}" for side in self.sides]
-        parts = [" | ".join(parts), f"{self.shared:.0%} of the neighbors in common"]
+        parts = [" | ".join(f"{side.model}, block {side.block}" for side in self.sides)]
+        parts.append(f"{self.shared:.0%} of the neighbors in common")
         if self.near:
             own = [
-                f"{near.right.sum()} of its class"
-                if near.right is not None
-                else f"{near.shared.sum()} in common"
+                f"{near.shared.sum()} in common"
+                if near.right is None
+                else f"{near.right.sum()} of its class"
                 for near in self.near
             ]
             parts.append(f"image {self.state.selected}: {' | '.join(own)}")
@@ -177,53 +125,32 @@ class View:
 
 @dataclass(eq=False)
 class Table:
-    """One model's blocks, looked up at every step.
+    """One model's blocks, looked up at every step."""
 
-    Attributes:
-        features: [L, N, D].
-        blocks: the blocks' numbers.
-        graph: the neighbors of the sampled images, int64 [L, S, K ≥ k].
-        accuracy: [L]; NaN without labels.
-        kept: [L].
-        own_votes: float32 [L, S], the share of the vote for the image's own class.
-        scaling: of each block mean and inverse deviation [D], and the lengths [N] of the
-            standardised features; only beside a sample.
-        xy: by layout float32 [L, N, 2].
-    """
-
-    features: Tensor
-    blocks: tuple[int, ...]
-    graph: Graph
-    accuracy: np.ndarray
-    kept: np.ndarray
-    own_votes: np.ndarray
+    features: Tensor  # [L, N, D]
+    blocks: tuple[int, ...]  # their numbers
+    graph: Graph  # the neighbors [L, S, K ≥ k] of the S sampled images
+    accuracy: np.ndarray  # [L]; NaN without labels
+    kept: np.ndarray  # [L]
+    own_votes: np.ndarray  # float32 [L, S], the share of the vote for the image's own class
+    # Of each block mean and inverse deviation [D], and the lengths [N] of the standardised
+    # features; only beside a sample.
     scaling: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    xy: dict[str, np.ndarray] = field(default_factory=dict)
+    xy: dict[str, np.ndarray] = field(default_factory=dict)  # by layout float32 [L, N, 2]
 
 
 @dataclass(eq=False)
 class Exploration:
-    """Images and what every block of every model makes of them. Made by :func:`prepare`.
+    """Images and what every block of every model makes of them. Made by :func:`prepare`."""
 
-    Attributes:
-        images: uint8 [N, 3, H, W] or read on demand.
-        tables: by model.
-        k: neighbors that vote and are shown.
-        labels: int64 [N] or None.
-        classes: their names.
-        factors: by name [N].
-        sample: positions [S] of the images whose neighbors were searched.
-        pictures: by position the thumbnails that have been shown.
-    """
-
-    images: object
-    tables: dict[str, Table]
-    k: int
-    labels: np.ndarray | None
+    images: object  # uint8 [N, 3, H, W], or read on demand
+    tables: dict[str, Table]  # by model
+    k: int  # neighbors that vote and are shown
+    labels: np.ndarray | None  # int64 [N]
     classes: tuple[str, ...]
-    factors: dict[str, np.ndarray]
-    sample: np.ndarray
-    pictures: dict[int, str] = field(default_factory=dict)
+    factors: dict[str, np.ndarray]  # by name [N]
+    sample: np.ndarray  # positions [S] of the images whose neighbors were searched
+    pictures: dict[int, str] = field(default_factory=dict)  # thumbnails that have been shown
 
     def __len__(self) -> int:
         return len(self.images)
@@ -250,11 +177,16 @@ class Exploration:
         start = State(names[0], names[-1], depth, layout=layout, colour=self.colours[0])
         return start if len(names) > 1 else replace(start, block=1, right_block=depth)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names, or their numbers; empty without labels."""
+        if self.labels is None or self.classes:
+            return self.classes
+        return tuple(map(str, range(int(self.labels.max()) + 1)))
+
     def name_of(self, label: int | None) -> str:
         """A class's name, or its number; empty without one."""
-        if label is None:
-            return ""
-        return self.classes[label] if self.classes else str(label)
+        return "" if label is None else self.names[label]
 
     # ------------------------------------------------------------ a state's view
 
@@ -265,23 +197,20 @@ class Exploration:
             ValueError: for a model, layout, colour or image that is not there.
         """
         state = self._checked(state)
-        at = [
-            self._at(state.left, state.block),
-            self._at(state.right, state.right_block or state.block),
-        ]
-        shared_S = self._shared(*at)
+        asked = [(state.left, state.block), (state.right, state.right_block or state.block)]
+        # Model, and position of the block in its table.
+        at = [(name, min(block, len(self.tables[name].blocks)) - 1) for name, block in asked]
+        shared_S = _common(*map(self._neighbors, at)).mean(1)
         sides = tuple(self._side(where, state, shared_S) for where in at)
         near = None if state.selected is None else self._near(at, state.selected)
         group = self._group(at, state.group) if state.group else None
         return View(state, sides, float(shared_S.mean()), near, group)
 
     def _checked(self, state: State) -> State:
-        for what, value, known in (
-            ("model", state.left, self.tables),
-            ("model", state.right, self.tables),
-            ("layout", state.layout, self.tables[next(iter(self.tables))].xy),
-            ("colour", state.colour, self.colours),
-        ):
+        layouts = next(iter(self.tables.values())).xy
+        asked = [("model", state.left, self.tables), ("model", state.right, self.tables)]
+        asked += [("layout", state.layout, layouts), ("colour", state.colour, self.colours)]
+        for what, value, known in asked:
             if value not in known:
                 raise UserError(f"there is no {what} {value!r}, only {', '.join(known)}")
         chosen = np.asarray([*state.group, *([] if state.selected is None else [state.selected])])
@@ -290,46 +219,28 @@ class Exploration:
             raise UserError(f"there is no image {wrong[0]}, only 0 to {len(self) - 1}")
         clamp = lambda block, name: min(max(block, 1), len(self.tables[name].blocks))  # noqa: E731
         deepest = max((state.left, state.right), key=lambda name: len(self.tables[name].blocks))
+        block, group = clamp(state.block, deepest), tuple(sorted(set(state.group)))
         right = state.right_block and clamp(state.right_block, state.right)
-        return replace(
-            state,
-            block=clamp(state.block, deepest),
-            right_block=right,
-            group=tuple(sorted(set(state.group))),
-        )
-
-    def _at(self, name: str, block: int) -> tuple[str, int]:
-        """Model, and position of the block in its table."""
-        return name, min(block, len(self.tables[name].blocks)) - 1
+        return replace(state, block=block, right_block=right, group=group)
 
     def _neighbors(self, at: tuple[str, int]) -> np.ndarray:
         name, block = at
         return self.tables[name].graph.indices[block, :, : self.k].numpy()
 
-    def _shared(self, left, right) -> np.ndarray:
-        """Share of each sampled image's neighbors that both sides have, float64 [S]."""
-        return _common(self._neighbors(left), self._neighbors(right)).mean(1)
-
     def _side(self, at, state: State, shared_S: np.ndarray) -> Side:
         name, block = at
         table = self.tables[name]
+        what = name, table.blocks[block], table.xy[state.layout][block]
         accuracy = None if self.labels is None else float(table.accuracy[block])
-        colour = self._colour(state.colour, at, shared_S)
         return Side(
-            name,
-            table.blocks[block],
-            table.xy[state.layout][block],
-            colour,
-            accuracy,
-            float(table.kept[block]),
+            *what, self._colour(state.colour, at, shared_S), accuracy, float(table.kept[block])
         )
 
     def _colour(self, name: str, at, shared_S: np.ndarray) -> Colour:
         if name == "none":
             return Colour(np.zeros(len(self), np.int64), ("image",))
         if name == "class":
-            names = self.classes or tuple(map(str, range(int(self.labels.max()) + 1)))
-            return Colour(self.labels, names)
+            return Colour(self.labels, self.names)
         if name == "neighbor agreement":
             return Colour(shared_S.astype(np.float32))
         if name == "prediction error":
@@ -372,9 +283,7 @@ class Exploration:
 
     def _group(self, at, chosen: Sequence[int]) -> Group:
         indices = np.asarray(chosen, dtype=np.int64)
-        rows = np.flatnonzero(np.isin(self.sample, indices))
-        if not len(rows):  # a small group in a large set
-            rows = np.zeros(0, np.int64)
+        rows = np.flatnonzero(np.isin(self.sample, indices))  # none of a small group in a large set
         found = [self._neighbors(where)[rows] for where in at]
         mean = lambda x: float(x.mean()) if len(rows) else float("nan")  # noqa: E731
         counts, right = {}, None
@@ -401,29 +310,21 @@ class Exploration:
         """
         from difflib import get_close_matches
 
-        asked = text.strip().lower()
-        classes = self.classes or (
-            () if self.labels is None else tuple(map(str, range(int(self.labels.max()) + 1)))
-        )
-        names = [name.lower() for name in classes]
+        asked, last = text.strip().lower(), len(self) - 1
+        names = [name.lower() for name in self.names]
         if asked in names:
             return tuple(np.flatnonzero(self.labels == names.index(asked)).tolist())
         try:
-            chosen = [i for part in asked.split(",") for i in _span(part)]
+            spans = [_span(part) for part in asked.split(",")]
         except ValueError:
             near = get_close_matches(asked, names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else (
-                    f"type a position from 0 to {len(self) - 1}"
-                    + (f", or a class: {', '.join(classes[:20])}" if classes else "")
-                )
-            )
+            hint = f"did you mean {near[0]!r}?" if near else f"type a position from 0 to {last}"
+            if names and not near:
+                hint += f", or a class: {', '.join(self.names[:20])}"
             raise UserError(f"nothing is called {text.strip()!r}; {hint}") from None
-        if not chosen or not all(0 <= i < len(self) for i in chosen):
-            raise UserError(f"there are images 0 to {len(self) - 1}, not {text.strip()!r}")
-        return tuple(chosen)
+        if not all(span and 0 <= span[0] and span[-1] <= last for span in spans):
+            raise UserError(f"there are images 0 to {last}, not {text.strip()!r}")
+        return tuple(i for span in spans for i in span)
 
     # ------------------------------------------------------------ UMAP
 
@@ -440,15 +341,11 @@ class Exploration:
             )
         if len(self) <= maps.N_NEIGHBORS:
             raise UserError(f"UMAP needs more than {maps.N_NEIGHBORS} images, not {len(self)}")
-        made = maps.umap_maps(
-            {name: t.features for name, t in self.tables.items()},
-            {name: t.graph for name, t in self.tables.items()},
-            {name: t.xy["pca"][0] for name, t in self.tables.items()},
-            seed=seed,
-            progress=progress,
-            report=report,
-        )
-        for name, xy in made.items():
+        features = {name: t.features for name, t in self.tables.items()}
+        graphs = {name: t.graph for name, t in self.tables.items()}
+        start = {name: t.xy["pca"][0] for name, t in self.tables.items()}
+        how = {"seed": seed, "progress": progress, "report": report}
+        for name, xy in maps.umap_maps(features, graphs, start, **how).items():
             self.tables[name].xy["umap"] = xy
 
 
@@ -463,12 +360,15 @@ def _common(a_Sk: np.ndarray, b_Sk: np.ndarray) -> np.ndarray:
 
 
 def _factor_colour(name: str, values: np.ndarray) -> Colour:
+    if not np.isfinite(values).any():
+        return Colour(np.zeros(len(values), np.int64), ("not known",))
     whole = np.all(values == np.round(values)) and values.min() >= 0
     if whole and values.max() < FEW_VALUES:
         count = int(values.max()) + 1
         known = toybox.PATTERNS if name == "pattern" and count <= len(toybox.PATTERNS) else None
         return Colour(values.astype(np.int64), known or tuple(map(str, range(count))))
-    low, high = float(values.min()), float(values.max())
+    values = np.where(np.isfinite(values), values, np.nan)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     scaled = (values - low) / ((high - low) or 1.0)
     return Colour(scaled.astype(np.float32), None, (low, high), name in CIRCLES)
 
@@ -523,7 +423,10 @@ def prepare(
             name: _table(x, blocks, axes[name], labels, sample, k, bar)
             for name, (x, blocks) in found.items()
         }
-    _frame_together([t.xy for t in tables.values()])
+    # One scale for the PCA of all blocks and models, so that distances can be compared.
+    reach = max(float(np.abs(t.xy["pca"]).max()) for t in tables.values())
+    for table in tables.values():
+        table.xy["pca"] = (table.xy["pca"] / max(reach, 1e-12)).astype(np.float32)
     ready = maps.prepared_maps({name: t.graph for name, t in tables.items()})
     for name, xy in (ready or {}).items():
         tables[name].xy["umap"] = xy
@@ -546,34 +449,20 @@ def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) 
             scaling.append((*how, x_ND.norm(dim=1).clamp_min(1e-12)))
         graphs.append(graph)
         if labels is not None:
-            votes_SC = _votes(
-                graph.indices[:, :k].numpy(), graph.similarities[:, :k].numpy(), labels
-            )
+            near = graph.first(k)
+            votes_SC = _votes(near.indices.numpy(), near.similarities.numpy(), labels)
             accuracy.append((votes_SC.argmax(1) == labels[sample]).mean())
             own.append(votes_SC[np.arange(len(sample)), labels[sample]].astype(np.float32))
         bar.update()
     last = graphs[-1].indices[:, :k].numpy()
     kept = [_common(g.indices[:, :k].numpy(), last).mean() for g in graphs]
-    graph = Graph(
-        *(torch.stack([getattr(g, part) for g in graphs]) for part in ("indices", "similarities"))
+    parts = (
+        torch.stack([g.indices for g in graphs]),
+        torch.stack([g.similarities for g in graphs]),
     )
-    return Table(
-        x_LND,
-        blocks,
-        graph,
-        np.asarray(accuracy or np.full(len(blocks), np.nan)),
-        np.asarray(kept),
-        np.asarray(own),
-        scaling,
-        {"pca": np.stack(points)},
-    )
-
-
-def _frame_together(layouts: list[dict[str, np.ndarray]]) -> None:
-    """One scale for the PCA of all blocks and models, so that distances can be compared."""
-    reach = max(float(np.abs(xy["pca"]).max()) for xy in layouts)
-    for xy in layouts:
-        xy["pca"] = (xy["pca"] / max(reach, 1e-12)).astype(np.float32)
+    accuracy = np.asarray(accuracy or np.full(len(blocks), np.nan))
+    found = Graph(*parts), accuracy, np.asarray(kept), np.asarray(own), scaling
+    return Table(x_LND, blocks, *found, {"pca": np.stack(points)})
 
 
 def _others(graph: Graph, themselves) -> Graph:
@@ -601,22 +490,17 @@ def _pixels(images):
     pixels = getattr(images, "images", images)
     if not hasattr(pixels, "shape"):
         pixels = [torch.as_tensor(np.asarray(x)) for x in pixels]
-        sizes = [tuple(x.shape) for x in pixels]
+        sizes = ["×".join(map(str, x.shape)) for x in pixels]
         odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
         if odd is not None:
             raise UserError(
-                f"the images have different sizes: image 0 is {_size(sizes[0])} and image {odd} is "
-                f"{_size(sizes[odd])}; refiner.load_images(folder, size=…) makes them alike"
+                f"the images have different sizes: image 0 is {sizes[0]} and image {odd} is "
+                f"{sizes[odd]}; refiner.load_images(folder, size=…) makes them alike"
             )
         pixels = torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-    if (
-        len(pixels.shape) != 4
-        or pixels.shape[1] != 3
-        or pixels.dtype not in (torch.uint8, np.uint8)
-    ):
-        raise UserError(
-            f"images must be uint8 [N, 3, H, W], not {pixels.dtype} {list(pixels.shape)}"
-        )
+    kind, shape = pixels.dtype, list(pixels.shape)
+    if len(shape) != 4 or shape[1] != 3 or kind not in (torch.uint8, np.uint8):
+        raise UserError(f"images must be uint8 [N, 3, H, W], not {kind} {shape}")
     if len(pixels) < 2:
         raise UserError(f"there is nothing to explore in {len(pixels)} images")
     if len(pixels) > MOST_IMAGES:
@@ -625,10 +509,6 @@ def _pixels(images):
             f"of the images and of the features, such as the first {MOST_IMAGES:,}"
         )
     return torch.as_tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
 
 
 def _features(features, n: int, kind: str | None) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
@@ -659,13 +539,12 @@ def _features(features, n: int, kind: str | None) -> dict[str, tuple[Tensor, tup
 
 def _check_finite(name: str, x_LND: Tensor) -> None:
     for number, x_ND in enumerate(x_LND, start=1):
-        if not torch.isfinite(x_ND.sum(dtype=torch.float64)):
-            bad = (~torch.isfinite(x_ND)).any(1).nonzero()[:, 0]
-            if len(bad):
-                raise UserError(
-                    f"the features {name!r} hold NaN or infinity in block {number}, first at image "
-                    f"{int(bad[0])}: extract them again, or leave those images out"
-                )
+        bad = (~x_ND.isfinite()).any(1).nonzero()[:, 0]
+        if len(bad):
+            raise UserError(
+                f"the features {name!r} hold NaN or infinity in block {number}, first at image "
+                f"{int(bad[0])}: extract them again, or leave those images out"
+            )
 
 
 def _labels(labels, n: int, classes: tuple[str, ...]) -> np.ndarray | None:
