@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -216,6 +217,21 @@ def test_a_figure_is_drawn_in_every_state(explorer):
         titles = [ax.get_title() for part in drawn.subfigs for ax in part.axes]
         assert f"before, block {explorer.state.block}" in titles
         plt.close(drawn)
+
+
+def test_names_that_are_no_formulas_or_no_utf_8_are_shown():
+    images, features = inputs()
+    odd = os.fsdecode(b"caf\xe9")
+    images = replace(images, classes=(r"a$\frac$", "5 $ or $ 6", odd, "can"))
+    renamed = {r"x$\frac$": features["before"], odd: features["after"]}
+    explorer = refiner.explore(images, renamed, k=K, progress=False)
+    explorer.set(selected=1, group=(1, 2, 3))
+    shown = [*(c.value for c in explorer.captions), explorer.near.value, explorer.group.value]
+    assert "caf?" in shown[1]
+    "".join([*shown, explorer.legend.value, repr(explorer.view)]).encode("utf-8")
+    drawn = explorer.figure()
+    drawn.canvas.draw()
+    plt.close(drawn)
 
 
 def test_unlabelled_images_and_one_model_can_be_explored():

@@ -31,6 +31,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         Path(temporary).unlink(missing_ok=True)
 
 
+def readable(name: object) -> str:
+    """A name that can be shown and written: bytes of a file name that are no UTF-8 become "?"."""
+    return str(name).encode("utf-8", "replace").decode("utf-8")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:

@@ -24,6 +24,7 @@ from refiner.base.errors import MissingPackage, UserError
 from refiner.base.places import clock
 from refiner.visuals import explorer_html
 from refiner.visuals.explorer_state import Colour, Exploration, State, View, prepare
+from refiner.visuals.style import RIGHT, WRONG
 
 GLIDE = 500  # milliseconds that jupyter-scatter may take for points it was sent
 MARGIN = 300  # and what a busy browser may need besides
@@ -49,8 +50,8 @@ def explore(
         images: an ImageSet, uint8 [N, 3, H, W], or a list of [3, H, W]; at most 200,000.
         features: by model :class:`refiner.probing.features.Features`, or [L, N, D] or [N, D], such
             as ``{"before": …, "after": …}``. With one model its blocks are compared.
-        labels: int64 [N]; default an ImageSet's own. Without labels nothing speaks of classes.
-        classes: their names; default an ImageSet's own.
+        labels, classes: int64 [N] and their names; default an ImageSet's own. Without labels
+            nothing speaks of classes.
         kind: which features of a ``Features``: "cls", "patch", …; default what refining pools.
         k: neighbors that vote and are shown.
         layout: "pca" is instant, "umap" takes seconds to minutes once and is kept on disk. Default
@@ -78,20 +79,14 @@ def explore(
 
 
 class Explorer:
-    """Controls, maps and panels over an :class:`refiner.visuals.explorer_state.Exploration`.
-
-    Attributes:
-        exploration: what is known.
-        view: what is shown, a :class:`refiner.visuals.explorer_state.View`.
-        panel: the widget, to be put among others.
-    """
+    """Controls, maps and panels over an :class:`refiner.visuals.explorer_state.Exploration`."""
 
     def __init__(self, exploration: Exploration, state: State):
         self.exploration = exploration
         self._quiet = False
         self._thread: threading.Thread | None = None
-        self.view = exploration.compute(state)
-        self._widgets()
+        self.view = exploration.compute(state)  # what is shown
+        self._widgets()  # in self.panel, to be put among others
         self._show(self.view, everything=True)
 
     @property
@@ -102,13 +97,7 @@ class Explorer:
     # ------------------------------------------------------------ by name
 
     def set(self, **changes) -> View:
-        """Changes the state and shows it; ``set(block=3, layout="umap", colour="hue")``.
-
-        Args:
-            **changes: fields of :class:`refiner.visuals.explorer_state.State`.
-
-        Returns:
-            The new view.
+        """Changes fields of the state and shows it: ``set(block=3, layout="umap", colour="hue")``.
 
         Raises:
             ValueError: for what is not there; the explorer shows the reason and stays as it was.
@@ -193,9 +182,7 @@ class Explorer:
         explored, state = self.exploration, self.state
         names, depth = list(explored.tables), max(len(t.blocks) for t in explored.tables.values())
         short = {"layout": w.Layout(width="auto"), "style": {"description_width": "initial"}}
-        drop = lambda label, options: w.Dropdown(  # noqa: E731
-            options=options, description=label, **short
-        )
+        drop = lambda label, known: w.Dropdown(options=known, description=label, **short)  # noqa: E731
         self.left, self.right = drop("left", names), drop("right", names)
         fixed = [(SAME, 0)] + [(f"block {b}", b) for b in range(1, depth + 1)]
         self.right_block = drop("right block", fixed)
@@ -205,14 +192,10 @@ class Explorer:
         self.slider = w.IntSlider(state.block, 1, depth, description="block", layout=wide)
         self.play = w.Play(value=state.block, min=1, max=depth, interval=1500, show_repeat=True)
         w.jslink((self.play, "value"), (self.slider, "value"))
-        self.searching = w.Text(
-            placeholder="image 17, or 3, 5-9, or a class",
-            description="find",
-            continuous_update=False,
-        )
-        button = lambda text, tip: w.Button(  # noqa: E731
-            description=text, tooltip=tip, layout=w.Layout(width="auto")
-        )
+        example = "image 17, or 3, 5-9, or a class"
+        self.searching = w.Text(placeholder=example, description="find", continuous_update=False)
+        auto = w.Layout(width="auto")
+        button = lambda text, tip: w.Button(description=text, tooltip=tip, layout=auto)  # noqa: E731
         self.clear = button("clear", "choose nothing")
         self.to_csv = button("save CSV", "write what is chosen into explorer.csv")
         self.to_png = button("save PNG", "write the figure into explorer.png")
@@ -220,25 +203,15 @@ class Explorer:
         self.message, self.near, self.group = w.HTML(), w.HTML(), w.HTML()
         self.progress = w.IntProgress(0, 0, 1, layout=w.Layout(display="none", width="420px"))
         half = w.Layout(width="50%", padding="0 4px")
-        columns = [
-            w.VBox([c, m.widget], layout=half)
-            for c, m in zip(self.captions, self.maps, strict=True)
-        ]
+        pairs = zip(self.captions, self.maps, strict=True)
+        columns = w.HBox([w.VBox([words, one.widget], layout=half) for words, one in pairs])
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
-        self.panel = w.VBox(
-            [
-                w.Box(
-                    [self.left, self.right, self.right_block, self.layout, self.colour], layout=wrap
-                ),
-                w.Box([self.slider, self.play, self.progress], layout=wrap),
-                w.HBox(columns),
-                self.legend,
-                w.Box([self.searching, self.clear, self.to_csv, self.to_png], layout=wrap),
-                self.message,
-                self.near,
-                self.group,
-            ]
-        )
+        chosen = [self.left, self.right, self.right_block, self.layout, self.colour]
+        moving = [self.slider, self.play, self.progress]
+        finding = [self.searching, self.clear, self.to_csv, self.to_png]
+        chosen, moving, finding = (w.Box(row, layout=wrap) for row in (chosen, moving, finding))
+        below = [self.message, self.near, self.group]
+        self.panel = w.VBox([chosen, moving, columns, self.legend, finding, *below])
         self.panel.add_class("refiner-explorer")
         self._listen()
 
@@ -324,7 +297,7 @@ class Explorer:
             self._quiet = before
 
     def _say(self, text: str, *, bad: bool = True) -> None:
-        colour = explorer_html.WRONG if bad else explorer_html.RIGHT
+        colour = WRONG if bad else RIGHT
         words = f'<div role="alert" style="color:{colour}"><b>{escape(text)}</b></div>'
         self.message.value = words if text else ""
 
@@ -374,21 +347,10 @@ class _Map:
         explored, shown = explorer.exploration, explorer.view.sides[side]
         frame = pd.DataFrame({"x": shown.xy[:, 0], "y": shown.xy[:, 1]})
         size = float(np.clip(6000 / len(frame), 2, 8))
-        self.scatter = jscatter.Scatter(
-            "x",
-            "y",
-            frame,
-            x_scale=(-REACH, REACH),
-            y_scale=(-REACH, REACH),
-            height=HEIGHT,
-            axes=False,
-            size=size,
-            opacity=0.8,
-            opacity_unselected=0.35,
-            color_selected="black",
-            transition_points_duration=GLIDE,
-            lasso_color=explorer_html.RIGHT,
-        )
+        axes = {"x_scale": (-REACH, REACH), "y_scale": (-REACH, REACH), "axes": False}
+        look = {"opacity": 0.8, "opacity_unselected": 0.35, "color_selected": "black"}
+        look |= {"transition_points_duration": GLIDE, "lasso_color": RIGHT, "height": HEIGHT}
+        self.scatter = jscatter.Scatter("x", "y", frame, **axes, size=size, **look)
         self.widget = self.scatter.widget
         self.widget.toolbar_buttons = ["pan_zoom", "lasso", "divider", "full_screen", "reset"]
         self._show_pictures(explored)
@@ -401,10 +363,8 @@ class _Map:
         widget.tooltip_preview, widget.tooltip_preview_type = "picture", "image"
         widget.tooltip_preview_image_height, widget.tooltip_preview_image_size = 64, "contain"
         names = ["image", *(["class"] if labelled else [])]
-        widget.tooltip_properties_non_visual_info = {
-            name: {"scale": None, "domain": None, "range": None, "histogram": None}
-            for name in names
-        }
+        nothing = dict.fromkeys(("scale", "domain", "range", "histogram"))
+        widget.tooltip_properties_non_visual_info = dict.fromkeys(names, nothing)
         widget.tooltip_properties, widget.tooltip_histograms = names, False
         widget.tooltip_enable = True
 
@@ -485,17 +445,20 @@ class _Map:
         from matplotlib import pyplot as plt
 
         if colour.names is None:
-            table = plt.get_cmap(explorer_html.CIRCLE if colour.circle else explorer_html.NUMBERS)
+            table = plt.get_cmap(explorer_html.colour_map(colour))
+            # What is not known is drawn like the least: jupyter-scatter can leave no point out.
+            values = np.nan_to_num(colour.values.astype(float))
             shades = [table(i / 255) for i in range(256)]
-            self.scatter.color(
-                by=colour.values.astype(float), norm=(0, 1), map=shades, skip_widget_update=True
-            )
         else:
             names = [f"{i} {name}" for i, name in enumerate(colour.names)]
             values = pd.Categorical.from_codes(colour.values, categories=names)
             shades = explorer_html.palette(len(names))
-            self.scatter.color(by=values, map=shades, skip_widget_update=True)
+        self.scatter.color(by=values, norm=(0, 1), map=shades, skip_widget_update=True)
 
 
 def _alike(a: Colour, b: Colour) -> bool:
-    return a.names == b.names and a.circle == b.circle and np.array_equal(a.values, b.values)
+    return (
+        a.names == b.names
+        and a.circle == b.circle
+        and np.array_equal(a.values, b.values, equal_nan=True)
+    )

@@ -1,7 +1,4 @@
-"""A view of the explorer as HTML and as a figure; pure functions of what was computed.
-
-Shape legend: N images, k neighbors, G images of a group.
-"""
+"""A view of the explorer as HTML and as a figure; pure functions of what was computed."""
 
 from __future__ import annotations
 
@@ -19,11 +16,16 @@ from PIL import Image
 
 from refiner.images.folders import resize
 from refiner.probing.search import Graph
-from refiner.visuals import plots
 from refiner.visuals.explorer_state import Colour, Exploration, Near, View
-from refiner.visuals.style import RIGHT, WRONG
+from refiner.visuals.pictures import neighbor_grid
+from refiner.visuals.style import RIGHT, WRONG, curve_style, plain, style
 
-GRAY = "#767676"
+# Of a neighbor in the query's class, in another, and without labels: colour, frame, sign.
+MARKS = {
+    True: (RIGHT, "solid", "✓"),
+    False: (WRONG, "dashed", "✗"),
+    None: ("#767676", "solid", ""),
+}
 LARGEST = 64  # pixels of a thumbnail
 SHOWN = 36  # images of a group
 NUMBERS, CIRCLE = "viridis", "hsv"  # colours of numbers, and of angles and hues
@@ -50,6 +52,11 @@ def palette(n: int) -> list[tuple[float, float, float]]:
     strong_then_pale = [*range(0, 20, 2), *range(1, 20, 2)]
     table = plt.get_cmap("tab20").colors
     return [table[strong_then_pale[i % 20]] for i in range(n)]
+
+
+def colour_map(colour: Colour) -> str:
+    """The name of the colour map of a factor's numbers."""
+    return CIRCLE if colour.circle else NUMBERS
 
 
 def _picture(explored: Exploration, i: int, size: int, *, frame: str = "", note: str = "") -> str:
@@ -92,7 +99,7 @@ def caption(explored: Exploration, view: View, side: int) -> str:
 def legend(colour: Colour) -> str:
     """What the colours mean."""
     if colour.names is None:
-        cmap = plt.get_cmap(CIRCLE if colour.circle else NUMBERS)
+        cmap = plt.get_cmap(colour_map(colour))
         stops = ",".join(_css(cmap(x)) for x in np.linspace(0, 1, 9))
         low, high = (f"{x:.3g}" for x in colour.limits)
         bar = f"background:linear-gradient(90deg,{stops})"
@@ -122,45 +129,31 @@ def near_panel(explored: Exploration, view: View) -> str:
         for side, near in zip(view.sides, view.near, strict=True)
     ]
     common = int(view.near[0].shared.sum())
-    marks = "★ near on both sides" + (
-        "; solid blue frame ✓: same class, dashed orange ✗: another"
-        if view.near[0].right is not None
-        else ""
-    )
+    marks = "★ near on both sides"
+    if view.near[0].right is not None:
+        marks += "; solid blue frame ✓: same class, dashed orange ✗: another"
     query = _picture(explored, i, 72, frame="border:3px solid #000;")
-    words = (
-        f"<b>Image {i}</b>, {common} of {explored.k} neighbors in common<br><small>{marks}</small>"
-    )
+    words = f"<b>Image {i}</b>, {common} of {explored.k} neighbors in common"
+    words += f"<br><small>{marks}</small>"
     return _row([query, f'<div style="margin:8px">{words}</div>']) + "".join(rows)
 
 
 def _near_row(explored: Exploration, model: str, block: int, near: Near) -> str:
     words = f"<b>{escape(model)}, block {block}</b>"
     if near.right is not None:
-        words += (
-            f": {int(near.right.sum())} of {len(near.right)} of its class, vote: "
-            f"{escape(explored.name_of(near.vote))}"
-        )
+        words += f": {int(near.right.sum())} of {len(near.right)} of its class, vote: "
+        words += escape(explored.name_of(near.vote))
+    rights = [None] * len(near.indices) if near.right is None else near.right.tolist()
     pieces = []
-    for j, similarity, shared, right in zip(
-        near.indices,
-        near.similarities,
-        near.shared,
-        [None] * len(near.indices) if near.right is None else near.right,
-        strict=True,
+    for j, cosine, shared, right in zip(
+        near.indices, near.similarities, near.shared, rights, strict=True
     ):
-        colour, line, mark = (
-            (GRAY, "solid", "")
-            if right is None
-            else ((RIGHT, "solid", "✓") if right else (WRONG, "dashed", "✗"))
-        )
-        note = f"cosine {similarity:.2f}" + (", near on both sides" if shared else "")
+        colour, line, mark = MARKS[right]
+        note = f"cosine {cosine:.2f}" + (", near on both sides" if shared else "")
         picture = _picture(explored, j, 56, frame=f"border:3px {line} {colour};", note=note)
-        badge = f"{mark}{'★' if shared else ''}"
-        pieces.append(
-            f'<div style="text-align:center"><span style="color:{colour};font-size:11px">'
-            f"{badge or '&nbsp;'}</span>{picture}</div>"
-        )
+        badge = f"{mark}{'★' if shared else ''}" or "&nbsp;"
+        sign = f'<span style="color:{colour};font-size:11px">{badge}</span>'
+        pieces.append(f'<div style="text-align:center">{sign}{picture}</div>')
     return f'<div style="margin-top:4px">{words}</div>' + _row(pieces)
 
 
@@ -174,15 +167,12 @@ def group_panel(explored: Exploration, view: View) -> str:
         counts = list(group.counts.items())
         named = ", ".join(f"{escape(explored.name_of(c))} {n}" for c, n in counts[:8])
         lines.append(named + (f" and {len(counts) - 8} more classes" if len(counts) > 8 else ""))
-    lines.append(
-        f"neighbors in common left and right: <b>{percent(group.shared)}</b>; inside the group: "
-        f"{percent(group.inside[0])} → {percent(group.inside[1])}"
-        + (
-            f"; of the own class: {percent(group.right[0])} → {percent(group.right[1])}"
-            if group.right
-            else ""
-        )
-    )
+    inside = " → ".join(map(percent, group.inside))
+    about = f"neighbors in common left and right: <b>{percent(group.shared)}</b>; "
+    about += f"inside the group: {inside}"
+    if group.right:
+        about += f"; of the own class: {' → '.join(map(percent, group.right))}"
+    lines.append(about)
     if len(group.indices) > 1:
         lines.append("<small>those that changed most of their neighbors first</small>")
     pictures = _row(_picture(explored, i, 48) for i in group.moved[:SHOWN])
@@ -195,7 +185,7 @@ def group_panel(explored: Exploration, view: View) -> str:
 
 def figure(explored: Exploration, view: View) -> Figure:
     """The view as a matplotlib figure: maps, k-NN by block, the selected image's neighbors."""
-    with plots.style():
+    with style():
         rows = (4.4, 1.9) if view.near else (4.4,)
         drawn = plt.figure(figsize=(13, sum(rows)), layout="constrained")
         parts = drawn.subfigures(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
@@ -203,7 +193,7 @@ def figure(explored: Exploration, view: View) -> Figure:
         for panel, side in zip((left, right), view.sides, strict=True):
             _map(panel, side.xy, side.colour)
             _chosen(panel, side.xy, view)
-            panel.set_title(f"{side.model}, block {side.block}")
+            panel.set_title(plain(f"{side.model}, block {side.block}"))
         _names(right, view.sides[1].colour, view.state.colour)
         _curve(curve, explored, view)
         if view.near:
@@ -222,19 +212,18 @@ def in_words(explored: Exploration, view: View) -> str:
     text += f"{parts[0]}, and {parts[1]}; they share {percent(view.shared)} of the neighbors"
     if view.near:
         counts = [f"{int(near.right.sum())}" for near in view.near if near.right is not None]
-        own = f", {' and '.join(counts)} of them of its class" if counts else ""
         text += (
             f". Below, image {view.state.selected} with its {explored.k} neighbors on both sides"
         )
-        text += own
+        text += f", {' and '.join(counts)} of them of its class" if counts else ""
     return text
 
 
 def _map(ax: Axes, xy: np.ndarray, colour: Colour) -> None:
     size = float(np.clip(8000 / len(xy), 2, 30))
     if colour.names is None:
-        cmap = CIRCLE if colour.circle else NUMBERS
-        ax.scatter(*xy.T, s=size, c=colour.values, cmap=cmap, vmin=0, vmax=1, linewidths=0)
+        look = {"cmap": colour_map(colour), "vmin": 0, "vmax": 1}
+        ax.scatter(*xy.T, s=size, c=colour.values, linewidths=0, **look)
     else:
         table = np.asarray(palette(len(colour.names)))
         ax.scatter(*xy.T, s=size, c=table[colour.values], linewidths=0, alpha=0.8)
@@ -246,31 +235,23 @@ def _map(ax: Axes, xy: np.ndarray, colour: Colour) -> None:
 def _chosen(ax: Axes, xy: np.ndarray, view: View) -> None:
     group, selected = view.group, view.state.selected
     if group is not None:
-        ax.scatter(
-            *xy[group.indices].T, s=40, facecolors="none", edgecolors="black", linewidths=0.7
-        )
+        ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7}
+        ax.scatter(*xy[group.indices].T, s=40, **ring)
     if selected is not None:
         ax.scatter(*xy[selected], s=160, marker="*", color="black", edgecolors="white", zorder=3)
 
 
 def _names(ax: Axes, colour: Colour, name: str) -> None:
     if colour.names is None:
-        cmap = plt.get_cmap(CIRCLE if colour.circle else NUMBERS)
+        cmap = plt.get_cmap(colour_map(colour))
         scale = plt.cm.ScalarMappable(plt.Normalize(*colour.limits), cmap)
-        ax.figure.colorbar(scale, ax=ax, shrink=0.8, label=name)
+        ax.figure.colorbar(scale, ax=ax, shrink=0.8, label=plain(name))
     elif 1 < len(colour.names) <= 24:
-        dots = [
-            plt.Line2D([], [], linestyle="", marker="o", color=c, label=name)
-            for c, name in zip(palette(len(colour.names)), colour.names, strict=True)
-        ]
-        ax.legend(
-            handles=dots,
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-            fontsize=8,
-            labelspacing=0.3,
-            handletextpad=0.1,
-        )
+        look, dots = {"linestyle": "", "marker": "o"}, []
+        for shade, name in zip(palette(len(colour.names)), colour.names, strict=True):
+            dots.append(plt.Line2D([], [], color=shade, label=plain(name), **look))
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}
+        ax.legend(handles=dots, **beside, labelspacing=0.3, handletextpad=0.1)
 
 
 def _curve(ax: Axes, explored: Exploration, view: View) -> None:
@@ -279,20 +260,18 @@ def _curve(ax: Axes, explored: Exploration, view: View) -> None:
     for i, name in enumerate(shown):
         table = explored.tables[name]
         values = table.accuracy if labelled else table.kept
-        ax.plot(table.blocks, 100 * values, label=name, markersize=5, **plots.curve_style(i))
+        ax.plot(table.blocks, 100 * values, label=plain(name), markersize=5, **curve_style(i))
     for block in {side.block for side in view.sides}:
         ax.axvline(block, color="0.6", linewidth=1, linestyle=":")
-    ax.set(
-        xlabel="block",
-        ylabel=f"k-NN accuracy (%), k = {explored.k}" if labelled else "neighbors kept (%)",
-        title=f"left and right share {percent(view.shared)} of their neighbors",
-    )
+    ax.set_ylabel(f"k-NN accuracy (%), k = {explored.k}" if labelled else "neighbors kept (%)")
+    title = f"left and right share {percent(view.shared)} of their neighbors"
+    ax.set(xlabel="block", title=title)
     ax.legend()
 
 
 def _near_grid(panel, explored: Exploration, view: View) -> None:
     i = view.state.selected
-    near = [view.state.selected, *np.concatenate([x.indices for x in view.near])]
+    near = [i, *np.concatenate([x.indices for x in view.near])]
     pixels = torch.stack([torch.as_tensor(explored.images[int(j)]) for j in near])
     k = len(view.near[0].indices)
     labels = None if explored.labels is None else torch.from_numpy(explored.labels[near])
@@ -303,7 +282,5 @@ def _near_grid(panel, explored: Exploration, view: View) -> None:
     for part, name in enumerate(names):
         indices = torch.arange(1 + part * k, 1 + part * k + k).expand(len(near), k)
         graphs[name] = Graph(indices, torch.zeros(indices.shape))
-    title = f"Image {i} and its nearest neighbors"
-    plots.neighbor_grid(
-        pixels, [0], graphs, labels, explored.classes or None, k=k, title=title, ax=panel.subplots()
-    )
+    how = {"k": k, "title": f"Image {i} and its nearest neighbors", "ax": panel.subplots()}
+    neighbor_grid(pixels, [0], graphs, labels, explored.classes or None, **how)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.base.files import readable
 from refiner.base.tensors import mean_and_scale, standardized
 from refiner.images import toybox
 from refiner.images.sets import ImageSet
@@ -407,7 +408,8 @@ def prepare(
     pixels = _pixels(images)
     n = len(pixels)
     labels = getattr(images, "labels", None) if labels is None else labels
-    classes = tuple(getattr(images, "classes", ()) if classes is None else classes)
+    classes = getattr(images, "classes", ()) if classes is None else classes
+    classes = tuple(map(readable, classes))
     factors = dict(getattr(images, "factors", {}))
     found = _features(features, n, kind)
     labels = _labels(labels, n, classes)
@@ -533,7 +535,7 @@ def _features(features, n: int, kind: str | None) -> dict[str, tuple[Tensor, tup
             )
         _check_finite(name, x)
         blocks = given.blocks if whole and len(given.blocks) == len(x) else range(1, len(x) + 1)
-        found[str(name)] = x.detach().float().cpu(), tuple(blocks)
+        found[readable(name)] = x.detach().float().cpu(), tuple(blocks)
     return found
 
 

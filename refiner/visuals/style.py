@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.files import replacing
+from refiner.base.files import readable, replacing
 from refiner.base.pages import figure_html
 from refiner.visuals.alt_text import accompany_figures, describe
 
@@ -87,11 +87,8 @@ def save_figures(out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figu
 
 
 def plain(name: object) -> str:
-    """A user's name as matplotlib can draw it: no formula between dollar signs, and only Unicode.
-
-    File names that are not UTF-8 come from the file system with lone surrogates; each becomes "?".
-    """
-    return str(name).encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    """A user's name as matplotlib can draw it: without a formula between dollar signs."""
+    return readable(name).replace("$", r"\$")
 
 
 def named(values: Mapping[str, object]) -> dict[str, np.ndarray]:

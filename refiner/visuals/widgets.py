@@ -2,9 +2,6 @@
 
 Each is a pure function that computes, one that draws, and a few controls over both. As the last
 line of a cell it shows itself, and the figure as it is then stays in the stored notebook.
-
-Shape legend: N patches, L blocks, A attention heads, T tokens (class token first), T also heads of
-the queue, O their output width, k candidates, V views.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -33,28 +31,24 @@ from refiner.models.encoders import (
 from refiner.models.mae import MaskedAutoencoder, patchify, random_masking, unpatchify
 from refiner.training.heads import IDHeads, NeighborQueue
 from refiner.visuals.pictures import contact_sheet
-from refiner.visuals.style import RIGHT, WRONG
+from refiner.visuals.style import RIGHT, WRONG, name_of
 
 
 class Panel:
-    """Controls over a function that draws.
+    """Controls, by the name of the argument they set, over a function that draws.
 
-    Attributes:
-        controls: the widgets by the name of the argument they set.
-        widget: everything together, to be put among others.
+    ``widget`` is everything together, to be put among others.
     """
 
     def __init__(self, draw: Callable[..., Figure], controls: dict, *, above=None):
         import ipywidgets as w
 
         self.draw, self.controls = draw, controls
-        self._picture, self._message = w.Image(format="png"), w.HTML()
-        self._quiet = False
+        self._picture, self._message, self._quiet = w.Image(format="png"), w.HTML(), False
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
-        shown = [w.Box([c for c in controls.values() if c is not above], layout=wrap)]
-        self.widget = w.VBox(
-            [*shown, *([above] if above is not None else []), self._message, self._picture]
-        )
+        row = w.Box([c for c in controls.values() if c is not above], layout=wrap)
+        apart = [] if above is None else [above]
+        self.widget = w.VBox([row, *apart, self._message, self._picture])
         for control in controls.values():
             control.observe(self._changed, names="value")
         self._changed()
@@ -84,9 +78,8 @@ class Panel:
         try:
             drawn = self.figure()
         except Exception as error:  # shown where the user looks, and passed on
-            self._message.value = (
-                f'<b role="alert">{type(error).__name__}: {escape(str(error))}</b>'
-            )
+            words = f"{type(error).__name__}: {escape(str(error))}"
+            self._message.value = f'<b role="alert">{words}</b>'
             raise
         self._message.value = ""
         file = io.BytesIO()
@@ -107,10 +100,8 @@ def _slider(label: str, value, low, high, step=1):
     import ipywidgets as w
 
     kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
-    style = {"description_width": "initial"}
-    return kind(
-        value, min=low, max=high, step=step, description=label, style=style, continuous_update=False
-    )
+    look = {"description": label, "style": {"description_width": "initial"}}
+    return kind(value, min=low, max=high, step=step, continuous_update=False, **look)
 
 
 def _image_slider(images):
@@ -149,9 +140,8 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     error, prediction = mae(x, visible, mask)
     _, mean, std = mae.targets(x)
     true = patchify(x, mae.patch)
-    scale, shift = (
-        torch.tensor(card["preprocessing"][key])[:, None, None].to(x) for key in ("std", "mean")
-    )
+    key = card["preprocessing"]
+    scale, shift = (torch.tensor(key[k])[:, None, None].to(x) for k in ("std", "mean"))
     picture = lambda patches: (unpatchify(patches, mae.patch)[0] * scale + shift).clamp(0, 1)  # noqa: E731
     return {
         "original": picture(true),
@@ -167,8 +157,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
     Args:
         mae: of :func:`refiner.models.mae.load_mae`.
         images: an ImageSet or uint8 [N, 3, H, W].
-        ratio: share of hidden patches at the start.
-        seed: of the random mask.
+        ratio, seed: share of hidden patches, and the random mask, at the start.
 
     Returns:
         A :class:`Panel` with the controls ``image``, ``ratio``, ``seed`` and ``hidden``, a bool for
@@ -179,9 +168,8 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
 
     def mask(ratio, seed):
         hidden = random_masking(1, n, ratio, torch.Generator().manual_seed(seed))[1][0]
-        if hidden.any():
-            return hidden
-        return hidden.index_fill(0, torch.tensor([0]), True)
+        hidden[0] |= not hidden.any()
+        return hidden
 
     patches = _patch_grid(mask(ratio, seed))
     controls = {
@@ -217,17 +205,14 @@ def _patch_grid(hidden: Tensor):
 
     side = round(len(hidden) ** 0.5)
     tiny = w.Layout(width="26px", height="26px", margin="1px", padding="0")
-    buttons = [
-        w.ToggleButton(bool(h), description="", layout=tiny, tooltip=f"hide patch {i}")
-        for i, h in enumerate(hidden)
-    ]
+    button = lambda i, h: w.ToggleButton(h, layout=tiny, tooltip=f"hide patch {i}")  # noqa: E731
+    buttons = [button(i, h) for i, h in enumerate(hidden.tolist())]
 
     class Patches(w.GridBox):
         value = traitlets.List(hidden.tolist())
 
     layout = w.Layout(grid_template_columns=f"repeat({side}, 28px)")
-    patches = Patches(buttons, layout=layout)
-    busy = []
+    patches, busy = Patches(buttons, layout=layout), []
 
     def pressed(_):
         if not busy:
@@ -235,12 +220,12 @@ def _patch_grid(hidden: Tensor):
 
     def shown(change):
         busy.append(True)
-        for button, value in zip(buttons, change["new"], strict=True):
-            button.value = value
+        for one, value in zip(buttons, change["new"], strict=True):
+            one.value = value
         busy.pop()
 
-    for button in buttons:
-        button.observe(pressed, names="value")
+    for one in buttons:
+        one.observe(pressed, names="value")
     patches.observe(shown, names="value")
     return patches
 
@@ -293,16 +278,13 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
     patches_AN = maps_AT[:, prefix:].cpu()
     side = round(patches_AN.shape[1] ** 0.5)
     heads = len(maps_AT)
-    drawn, axes = plt.subplots(
-        1, 1 + heads, figsize=(2.2 * (1 + heads) + 0.8, 2.7), layout="constrained"
-    )
+    size = (2.2 * (1 + heads) + 0.8, 2.7)
+    drawn, axes = plt.subplots(1, 1 + heads, figsize=size, layout="constrained")
     axes[0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0].set_title("image", fontsize=10)
-    top = float(patches_AN.max())
+    look = {"cmap": "cividis", "vmin": 0, "vmax": float(patches_AN.max())}
     for head, ax in enumerate(axes[1:]):
-        shown = ax.imshow(
-            patches_AN[head].reshape(side, side).numpy(), cmap="cividis", vmin=0, vmax=top
-        )
+        shown = ax.imshow(patches_AN[head].reshape(side, side).numpy(), **look)
         kept = float(patches_AN[head].sum())
         ax.set_title(f"head {head + 1}: {kept:.0%} on patches", fontsize=10)
     for ax in axes:
@@ -351,9 +333,8 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
         row = {"cls": 0}.get(token, prefix + token if isinstance(token, int) else None)
         maps_AT = maps_ATT[:, prefix:].mean(1) if row is None else maps_ATT[:, row]
         name = next(label for label, value in tokens if value == token)
-        return attention_figure(
-            pixels[int(image)], maps_AT, prefix=prefix, title=f"block {block}, from the {name}"
-        )
+        title = f"block {block}, from the {name}"
+        return attention_figure(pixels[int(image)], maps_AT, prefix=prefix, title=title)
 
     return Panel(draw, controls)
 
@@ -370,9 +351,8 @@ def augmented(image: Tensor, view: View, n: int = 12, *, seed: int = 0) -> Tenso
     """
     batch = image[None].expand(n, -1, -1, -1)
     views = make_view(batch, view, torch.Generator().manual_seed(seed))
-    own = torch.nn.functional.interpolate(
-        image[None].float() / 255, views.shape[-2:], mode="bilinear", antialias=True
-    )
+    how = {"mode": "bilinear", "antialias": True}
+    own = F.interpolate(image[None].float() / 255, views.shape[-2:], **how)
     return torch.cat([own.clamp(0, 1), views])
 
 
@@ -394,16 +374,10 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
 
     pixels = getattr(images, "images", images)
     view = view or Recipe.cpu(size=pixels.shape[-1]).views[0]
+    look = {"description": "crop's area", "continuous_update": False}
     controls = {
         "image": _image_slider(pixels),
-        "scale": w.FloatRangeSlider(
-            value=view.scale,
-            min=0.02,
-            max=1,
-            step=0.02,
-            description="crop's area",
-            continuous_update=False,
-        ),
+        "scale": w.FloatRangeSlider(value=view.scale, min=0.02, max=1, step=0.02, **look),
         "strength": _slider("colour jitter", max(view.brightness, view.contrast), 0.0, 1.0, 0.05),
         "hue": _slider("hue, turns", view.hue, 0.0, 0.5, 0.05),
         "gray": _slider("gray", view.gray, 0.0, 1.0, 0.05),
@@ -412,18 +386,9 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
         "seed": _slider("draw", seed, 0, 99),
     }
 
-    def draw(image, scale, strength, hue, gray, blur, solarize, seed):
-        now = replace(
-            view,
-            scale=tuple(scale),
-            brightness=strength,
-            contrast=strength,
-            saturation=strength,
-            hue=hue,
-            gray=gray,
-            blur=blur,
-            solarize=solarize,
-        )
+    def draw(image, scale, strength, seed, **others):
+        colours = dict.fromkeys(("brightness", "contrast", "saturation"), strength)
+        now = replace(view, scale=tuple(scale), **colours, **others)
         some = augmented(pixels[int(image)], now, n, seed=seed)
         title = "The image, then random views of it"
         drawn = contact_sheet(some, columns=8, title=title).figure
@@ -486,15 +451,14 @@ def queue_candidates(
         ValueError: when the queue holds nobody else.
     """
     vectors_QO = queue.vectors[head]
-    similarity_Q = vectors_QO @ torch.nn.functional.normalize(z_TO[head], dim=-1)
+    similarity_Q = vectors_QO @ F.normalize(z_TO[head], dim=-1)
     similarity_Q = similarity_Q.masked_fill((queue.ids == sample_id) | (queue.ids < 0), -torch.inf)
     usable = int(similarity_Q.isfinite().sum())
     if not usable:
         raise UserError("the queue holds no other sample: push some first")
     values, where = similarity_Q.topk(min(k, usable))
-    found = queue.lookup(
-        z_TO[:, None], torch.tensor([sample_id]), k, torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    found = queue.lookup(z_TO[:, None], torch.tensor([sample_id]), k, generator)
     drawn = (where == found.positions[head, 0]).nonzero()[0, 0]
     return {"ids": queue.ids[where], "similarities": values, "drawn": drawn}
 
@@ -516,7 +480,8 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: 
     pixels = getattr(images, "images", images)
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     view, n = replace(recipe.views[0], keep=1.0), len(pixels)
-    queue = NeighborQueue(n, heads_out(heads), heads=len(recipe.blocks))
+    width = heads.predictor[0].weight.shape[1]  # of the projections
+    queue = NeighborQueue(n, width, heads=len(recipe.blocks))
     queue.push(project(model, heads, recipe, pixels[:], view=view, seed=seed), torch.arange(n))
     blocks = [(f"block {number}", number) for number in recipe.blocks]
     controls = {
@@ -536,18 +501,11 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: 
     return Panel(draw, controls)
 
 
-def heads_out(heads: IDHeads) -> int:
-    """O, the width of the projections."""
-    return heads.predictor[0].weight.shape[1]
-
-
 def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figure:
-    drawn, ids = int(found["drawn"]), found["ids"]
-    columns = 10
+    drawn, ids, columns = int(found["drawn"]), found["ids"], 10
     rows = 1 + -(-len(ids) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(11, 1.35 * rows + 0.5), layout="constrained", squeeze=False
-    )
+    size = (11, 1.35 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     _show(axes[0, 0], pixels[image], f"query\n{_label(image, labels, classes)}")
@@ -562,21 +520,16 @@ def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figu
         _show(ax, pixels[i], text, colour=colour, frame=place == drawn)
     about = "" if right is None else f", {right} of its class"
     figure.suptitle(f"{name}: the {len(ids)} nearest in the queue{about}")
-    figure.set_label(
-        f"A query image and the images whose views are nearest, number {drawn + 1} drawn"
-    )
+    words = "A query image and the images whose views are nearest, number"
+    figure.set_label(f"{words} {drawn + 1} drawn")
     return figure
 
 
 def _label(i: int, labels, classes) -> str:
-    if labels is None:
-        return str(i)
-    return classes[int(labels[i])] if classes else str(int(labels[i]))
+    return str(i) if labels is None else name_of(int(labels[i]), classes)
 
 
-def _show(
-    ax, picture: Tensor, text: str, *, colour: str = "black", frame: bool = False, size: int = 8
-) -> None:
+def _show(ax, picture: Tensor, text: str, *, colour="black", frame=False, size=8) -> None:
     ax.set_axis_on()
     ax.imshow(np.asarray(picture.permute(1, 2, 0).cpu()))
     ax.set(xticks=[], yticks=[])
