@@ -6,6 +6,7 @@ import os
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from refiner.base import places
 from refiner.models import encoders, save
@@ -93,7 +94,7 @@ def test_a_folder_that_timm_wrote_is_loaded_too(tmp_path):
     config |= {"architecture": "vit_tiny_patch16_224", "model_args": options, "num_classes": 5}
     config["pretrained_cfg"] |= {"num_classes": 5, "mean": [0.1, 0.2, 0.3], "crop_pct": 0.7}
     (folder / "config.json").write_text(json.dumps(config))
-    models.save_file(model.state_dict(), folder / "model.safetensors")
+    save_file(model.state_dict(), folder / "model.safetensors")
     found = models.load_model(folder)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -547,7 +547,7 @@ def head_features(
     frozen_blocks: int = 0,
     recompute: bool = False,
 ) -> Tensor:
-    """Pooled output of the chosen blocks, [T, B, D], in one pass.
+    """Pooled output of the chosen blocks, [L, B, D], in one pass.
 
     Args:
         model: an encoder that takes any size (:func:`refiner.models.encoders.allow_any_size`).

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from refiner.base.errors import UserError
 from refiner.base.places import data_folder
 from refiner.models.catalogue import Entry, find, nearest
-from refiner.models.convert import DECODER_PREFIXES, convert, read_file
+from refiner.models.convert import DECODER_PREFIXES, Converted, convert, read_file
 from refiner.models.download import download, from_hub
 from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
 
@@ -151,54 +151,65 @@ def load_model(
 
 
 def _load(name: str, num_heads: int | None) -> Encoder:
-    name = str(_whole(name))
-    path, entry = Path(name), find(name)
-    if name in embedded_models() or path.is_dir() or _has_card(path):
-        if num_heads is not None:
-            raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
-        return _load_carded(name)
-    if path.is_file():
+    path, entry = _located(name), find(name)
+    carded = path is not None and _is_carded(path)
+    if num_heads is not None and (path is None or carded):
+        raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
+    if path is None:
+        return _load_timm(name)
+    if carded:
+        return _load_carded(path)
+    if entry is None or path == Path(name):
         return _load_file(path, num_heads, name=path.stem)
+    model = _load_file(path, num_heads or entry.shape[2], name=name)
+    model.refiner_card |= {"origin": entry.address, **_told(entry)}
+    return model
+
+
+def _located(name: str | Path) -> Path | None:
+    """The folder or file that a name stands for, fetched if need be; None for one of timm's."""
+    name, path, entry = str(name), Path(name), find(str(name))
+    if name in embedded_models():
+        return data_folder() / f"{name}.safetensors"
+    if path.exists():
+        return _whole(path)
     if entry is not None and entry.address:
-        return _load_entry(entry, num_heads)
+        return download(entry.address, file=entry.file, md5=entry.md5)
     if name.startswith(("http://", "https://")):
-        return _load_file(download(name), num_heads, name=Path(name).stem)
+        return download(name)
     if path.suffix in FILE_KINDS or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
         raise FileNotFoundError(f"there is no file or folder {name}")
-    if num_heads is not None:
-        raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
-    return _load_timm(name)
+    return None
 
 
-def _whole(name: str | Path) -> str | Path:
+def _whole(path: Path) -> Path:
     """The folder of a saved model whose weights are named: they alone do not tell the network."""
-    path = Path(name)
-    if path.name != "model.safetensors" or not path.is_file():
-        return name
+    if path.name != "model.safetensors":
+        return path
     if (path.parent / "card.json").is_file():
         return path.parent
     config = path.parent / "config.json"  # of timm, unless of another library
     timms = config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8"))
-    return path.parent if timms else name
+    return path.parent if timms else path
 
 
-def _has_card(path: Path) -> bool:
-    return path.suffix == ".safetensors" and path.with_suffix(".json").is_file()
+def _is_carded(path: Path) -> bool:
+    """Whether it is a folder, or weights with a card beside them, and no other library's file."""
+    return path.is_dir() or (path.suffix == ".safetensors" and path.with_suffix(".json").is_file())
 
 
-def _load_carded(name: str) -> Encoder:
+def _load_carded(path: Path) -> Encoder:
     """An embedded checkpoint, or a folder of ours or of timm's."""
-    folder = Path(name)
-    ours = not folder.is_dir() or (folder / "card.json").is_file()
-    if not ours and (folder / "config.json").is_file():
-        return _load_timm_folder(f"local-dir:{name}", folder / "config.json")
-    card = read_card(name)
+    source, config = f"local-dir:{path}", path / "config.json"
+    if config.is_file() and not (path / "card.json").is_file():
+        return _load_timm_folder(source, config)
+    card = read_card(path)
     if "architecture" not in card:  # one of timm's models, or refined from one
-        model = timm.create_model(f"local-dir:{name}", pretrained=True)
-        check_supported(model, name)
+        model = timm.create_model(source, pretrained=True)
+        check_supported(model, str(path))
     else:
         model = build_vit(**card["architecture"])
-        model.load_state_dict(read_checkpoint(name)[1])
+        model.load_state_dict(read_checkpoint(path)[1])
     model.refiner_card = card
     return model.eval()
 
@@ -209,21 +220,18 @@ def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransfo
     with torch.device("meta"):  # large models would take their time to draw random weights
         model = build_vit(**found.architecture)
     model.load_state_dict(found.encoder, assign=True)
-    model.refiner_card |= {
+    model.refiner_card = _file_card(found, name)
+    return model
+
+
+def _file_card(found: Converted, name: str) -> dict:
+    return {
         "name": name,
+        "architecture": found.architecture,
         "format": found.format,
         "left_out": list(found.left_out),
         "preprocessing": {"size": found.architecture["size"], **IMAGENET},
     }
-    return model
-
-
-def _load_entry(entry: Entry, num_heads: int | None) -> VisionTransformer:
-    """A model of the catalogue that lies at an address."""
-    path = download(entry.address, file=entry.file, md5=entry.md5)
-    model = _load_file(path, num_heads or entry.shape[2], name=entry.name)
-    model.refiner_card |= {"origin": entry.address, **_told(entry)}
-    return model
 
 
 def resized(model: Encoder, size: int) -> Encoder:
@@ -263,31 +271,15 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: when weights or card are missing.
     """
-    name = _whole(name)
-    path, entry = Path(name), find(str(name))
-    if str(name) in embedded_models():
-        path = data_folder() / f"{name}.safetensors"
-    elif entry is not None and entry.address:
-        path = download(entry.address, file=entry.file, md5=entry.md5)
-    if path.is_dir():
-        card, state = read_card(path), load_file(path / "model.safetensors")
-        decoder = path / "decoder.safetensors"
-        state |= load_file(decoder) if decoder.is_file() else {}
-    elif _has_card(path):
-        card, state = read_card(name), load_file(path)
-    elif path.is_file():
-        found = convert(read_file(path), name=str(path), num_heads=num_heads)
-        preprocessing = {"size": found.architecture["size"], **IMAGENET}
-        card = {
-            "name": path.stem,
-            "architecture": found.architecture,
-            "format": found.format,
-            "preprocessing": preprocessing,
-        }
-        return card, found.encoder, found.decoder
-    else:
+    path = _located(name)
+    if path is None:
         return None
-    state = {k: v.float() for k, v in state.items()}
+    if not _is_carded(path):
+        found = convert(read_file(path), name=str(path), num_heads=num_heads)
+        return _file_card(found, path.stem), found.encoder, found.decoder
+    card = read_card(path)
+    files = [path / "model.safetensors", path / "decoder.safetensors"] if path.is_dir() else [path]
+    state = {k: v.float() for file in files if file.is_file() for k, v in load_file(file).items()}
     decoder = {k: v for k, v in state.items() if k.startswith(DECODER_PREFIXES)}
     return card, {k: v for k, v in state.items() if k not in decoder}, decoder
 
@@ -298,9 +290,7 @@ def read_card(name: str | Path) -> dict:
     Raises:
         FileNotFoundError: when card or weights are missing.
     """
-    path = Path(_whole(name))
-    if str(name) in embedded_models():
-        path = data_folder() / f"{name}.safetensors"
+    path = _located(name) or Path(name)
     if path.is_dir():
         missing = [f for f in ("card.json", "model.safetensors") if not (path / f).is_file()]
         if missing:
@@ -398,9 +388,6 @@ def _told(entry: Entry) -> dict:
         "licence": entry.licence,
         "pooling": entry.pooling.split(),
     }
-
-
-# ---------------------------------------------------------------- saving
 
 
 def copy_model(model: Encoder) -> Encoder:
