@@ -46,7 +46,7 @@ from benchmarks.measured import installed  # noqa: E402
 from refiner.base.files import write_json  # noqa: E402
 from refiner.base.places import machine  # noqa: E402
 from refiner.base.tensors import standardized  # noqa: E402
-from refiner.probing.measures import kmeans  # noqa: E402
+from refiner.probing.clusters import kmeans  # noqa: E402
 from refiner.probing.neighbors import classify, knn_report  # noqa: E402
 from refiner.probing.search import nearest_neighbors  # noqa: E402
 from refiner.visuals.maps import umap_embedding  # noqa: E402

@@ -48,13 +48,13 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.models.load import load_model as load_model
     from refiner.models.mae import reconstruct as reconstruct
     from refiner.models.save import save_model as save_model
+    from refiner.probing.clusters import clustering as clustering
+    from refiner.probing.clusters import kmeans as kmeans
     from refiner.probing.features import extract as extract
     from refiner.probing.measures import alignment as alignment
     from refiner.probing.measures import alpha_req as alpha_req
-    from refiner.probing.measures import clustering as clustering
     from refiner.probing.measures import collapse_std as collapse_std
     from refiner.probing.measures import intrinsic_dimension as intrinsic_dimension
-    from refiner.probing.measures import kmeans as kmeans
     from refiner.probing.measures import lidar as lidar
     from refiner.probing.measures import linear_cka as linear_cka
     from refiner.probing.measures import participation_ratio as participation_ratio
@@ -110,8 +110,8 @@ _HOME = {
     "collapse_std": "probing.measures",
     "linear_cka": "probing.measures",
     "intrinsic_dimension": "probing.measures",
-    "kmeans": "probing.measures",
-    "clustering": "probing.measures",
+    "kmeans": "probing.clusters",
+    "clustering": "probing.clusters",
     "knn_accuracy": "probing.neighbors",
     "knn_predict": "probing.neighbors",
     "knn_report": "probing.neighbors",

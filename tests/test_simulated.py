@@ -12,7 +12,7 @@ from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models.load import build_vit
 from refiner.models.mae import MAERecipe, reconstruct
-from refiner.probing import measures
+from refiner.probing import clusters, measures
 from refiner.probing.features import extract
 from refiner.probing.logistic import fit_logistic
 from refiner.probing.neighbors import knn_accuracy, knn_predict
@@ -188,7 +188,7 @@ PROBING = {  # what it gives, and where that has to lie
     "linear probes": lambda at: (fit_logistic(
         features(2, 300, 17, device=at), classes(2, 300, device=at),
         torch.empty(3, 2, dtype=torch.float64, device=at), classes=4).weights, at),
-    "k-means": lambda at: (measures.kmeans(
+    "k-means": lambda at: (clusters.kmeans(
         features(2, 300, 16, device="cpu"), 4, restarts=2, max_iter=3, device=at).inertia, CPU),
     "CKA": lambda at: (measures.linear_cka(
         *[features(3, 60, 16, device=at)] * 2), CPU),

@@ -29,7 +29,7 @@ from refiner.base.settings import Count, Entries, Portion, Whole, checked
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
 from refiner.models.load import load_model
-from refiner.probing import measures, neighbors, probes
+from refiner.probing import clusters, measures, neighbors, probes
 from refiner.probing.features import extract
 from refiner.visuals import plots
 from refiner.visuals.style import save_figures
@@ -255,7 +255,7 @@ def _low_shot(s: _Sides) -> dict:
 
 
 def _clustering(s: _Sides) -> dict:
-    return measures.clustering(s.z, s.test.labels, seed=s.settings.seed, device=s.device)
+    return clusters.clustering(s.z, s.test.labels, seed=s.settings.seed, device=s.device)
 
 
 def _measures(s: _Sides) -> dict:

@@ -30,7 +30,8 @@ from refiner.images.corruptions import CORRUPTIONS, corrupted
 from refiner.images.dense import DenseSet
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder
-from refiner.probing import measures, neighbors, probes
+from refiner.probing import neighbors, probes
+from refiner.probing.clusters import clustering
 from refiner.probing.features import Features, extract
 from refiner.probing.probes import LinearProbe, linear_probe
 from refiner.training.finetuning import FinetuneRecipe, few_labels, finetune
@@ -368,7 +369,7 @@ def clusters(s: Subject) -> list[dict]:
     for pooling in s.poolings:
         z = s.features[1][pooling][-1]
         runs = [
-            measures.clustering(z, s.test.labels, k=k, seed=s.settings.seed + i, device=s.device)
+            clustering(z, s.test.labels, k=k, seed=s.settings.seed + i, device=s.device)
             for i in range(s.settings.kmeans_seeds)
         ]
         for name in ("acc", "nmi", "ari"):

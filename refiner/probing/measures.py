@@ -1,25 +1,22 @@
-"""What features say without labels, k-means, and how similar blocks are.
+"""What features say without labels, and how similar blocks are.
 
 Every function takes all blocks at once, [L, N, D], or one set, [N, D]. Arithmetic is float64
 unless a docstring says otherwise, on the features' device; the results are float32 on the CPU.
 A measure without labels is a symptom, not a score: each docstring names what may be compared.
 
-Shape legend: L blocks, N images, V views of an image, D width, k clusters, R restarts, T trials.
+Shape legend: L blocks, N images, V views of an image, D width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import check_labels, full_precision, standardized
+from refiner.base.tensors import full_precision
 from refiner.probing.search import Graph, nearest_neighbors
 
 CHUNK_BYTES = 2**26  # of scores held at once
@@ -283,7 +280,7 @@ def linear_cka(x: Tensor, y: Tensor | None = None, *, debiased: bool = False) ->
         ValueError: as :func:`rankme`, or for different numbers of images.
     """
     y = x if y is None else y
-    _check(x), _check(y)
+    check_sets(x), check_sets(y)
     n = x.shape[-2]
     if y.shape[-2] != n:
         raise UserError(f"the same images are needed, not {n} and {y.shape[-2]}")
@@ -372,7 +369,7 @@ def intrinsic_dimension(
     Raises:
         ValueError: as :func:`rankme`, for fewer than three images, or a graph of other images.
     """
-    _check(x, least=3)
+    check_sets(x, least=3)
     if not 0 <= discard < 1:
         raise UserError(f"discard must be from 0 to below 1, not {discard}")
     if graph is not None and (graph.indices.shape[:-1] != x.shape[:-1] or graph.k < 2):
@@ -412,306 +409,19 @@ def _two_nearest(x_ND: Tensor) -> Tensor:
     return nearest_neighbors(queries, keys, k=2, exclude_self=True, normalize=False).indices
 
 
-# ---------------------------------------------------------------- k-means
-
-
-@dataclass(frozen=True, eq=False)
-class KMeans:
-    """The best restart of every block.
-
-    Attributes:
-        assignments: int64 [L, N], a cluster of each image, 0 to k - 1.
-        centers: float32 [L, k, D], the means of their images.
-        inertia: float64 [L], sum of squared distances to the centers.
-        iterations: int64 [L], Lloyd steps until nothing changed (or until the limit).
-    """
-
-    assignments: Tensor
-    centers: Tensor
-    inertia: Tensor
-    iterations: Tensor
-
-
-@torch.no_grad()
-def kmeans(
-    x: Tensor,
-    k: int,
-    *,
-    restarts: int = 10,
-    seed: int = 0,
-    max_iter: int = 300,
-    chunk: int | None = None,
-    device: str | torch.device | None = None,
-    progress: bool = False,
-) -> KMeans:
-    """k-means of every block, all restarts of a block at once.
-
-    Greedy k-means++ starts (Arthur & Vassilvitskii 2007, with 2 + log k trials a center, as in
-    scikit-learn), then Lloyd's steps until no image changes its cluster. An empty cluster moves to
-    the image that is farthest from its own center. Products are float32; where two centers are
-    closer than its rounding allows to tell apart, float64 decides, ties to the lower cluster.
-
-    Args:
-        x: [L, N, D] or [N, D].
-        k: number of clusters.
-        restarts: independent starts; the one of lowest inertia is kept.
-        seed: of the starts, the same for every block.
-        max_iter: largest number of Lloyd steps.
-        chunk: images at once. Changes memory and speed, not the assignments.
-        device: where to work; default CUDA if there is one, else where x is.
-        progress: show a bar over blocks.
-
-    Returns:
-        :class:`KMeans` on the CPU, without the axis L for [N, D]. With fewer distinct images than
-        k some clusters stay empty.
-
-    Raises:
-        ValueError: as :func:`rankme`, or for a k that is not from 1 to N.
-    """
-    _check(x)
-    n = x.shape[-2]
-    if not 1 <= k <= n:
-        raise UserError(f"k={k} clusters asked for, but there are {n} images")
-    if restarts < 1 or max_iter < 1:
-        raise UserError(f"restarts and max_iter must be at least 1, not {restarts}, {max_iter}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else x.device))
-    blocks = x if x.ndim == 3 else x[None]
-    with full_precision(device):
-        found = [
-            _Lloyd(a.to(device), k, restarts, seed, chunk).run(max_iter)
-            for a in tqdm(blocks, desc="k-means", unit="block", disable=not progress)
-        ]
-    parts = [torch.stack(part).cpu() for part in zip(*found, strict=True)]
-    return KMeans(*(parts if x.ndim == 3 else (part[0] for part in parts)))
-
-
-class _Lloyd:
-    """All restarts of one block. Sums and counts are float64 and follow the images that move."""
-
-    def __init__(self, x_ND: Tensor, k: int, restarts: int, seed: int, chunk: int | None):
-        x_ND, (n, dim) = x_ND.double(), x_ND.shape
-        self.mean = x_ND.mean(0)
-        self.scale = (x_ND - self.mean).norm(dim=1).max().clamp_min(1e-300)
-        # Centred and scaled, as float32 then rounds least. From here on these are the features.
-        self.x_ND = ((x_ND - self.mean) / self.scale).float()
-        self.norms = self.x_ND.double().norm(dim=1)
-        self.chunk = chunk or _rows(24 * restarts * k)
-        self.centers_RkD = _plus_plus(self.x_ND, k, restarts, seed).double()
-        self.assigned_RN = torch.full((restarts, n), -1, device=x_ND.device)
-        self.sums_RkD = x_ND.new_zeros(restarts, k, dim)
-        self.counts_Rk = x_ND.new_zeros(restarts, k)
-
-    def run(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of :class:`KMeans` for this block."""
-        every = active = torch.arange(len(self.counts_Rk), device=self.x_ND.device)
-        steps = torch.zeros_like(every)
-        for _ in range(max_iter):
-            steps[active] += 1
-            moved = self.assign(active, self.nearest(active))
-            active = active[moved]
-            if not len(active):
-                break
-            self.move_centers(active)
-        self.move_centers(every, repair=False)
-        inertia = torch.stack([self.distances(r).square().sum() for r in every])
-        best = int(inertia.argmin())
-        centers = (self.centers_RkD[best] * self.scale + self.mean).float()
-        return self.assigned_RN[best], centers, inertia[best] * self.scale**2, steps[best]
-
-    def nearest(self, active: Tensor) -> Tensor:
-        """The nearest center of each image for the active restarts, [R, N]."""
-        centers = self.centers_RkD[active]
-        half_Rk = centers.square().sum(-1) / 2
-        rough, half = centers.float().flatten(0, 1), half_Rk.float().flatten()
-        n_restarts, k, dim = centers.shape
-        longest = half_Rk.mul(2).sqrt().amax(1)
-        nearest = torch.empty(n_restarts, len(self.x_ND), dtype=torch.int64, device=active.device)
-        for start in range(0, len(self.x_ND), self.chunk):
-            rows = slice(start, start + self.chunk)
-            # ‖x - c‖² = ‖x‖² - 2 (x·c - ‖c‖²/2)
-            scores = torch.addmm(-half, self.x_ND[rows], rough.T).view(-1, n_restarts, k)
-            best, where = scores.max(-1)
-            scores.scatter_(2, where[..., None], -torch.inf)
-            gap_BR = best.double() - scores.amax(-1)
-            size_BR = longest * (self.norms[rows, None] + longest)
-            # Largest error of two such scores in float32, any order of summation.
-            unsure_BR = gap_BR <= 2 * (dim + 8) * 2.0**-24 * size_BR
-            for r in unsure_BR.any(0).nonzero()[:, 0]:
-                b = unsure_BR[:, r].nonzero()[:, 0]
-                exact = self.x_ND[rows][b].double() @ centers[r].T - half_Rk[r]
-                tied = exact >= exact.amax(1, keepdim=True) - 2.0**-45 * size_BR[b, r, None]
-                where[b, r] = tied.byte().argmax(1)  # the first
-            nearest[:, rows] = where.T
-        return nearest
-
-    def assign(self, active: Tensor, nearest_RN: Tensor) -> Tensor:
-        """Takes the new clusters; which of the restarts changed, bool [R]."""
-        moved_RN = nearest_RN != self.assigned_RN[active]
-        for r, now, moved in zip(active, nearest_RN, moved_RN, strict=True):
-            i = moved.nonzero()[:, 0]
-            x, before = self.x_ND[i].double(), self.assigned_RN[r, i]
-            for where, sign in ((now[i], 1.0), (before, -1.0)):
-                known = where >= 0
-                if known.any():
-                    self.sums_RkD[r].index_add_(0, where[known], x[known], alpha=sign)
-                    self.counts_Rk[r].index_add_(
-                        0, where[known], x.new_full((len(x),), sign)[known]
-                    )
-        self.assigned_RN[active] = nearest_RN
-        return moved_RN.any(1)
-
-    def move_centers(self, active: Tensor, *, repair: bool = True) -> None:
-        """To the means of their images; empty ones to the images farthest from their centers."""
-        for r in active:
-            filled = self.counts_Rk[r] > 0
-            means = self.sums_RkD[r] / self.counts_Rk[r].clamp_min(1)[:, None]
-            self.centers_RkD[r] = torch.where(filled[:, None], means, self.centers_RkD[r])
-            empty = (~filled).nonzero()[:, 0]
-            if repair and len(empty):
-                far, images = self.distances(r).sort(descending=True, stable=True)
-                images = images[: len(empty)][far[: len(empty)] > 0]
-                self.centers_RkD[r, empty[: len(images)]] = self.x_ND[images].double()
-
-    def distances(self, r: int | Tensor) -> Tensor:
-        """Each image's distance to its own center, float64 [N]."""
-        pairs = zip(self.x_ND.split(4096), self.assigned_RN[r].split(4096), strict=True)
-        return torch.cat([(x - self.centers_RkD[r][a]).norm(dim=1) for x, a in pairs])
-
-
-def _plus_plus(x_ND: Tensor, k: int, restarts: int, seed: int) -> Tensor:
-    """Greedy k-means++: of a few draws by squared distance, the one that lowers the sum most."""
-    n, trials = len(x_ND), 2 + int(math.log(k))
-    # Drawn by restart first: more restarts leave the earlier ones as they are.
-    draws_RkT = torch.from_numpy(np.random.default_rng(seed).random((restarts, k, trials)))
-    draws_RkT = draws_RkT.to(x_ND.device)
-    squares, every = x_ND.square().sum(1), torch.arange(restarts, device=x_ND.device)
-    chosen = [(draws_RkT[:, 0, 0] * n).long()]
-    closest_RN = torch.full((restarts, n), torch.inf, device=x_ND.device)
-    for step in range(k):
-        if step:
-            ladder = closest_RN.double().cumsum(1)
-            some_RT = torch.searchsorted(ladder, draws_RkT[:, step] * ladder[:, -1:])
-            some_RT = some_RT.clamp_max(n - 1)
-        else:
-            some_RT = chosen.pop()[:, None]
-        c = x_ND[some_RT.flatten()]
-        far = torch.addmm(squares, c, x_ND.T, alpha=-2).add_(squares[some_RT].view(-1, 1))
-        far_RTN = far.clamp_min_(0).view(restarts, -1, n)
-        far_RTN = torch.minimum(far_RTN, closest_RN[:, None])
-        best = far_RTN.sum(2, dtype=torch.float64).argmin(1)
-        closest_RN = far_RTN[every, best]
-        chosen.append(some_RT[every, best])
-    return x_ND[torch.stack(chosen, dim=1)]
-
-
-# ---------------------------------------------------------------- clusters against classes
-
-
-def clustering(
-    x: Tensor,
-    labels: Tensor,
-    *,
-    k: int | None = None,
-    restarts: int = 10,
-    seed: int = 0,
-    standardize: bool = True,
-    normalize: bool = True,
-    assignments: Tensor | None = None,
-    sample: int = 5000,
-    device: str | torch.device | None = None,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """How well k-means clusters of every block match classes, and how well they are separated.
-
-    Compare only the same images and k: every one of the scores shifts with N, k and the balance
-    of classes, except that AMI and ARI are 0 for random clusters.
-
-    Args:
-        x: [L, N, D] or [N, D].
-        labels: int64 [N], classes from 0; seen by the scores only.
-        k: number of clusters; default the number of classes that occur.
-        restarts, seed, device, progress: see :func:`kmeans`.
-        standardize: scale each feature to deviation 1 first, as k-NN does.
-        normalize: scale each image's features to unit length, after that.
-        assignments: clusters int64 [L, N] to be scored instead of running k-means.
-        sample: of how many random images the silhouette is taken at most; it costs N².
-
-    Returns:
-        A dict of float32 [L] (or scalars) on the CPU: "acc" (accuracy of the best one-to-one
-        matching of clusters and classes, Hungarian method), "nmi" and "ami" (normalised and
-        adjusted mutual information), "ari" (adjusted Rand index), "silhouette", and
-        "davies_bouldin" (lower is better separated). The last two do not know the classes and are
-        NaN where there is a single cluster.
-
-    Raises:
-        ValueError: as :func:`kmeans`, or for labels or assignments that do not match.
-    """
-    _check(x)
-    labels = check_labels(labels, x, "clustered")
-    if assignments is not None and assignments.shape != x.shape[:-1]:
-        raise UserError(
-            f"assignments of {list(assignments.shape)} do not match features {list(x.shape)}"
-        )
-    blocks = x if x.ndim == 3 else x[None]
-    if standardize:
-        blocks = torch.stack([standardized(a, a[:1])[0] for a in blocks])
-    if normalize:
-        blocks = torch.nn.functional.normalize(blocks.float(), dim=-1)
-    if assignments is None:
-        k = len(labels.unique()) if k is None else k
-        found = kmeans(blocks, k, restarts=restarts, seed=seed, device=device, progress=progress)
-        assignments = found.assignments
-    truth = labels.cpu().numpy()
-    clusters = assignments.cpu().numpy().reshape(len(blocks), -1)
-    rows = [
-        _agreement(truth, c) | _separation(a.cpu().numpy(), c, sample)
-        for a, c in zip(blocks, clusters, strict=True)
-    ]
-    scores = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-    return scores if x.ndim == 3 else {name: score[0] for name, score in scores.items()}
-
-
-def _agreement(truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    from scipy.optimize import linear_sum_assignment
-    from sklearn import metrics
-    from sklearn.metrics.cluster import contingency_matrix
-
-    table = contingency_matrix(truth, clusters)
-    matched = table[linear_sum_assignment(table, maximize=True)].sum()
-    return {
-        "acc": float(matched / len(truth)),
-        "nmi": metrics.normalized_mutual_info_score(truth, clusters),
-        "ami": metrics.adjusted_mutual_info_score(truth, clusters),
-        "ari": metrics.adjusted_rand_score(truth, clusters),
-    }
-
-
-def _separation(x_ND: np.ndarray, clusters: np.ndarray, sample: int) -> dict[str, float]:
-    from sklearn import metrics
-
-    some = np.sort(np.random.default_rng(0).permutation(len(x_ND))[:sample])
-    kinds, few = len(np.unique(clusters)), len(np.unique(clusters[some]))
-    silhouette = davies_bouldin = math.nan
-    if 2 <= few < len(some):
-        silhouette = float(metrics.silhouette_score(x_ND[some], clusters[some]))
-    if 2 <= kinds < len(x_ND):
-        davies_bouldin = float(metrics.davies_bouldin_score(x_ND, clusters))
-    return {"silhouette": silhouette, "davies_bouldin": davies_bouldin}
-
-
 # ---------------------------------------------------------------- shared
 
 
 def _each(x: Tensor, measure: Callable[[Tensor], Tensor], *, least=2, views=False) -> Tensor:
     """The measure of every block, float32 [L] or scalar on the CPU."""
-    _check(x, least=least, views=views)
+    check_sets(x, least=least, views=views)
     blocks = x if x.ndim == 3 + views else x[None]
     with torch.no_grad():
         values = torch.stack([measure(a) for a in blocks]).float().cpu()
     return values if x.ndim == 3 + views else values[0]
 
 
-def _check(x: Tensor, *, least: int = 2, views: bool = False) -> None:
+def check_sets(x: Tensor, *, least: int = 2, views: bool = False) -> None:
     shape = "[L, N, V, D] or [N, V, D]" if views else "[L, N, D] or [N, D]"
     if x.ndim not in (2 + views, 3 + views) or not x.is_floating_point() or 0 in x.shape:
         raise UserError(f"features must be floats {shape}, not {x.dtype} {list(x.shape)}")
