@@ -364,10 +364,20 @@ def test_a_failing_row_loses_no_other_and_is_tried_again(models, tmp_path, monke
 
 
 def test_a_transfer_set_that_cannot_be_loaded_fails_alone(models, tmp_path):
-    found = evaluate(models[0], out=tmp_path, rows=["clusters", "transfer"], settings=TINY,
-                     transfers=["no_such_set"], progress=False)  # fmt: skip
-    assert "no_such_set" in found["failed"]["transfer:no_such_set"]["before"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = evaluate(models[0], out=tmp_path / "out", rows=["clusters", "transfer"], settings=TINY,
+                     transfers=[empty], progress=False)  # fmt: skip
+    assert str(empty) in found["failed"][f"transfer:{empty}"]["before"]
     assert set(found["rows"]) == {"clusters"}
+
+
+@pytest.mark.parametrize("options", [{"transfers": ["no_such_set"]}, {"dense": "no_such_set"},
+                                     {"data": "no_such_set"}])  # fmt: skip
+def test_a_misspelt_set_is_told_before_the_work(models, tmp_path, options):
+    with pytest.raises(FileNotFoundError, match="no_such_set"):
+        evaluate(models[0], out=tmp_path / "out", settings=TINY, progress=False, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_data_leave_out_what_they_do_not_allow(models, tmp_path):
@@ -406,9 +416,11 @@ def test_the_command(models, tmp_path, capsys):
                  "--set", "n=48", "--set", "n_test=32", "--out", str(out)])  # fmt: skip
     said = capsys.readouterr().out
     assert code == 0 and "Of 6 figures" in said and str(out / "index.html") in said
+    (tmp_path / "empty").mkdir()
     assert main(["evaluate", "--before", models[0], "--rows", "clusters", "transfer", "--transfer",
-                 "no_such_set", "--set", "n=48", "--set", "n_test=32", "--out",
+                 str(tmp_path / "empty"), "--set", "n=48", "--set", "n_test=32", "--out",
                  str(tmp_path / "b")]) == 1  # fmt: skip
-    assert "failed: transfer:no_such_set, before: FileNotFoundError" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"failed: transfer:{tmp_path / 'empty'}, before: " in told and "no images" in told
     assert main(["evaluate", "--rows", "knnn", "--out", str(out)]) == 2
     assert "unknown row" in capsys.readouterr().err
