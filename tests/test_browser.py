@@ -151,8 +151,12 @@ def test_the_slider_moves_by_keyboard(open_lab):
     open_lab.page.keyboard.press("ArrowLeft")
     open_lab.page.keyboard.press("ArrowLeft")
     said = open_lab.said["10"]
-    says(open_lab, "before, block 10", "after, block 10",
-         f"{said['common']} of 10 neighbors in common")  # fmt: skip
+    says(
+        open_lab,
+        "before, block 10",
+        "after, block 10",
+        f"{said['common']} of 10 neighbors in common",
+    )
     assert all(share in open_lab.explorer.inner_text() for share in said["accuracy"])
     shoot(open_lab, "4-slider")
     # The maps have arrived there, too: a click where an image lies in block 10 finds it.

@@ -209,8 +209,9 @@ def test_a_sample_stands_for_all_and_anybody_can_be_selected(monkeypatch, explor
     assert "neighbor agreement" not in sampled.colours and "prediction error" not in sampled.colours
     for i in range(N):
         state = State("before", "after", 3, selected=i)
-        for ours, full in zip(sampled.compute(state).near, explored.compute(state).near,
-                              strict=True):  # fmt: skip
+        for ours, full in zip(
+            sampled.compute(state).near, explored.compute(state).near, strict=True
+        ):
             assert ours.indices.tolist() == full.indices.tolist()
             assert np.allclose(ours.similarities, full.similarities, atol=1e-6)
     labels = make_images().labels.numpy()

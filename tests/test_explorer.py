@@ -54,7 +54,9 @@ def shown_points(explorer, side):
 
 def test_the_first_view_is_the_last_block_of_both(explorer):
     assert explorer.slider.value == L and (explorer.left.value, explorer.right.value) == (
-        "before", "after")  # fmt: skip
+        "before",
+        "after",
+    )
     for side in (0, 1):
         wanted = explorer.view.sides[side].xy / 1.06
         assert np.allclose(shown_points(explorer, side), wanted, atol=1e-6)
@@ -209,8 +211,13 @@ def test_thumbnails_are_the_images(explorer):
 
 
 def test_a_figure_is_drawn_in_every_state(explorer):
-    for changes in ({}, {"selected": 3}, {"colour": "hue", "group": (1, 2)}, {"right": "before"},
-                    {"colour": "none", "block": 1}):  # fmt: skip
+    for changes in (
+        {},
+        {"selected": 3},
+        {"colour": "hue", "group": (1, 2)},
+        {"right": "before"},
+        {"colour": "none", "block": 1},
+    ):
         explorer.set(**changes)
         drawn = explorer.figure()
         drawn.canvas.draw()
@@ -337,8 +344,12 @@ SAYS = "\nfinally:\n    print(explorer.message.value)"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A notebook whose explorer breaks: where ipywidgets swallows it, then where it raises."""
-    cells = [SHOWN, BREAK, f"try:\n    explorer.clear.click(){SAYS}",
-             f"try:\n    explorer.slider.value = 2{SAYS}"]  # fmt: skip
+    cells = [
+        SHOWN,
+        BREAK,
+        f"try:\n    explorer.clear.click(){SAYS}",
+        f"try:\n    explorer.slider.value = 2{SAYS}",
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     return execute(notebook, cwd=tmp_path_factory.mktemp("run"), timeout=120)
 

@@ -70,7 +70,7 @@ def test_umap_refuses_what_would_mislead_it():
         ((x, blocks), {"n_neighbors": 5}, "one block"),
         ((x, graph), {"n_neighbors": 5, "init": x}, "init"),
         ((x,), {"n_neighbors": 21}, "from 2 to the 20"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             umap_embedding(*arguments, **options)
 
@@ -159,8 +159,10 @@ def made(*models, **options):
     return maps.umap_maps(
         {name: x for name, (x, _) in zip(names, models, strict=True)},
         {name: graph for name, (_, graph) in zip(names, models, strict=True)},
-        dict.fromkeys(names, start), progress=False, **options,
-    )  # fmt: skip
+        dict.fromkeys(names, start),
+        progress=False,
+        **options,
+    )
 
 
 def test_each_block_starts_where_the_one_before_ended(calls):
@@ -191,8 +193,12 @@ def test_kept_maps_are_not_made_again_and_changed_ones_are(calls):
 def test_blocks_that_two_models_share_are_made_once(calls):
     a, (x, graph) = example(), example(1)
     x = torch.cat([a[0][:2], x[2:]])
-    graph = Graph(*(torch.cat([p[:2], q[2:]]) for p, q in (
-        (a[1].indices, graph.indices), (a[1].similarities, graph.similarities))))  # fmt: skip
+    graph = Graph(
+        *(
+            torch.cat([p[:2], q[2:]])
+            for p, q in ((a[1].indices, graph.indices), (a[1].similarities, graph.similarities))
+        )
+    )
     found = made(a, (x, graph))
     assert len(calls) == L + 1
     assert np.array_equal(found["model 0"][:2], found["model 1"][:2])

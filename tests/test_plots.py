@@ -65,13 +65,22 @@ def test_every_colour_stands_out_from_white_paper():
 
 # What linear RGB becomes for eyes without one kind of cone (Machado et al. 2009, severity 1.0).
 BLINDNESS = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                   [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                     [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-                   [0.004733, 0.691367, 0.303900]],
-}  # fmt: skip
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
 TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
@@ -123,8 +132,9 @@ def test_reconstruction_has_three_named_rows():
     ax = plots.reconstruction(original, masked, painted, title="painted")
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert rows == ["original", "masked", "reconstruction"] and ax.get_title() == "painted"
-    values = {(int(p.get_extent()[0]), int(p.get_extent()[3])): float(shown(p).max())
-              for p in ax.images}  # fmt: skip
+    values = {
+        (int(p.get_extent()[0]), int(p.get_extent()[3])): float(shown(p).max()) for p in ax.images
+    }
     expected = {(c, r): v for c in range(4) for r, v in enumerate((0.2, 0.5, 1.0))}
     assert values == pytest.approx(expected)
     with pytest.raises(ValueError, match="equally many"):
@@ -177,9 +187,7 @@ def test_block_curve_counts_blocks_from_one_and_names_the_best():
         {"mae": (values, spread), "random": values.flip(0)}, ylabel="k-NN accuracy", chance=0.05
     )
     curves = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
-    assert list(curves) == [
-        "mae (best: block 2, 40.0%)", "random (best: block 2, 40.0%)", "chance"
-    ]  # fmt: skip
+    assert list(curves) == ["mae (best: block 2, 40.0%)", "random (best: block 2, 40.0%)", "chance"]
     first, second, _ = curves.values()
     assert first.get_xdata().tolist() == [1, 2, 3]
     assert np.allclose(first.get_ydata(), values)
@@ -211,11 +219,17 @@ def refinement(neighbors=True):
     entries = []
     for stage, steps in ((2, 3), (3, 4)):
         for step in range(1, steps + 1):
-            entries.append({
-                "stage": stage, "step": 10 * step, "loss": [3.0 - step, 2.0 - step], "lr": 0.1,
-                "similarity": [0.0, 0.0], "seconds": 1.0,
-                "neighbor_accuracy": [0.1 * step, 0.2] if neighbors else None,
-            })  # fmt: skip
+            entries.append(
+                {
+                    "stage": stage,
+                    "step": 10 * step,
+                    "loss": [3.0 - step, 2.0 - step],
+                    "lr": 0.1,
+                    "similarity": [0.0, 0.0],
+                    "seconds": 1.0,
+                    "neighbor_accuracy": [0.1 * step, 0.2] if neighbors else None,
+                }
+            )
     entries[-1]["knn"] = 0.5
     return entries
 
@@ -318,8 +332,9 @@ def test_embedding_draws_every_class_with_its_own_marker():
 def test_no_two_of_a_hundred_classes_look_alike():
     labels = torch.arange(100)
     (ax,) = plots.embedding({"map": torch.randn(100, 2)}, labels)
-    looks = {(to_hex(p.get_facecolor()[0]), p.get_paths()[0].vertices.tobytes())
-             for p in ax.collections}  # fmt: skip
+    looks = {
+        (to_hex(p.get_facecolor()[0]), p.get_paths()[0].vertices.tobytes()) for p in ax.collections
+    }
     assert len(looks) == 100
     assert ax.get_legend() is None and texts(ax) == [str(i) for i in range(100)]
 
@@ -421,9 +436,18 @@ def test_names_of_users_are_no_formulas_and_need_not_be_utf_8(draw):
     describe(figure).encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["contact_sheet", "reconstruction", "neighbor_grid",
-                                  "block_curve", "bars_with_spread", "error_and_knn",
-                                  "similarity_map"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "contact_sheet",
+        "reconstruction",
+        "neighbor_grid",
+        "block_curve",
+        "bars_with_spread",
+        "error_and_knn",
+        "similarity_map",
+    ],
+)
 def test_given_axes_are_used(name):
     images = image_set()
     graph = Graph(torch.zeros(12, 6, dtype=torch.int64), torch.zeros(12, 6))

@@ -96,8 +96,9 @@ def test_the_attention_explorer_follows_its_controls(model):
         ("mean", maps[1][:, 1:].mean(1)),
     ):
         drawn = panel.set(image=2, block=2, token=token)
-        shown = torch.stack([torch.as_tensor(ax.images[0].get_array().data)
-                             for ax in drawn.axes[1:4]])  # fmt: skip
+        shown = torch.stack(
+            [torch.as_tensor(ax.images[0].get_array().data) for ax in drawn.axes[1:4]]
+        )
         assert torch.allclose(shown.flatten(1), row[:, 1:], atol=1e-6)
         plt.close(drawn)
 
@@ -145,8 +146,9 @@ def test_candidates_are_the_nearest_others_and_the_draw_is_the_lookups():
             found = widgets.queue_candidates(queue, query, 4, k=6, head=head, seed=seed)
             assert found["ids"].tolist() == order.tolist()
             assert torch.allclose(found["similarities"], cosine[order], atol=1e-6)
-            looked = queue.lookup(query[:, None], torch.tensor([4]), 6,
-                                  torch.Generator().manual_seed(seed))  # fmt: skip
+            looked = queue.lookup(
+                query[:, None], torch.tensor([4]), 6, torch.Generator().manual_seed(seed)
+            )
             where = int(looked.positions[head, 0])
             assert int(found["ids"][found["drawn"]]) == int(queue.ids[where])
             drawn.add(int(found["drawn"]))

@@ -109,12 +109,9 @@ class View:
         parts = [" | ".join(f"{side.model}, block {side.block}" for side in self.sides)]
         parts.append(f"{self.shared:.0%} of the neighbors in common")
         if self.near:
-            own = [
-                f"{near.shared.sum()} in common"
-                if near.right is None
-                else f"{near.right.sum()} of its class"
-                for near in self.near
-            ]
+            known = self.near[0].right is not None
+            what = [near.right if known else near.shared for near in self.near]
+            own = [f"{x.sum()} {'of its class' if known else 'in common'}" for x in what]
             parts.append(f"image {self.state.selected}: {' | '.join(own)}")
         if self.group:
             parts.append(f"a group of {len(self.group.indices)}")
@@ -192,11 +189,7 @@ class Exploration:
     # ------------------------------------------------------------ a state's view
 
     def compute(self, state: State) -> View:
-        """What to show in a state. Depends on nothing else and changes nothing.
-
-        Raises:
-            ValueError: for a model, layout, colour or image that is not there.
-        """
+        """What to show in a state. Depends on nothing else and changes nothing."""
         state = self._checked(state)
         asked = [(state.left, state.block), (state.right, state.right_block or state.block)]
         # Model, and position of the block in its table.
@@ -304,11 +297,7 @@ class Exploration:
     # ------------------------------------------------------------ search
 
     def find(self, text: str) -> tuple[int, ...]:
-        """Images by position ("17", "3, 5, 8"), range ("10-20") or name of the class ("cone").
-
-        Raises:
-            ValueError: for a text that names nothing, with the nearest class.
-        """
+        """Images by position ("17", "3, 5, 8"), range ("10-20") or name of the class ("cone")."""
         from difflib import get_close_matches
 
         asked, last = text.strip().lower(), len(self) - 1
@@ -330,11 +319,7 @@ class Exploration:
     # ------------------------------------------------------------ UMAP
 
     def add_umap(self, *, seed: int = 0, progress: bool = True, report=lambda *_: None) -> None:
-        """Makes the layout "umap" for every block of every model, or reads it from the cache.
-
-        Raises:
-            ValueError: for so many images that not everybody's neighbors are known.
-        """
+        """Makes the layout "umap" for every block of every model, or reads it from the cache."""
         if not self.complete:
             raise UserError(
                 f"UMAP needs everybody's neighbors, which are searched for at most "
@@ -387,23 +372,10 @@ def prepare(
     k: int = 10,
     progress: bool = True,
 ) -> Exploration:
-    """Finds every block's neighbors, and the PCA maps.
-
-    Args:
-        images: an ImageSet, uint8 [N, 3, H, W], or a list of [3, H, W].
-        features: by model :class:`refiner.probing.features.Features`, or [L, N, D] or [N, D].
-        labels: int64 [N]; default an ImageSet's own.
-        classes: their names; default an ImageSet's own.
-        kind: which features of a ``Features``: "cls", "patch", …; default what refining pools.
-        k: neighbors that vote and are shown.
-        progress: show a bar.
+    """Finds every block's neighbors, and the PCA maps; for arguments see :func:`refiner.explore`.
 
     Returns:
         An :class:`Exploration` with the layout "pca", and "umap" where it comes with the course.
-
-    Raises:
-        ValueError: for numbers of images that do not match, images of different sizes, features
-            that are not finite, more than 200,000 images, or a k that is too large.
     """
     pixels = _pixels(images)
     n = len(pixels)

@@ -1,6 +1,6 @@
 """Figures made of pictures: images, neighbors, and tables whose numbers are shown as colours.
 
-Every function draws on new or given axes, and returns them.
+Every function draws on new or given axes and returns them; what cannot be drawn is a ValueError.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def contact_sheet(
         classes: names to write instead of numbers.
         columns: images a row.
         n: at most so many, the first ones.
-
-    Raises:
-        ValueError: without images.
     """
     n = min(n, len(images))
     if n == 0:
@@ -110,9 +107,6 @@ def neighbor_grid(
         classes: names of the classes.
         keys: the set in which the neighbors were searched; default ``images``.
         k: neighbors shown a model.
-
-    Raises:
-        ValueError: for a graph of several blocks, of other queries or with fewer than k neighbors.
     """
     where = torch.as_tensor(queries).reshape(-1).cpu()
     labels, classes = _labels_of(images, labels, classes)
@@ -209,9 +203,6 @@ def similarity_map(
     Args:
         similarity: [L1, L2] in 0..1, such as :func:`refiner.linear_cka` gives.
         rows, columns: what L1 and L2 are.
-
-    Raises:
-        ValueError: for anything but a matrix.
     """
     table = array(similarity)
     if table.ndim != 2:
@@ -243,9 +234,6 @@ def factor_heatmap(
         label: what the numbers are, for the colour bar.
         blocks: the blocks' numbers; default 1 to L.
         ax: as many Axes as models; default a new figure.
-
-    Raises:
-        ValueError: for scores that are not [L, F].
     """
     tables = named(scores)
     for name, table in tables.items():

@@ -1,7 +1,7 @@
 """The course's figures: curves, bars and maps here, pictures and tables in ``pictures.py``.
 
-Every function draws on new or given axes, and returns them. Call :func:`style` once for readable
-sizes.
+Every function draws on new or given axes and returns them; what cannot be drawn is a ValueError.
+Call :func:`style` once for readable sizes.
 """
 
 from __future__ import annotations
@@ -124,9 +124,6 @@ def error_and_knn(
 
     Returns:
         The Axes of the errors; those of the accuracies are its ``.figure.axes[-1]``.
-
-    Raises:
-        ValueError: for curves of different lengths.
     """
     errors, votes = (named(x if isinstance(x, Mapping) else {"": x}) for x in (error, knn))
     lengths = {len(x) for side in (errors, votes) for x in side.values()}
@@ -170,9 +167,6 @@ def history(
 
     Returns:
         Axes [P]: the loss, then neighbor accuracy and the evaluation's numbers where there are any.
-
-    Raises:
-        ValueError: for an empty history.
     """
     if not history:
         raise UserError("the history is empty")
@@ -285,9 +279,6 @@ def spider(values: Mapping[str, object], names: Sequence[str], *, ax: Axes | Non
         values: by name shares [Q] from 0 to 1.
         names: the Q spokes'; at least three.
         ax: polar Axes; default a new figure.
-
-    Raises:
-        ValueError: for fewer than three spokes or other numbers of values.
     """
     outlines, names = named(values), [plain(name) for name in names]
     if len(names) < 3 or any(x.shape != (len(names),) for x in outlines.values()):
@@ -368,9 +359,6 @@ def embedding(
         classes: names for the legend. More than 24 classes have no legend; their names are
             written at the median of their points.
         ax: as many Axes as maps; default a new figure.
-
-    Raises:
-        ValueError: for coordinates or labels that do not match.
     """
     points = named(maps)
     labels = None if labels is None else torch.as_tensor(labels).cpu().numpy()

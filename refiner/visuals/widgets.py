@@ -54,11 +54,7 @@ class Panel:
         self._changed()
 
     def set(self, **values) -> Figure:
-        """Sets controls by name, and draws once.
-
-        Raises:
-            KeyError: for a control that is not there.
-        """
+        """Sets controls by name, and draws once; a KeyError for one that is not there."""
         self._quiet = True
         try:
             for name, value in values.items():
@@ -123,9 +119,6 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
     Returns:
         ``original``, ``masked`` and ``painted``, float [3, H, W] in 0…1; ``error``, the mean
         squared error over hidden patches in the units of the target, a scalar.
-
-    Raises:
-        ValueError: when all or no patches are hidden, or their number is not the model's.
     """
     n = mae.patches
     hidden = torch.as_tensor(hidden, dtype=torch.bool).cpu()
@@ -244,9 +237,6 @@ def attention_maps(model: VisionTransformer, image: Tensor) -> Tensor:
     Returns:
         float32 [L, A, T, T]: the weight with which a token (row) reads another (column); rows add
         up to 1. Prefix tokens first, then patches row by row.
-
-    Raises:
-        ValueError: for other encoders, whose attention has parts of its own.
     """
     if not isinstance(model, VisionTransformer):
         raise UserError(f"attention is read from a VisionTransformer, not {type(model).__name__}")
@@ -307,9 +297,6 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
     Returns:
         A :class:`Panel` with the controls ``image``, ``block`` and ``token`` ("class token" where
         there is one, "mean of all patches", or a patch's position).
-
-    Raises:
-        ValueError: for other encoders.
     """
     import ipywidgets as w
 
@@ -446,9 +433,6 @@ def queue_candidates(
     Returns:
         ``ids`` int64 [≤k] of the candidates' samples, nearest first; ``similarities`` [≤k];
         ``drawn``, the position among them of the one that :meth:`NeighborQueue.lookup` returns.
-
-    Raises:
-        ValueError: when the queue holds nobody else.
     """
     vectors_QO = queue.vectors[head]
     similarity_Q = vectors_QO @ F.normalize(z_TO[head], dim=-1)
