@@ -233,41 +233,7 @@ def test_what_is_not_a_batch_of_images_is_refused(wrong):
         quiet(tiny(), pixels(), batch_size=0)
 
 
-# ---------------------------------------------------------------- poolings and memory
-
-
-def test_further_poolings_are_those_of_each_blocks_patch_tokens():
-    model, images = tiny(**KINDS["registers"]), pixels()
-    tokens = {}
-    hooks = [b.register_forward_hook(lambda _, __, x, i=i: tokens.__setitem__(i, x.detach()))
-             for i, b in enumerate(model.blocks)]  # fmt: skip
-    found = quiet(model, images, batch_size=10, poolings=["max", "std"])
-    for i, hook in enumerate(hooks):
-        hook.remove()
-        patches = tokens[i][:, -16:].double()
-        deviation = (patches - patches.mean(1, keepdim=True)).square().mean(1).sqrt()
-        assert torch.equal(found["max"][i], patches.amax(1).float())
-        assert torch.allclose(found["std"][i], deviation.float(), atol=1e-5)
-    assert torch.equal(found["cls"], quiet(model, images, batch_size=10)["cls"])
-    mine = quiet(model, images, batch_size=4, blocks=[3], poolings={
-        "corners": lambda x_BPD: x_BPD[:, [0, 15]].flatten(1)})  # fmt: skip
-    assert mine["corners"].shape == (1, 10, 48)
-    assert torch.allclose(mine["corners"][0], tokens[2][:, [-16, -1]].flatten(1), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("poolings", "message"),
-    [
-        (["median"], "names of max, std"),
-        ("max", "list of names"),
-        ({"cls": lambda x: x[:, 0]}, "cannot be called cls"),
-        ({"all": lambda x: x}, r"'all' must make \[B, D\]"),
-        ({"mean of all": lambda x: x.mean((0, 1))}, "must make"),
-    ],
-)
-def test_wrong_poolings_are_refused(poolings, message):
-    with pytest.raises(ValueError, match=message):
-        quiet(tiny(), pixels(), poolings=poolings)
+# ---------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("memory", [0, 3 * 4 * 24 * 4, 10**9])

@@ -16,7 +16,6 @@ from refiner.probing.neighbors import (
     knn_accuracy,
     knn_predict,
     knn_report,
-    neighbor_accuracy,
     neighbor_agreement,
 )
 from refiner.probing.search import Graph, nearest_neighbors
@@ -451,8 +450,6 @@ def test_labels_of_every_kind_of_integer_give_the_same(kind):
     assert torch.equal(found.votes, expected.votes)
     assert knn_accuracy(x, kind(y), k=5) == knn_accuracy(x, y, k=5)
     assert torch.equal(knn_predict(x, kind(y), z)[1], knn_predict(x, y, z)[1])
-    graph = nearest_neighbors(z, x, k=3)
-    assert neighbor_accuracy(graph, kind(y), kind(t)) == neighbor_accuracy(graph, y, t)
     alone = [refiner.clustering(x[:, :2], labels, k=3)["acc"] for labels in (y, kind(y))]
     assert alone[0] == alone[1]
 
@@ -513,16 +510,3 @@ def test_agreement_counts_shared_neighbors_in_any_order():
     assert neighbor_agreement(stacked, other).tolist() == pytest.approx([2 / 6, 1])
     with pytest.raises(ValueError, match="cannot be compared"):
         neighbor_agreement(a, a.first(2))
-
-
-def test_neighbor_accuracy_is_the_share_of_the_same_class():
-    labels = torch.tensor([0, 0, 1, 1])
-    graph = graph_of([[1, 2], [0, 3], [3, 0], [2, 1]])
-    assert float(neighbor_accuracy(graph, labels)) == 0.5
-    assert float(neighbor_accuracy(graph, labels, torch.tensor([1, 1, 1, 1]))) == pytest.approx(0.5)
-    blocks = graph_of([[[1], [0], [3], [2]], [[2], [2], [0], [0]]])
-    assert neighbor_accuracy(blocks, labels).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="3 query labels"):
-        neighbor_accuracy(graph, labels, labels[:3])
-    with pytest.raises(ValueError, match="beyond the 3"):
-        neighbor_accuracy(graph, labels[:3], labels)

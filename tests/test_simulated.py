@@ -232,7 +232,7 @@ def test_extraction_runs_on_the_gpu_and_gives_back_on_the_host(tools):
     with tools.answering(), tools.simulated(tools.GPU):
         tools.hollow(model, device=tools.GPU)
         images = torch.empty(40, 3, 32, 32, dtype=torch.uint8)
-        found = extract(model, images, device=tools.GPU, poolings=("max",), progress=False)
+        found = extract(model, images, device=tools.GPU, progress=False)
         assert {x.device for x in found.values()} == {CPU}
         assert found["patch"].shape == (4, 40, 48) and found["patch"].dtype == torch.float32
 

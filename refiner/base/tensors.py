@@ -135,8 +135,9 @@ def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> 
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
 
-def draw(*shape: int, generator: torch.Generator | None = None,
-         device: torch.device | None = None) -> Tensor:  # fmt: skip
+def draw(
+    *shape: int, generator: torch.Generator | None = None, device: torch.device | None = None
+) -> Tensor:
     """Uniform numbers from 0 to 1, drawn where the generator lives and given on ``device``.
 
     With a generator on the GPU nothing travels, and the host need not wait.

@@ -1,8 +1,8 @@
 """Pooled features of every block in one pass.
 
-Only two vectors of an image and block are kept: the class token and the mean of the patch tokens
-(and other poolings if asked for). They are taken while the pass is under way, so no block's tokens
-have to be stored; features that outgrow a limit go to a file.
+Only two vectors of an image and block are kept: the class token and the mean of the patch tokens.
+They are taken while the pass is under way, so no block's tokens have to be stored; features that
+outgrow a limit go to a file.
 
 Shape legend: N images, B images of a batch, L blocks, T tokens (prefix tokens, then patches),
 D width of the model.
@@ -11,7 +11,7 @@ D width of the model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,6 @@ from refiner.models.encoders import (
     walk,
     width,
 )
-
-POOLINGS = {"max": lambda x_BPD: x_BPD.amax(1), "std": lambda x_BPD: x_BPD.std(1, correction=0)}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -98,7 +96,6 @@ def extract(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     blocks: Sequence[int] | None = None,
-    poolings: Sequence[str] | Mapping[str, Callable[[Tensor], Tensor]] = (),
     memory: int = 2**33,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -120,8 +117,6 @@ def extract(
         dtype: of the matrix products, by autocast: bfloat16 by default on CUDA; torch.float32 (the
             default on a CPU) turns autocast off.
         blocks: which blocks to keep, counted from 1, negative from the end; default all.
-        poolings: further kinds of features, as ``features["max"]``: "max" and "std" over the patch
-            tokens, or functions by name that make [B, D'] of a block's patch tokens [B, P, D].
         memory: bytes of features to hold at most. Larger ones are kept in a file and mapped: the
             same tensors, read from disk where they are used.
         folder: where that file lies (on a disk, not in memory); default the system's folder for
@@ -134,13 +129,12 @@ def extract(
 
     Raises:
         ValueError: without images, for features that are not finite, a batch that is not
-            [B, 3, H, W], a block that the model does not have, or an unknown pooling.
+            [B, 3, H, W], or a block that the model does not have.
     """
     if device is None and not torch.cuda.is_available():
         device = next(model.parameters()).device
     device = torch.device(device or "cuda")
     numbers = block_numbers(blocks, len(model.blocks))
-    pools = _pool_functions(poolings)
     card = preprocessing_card(model)
     if batch_size is None:
         batch_size = default_batch(model, device)
@@ -161,52 +155,26 @@ def extract(
             x = preprocess(x, card) if x.dtype == torch.uint8 else x
             # Turned off, it is so inside of somebody else's autocast too.
             with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
-                pooled = _pooled_pass(model, x.to(own), numbers, pools)
+                pooled = _pooled_pass(model, x.to(own), numbers)
             for kind, value in pooled.items():
                 store.put(kind, value.float().cpu())
             bar.update(len(batch))
     return Features({kind: store.joined(kind) for kind in list(store.parts)}, numbers)
 
 
-def _pool_functions(poolings) -> dict[str, Callable[[Tensor], Tensor]]:
-    if not isinstance(poolings, Mapping):
-        unknown = [name for name in poolings if name not in POOLINGS]
-        if unknown or isinstance(poolings, str):
-            known = ", ".join(POOLINGS)
-            raise UserError(f"poolings must be a list of names of {known}, not {poolings!r}")
-        poolings = {name: POOLINGS[name] for name in poolings}
-    if taken := {"cls", "patch", "final"} & set(poolings):
-        raise UserError(f"a pooling cannot be called {', '.join(sorted(taken))}")
-    return dict(poolings)
-
-
-def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], pools) -> dict[str, Tensor]:
+def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
     """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
     wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
-    cls, patch, more = {}, {}, {name: {} for name in pools}
+    cls, patch = {}, {}
     for number, x_BTD in walk(model, x):
         if number in wanted:
             if with_cls:
                 cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
             patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
-            for name, pool in pools.items():
-                more[name][number] = _vectors(name, pool(x_BTD[:, prefix:]), len(x))
     pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
     pooled["patch"] = torch.stack([patch[i] for i in numbers])
-    for name, values in more.items():
-        widest = max(v.shape[1] for v in values.values())
-        padded = [F.pad(values[i], (0, widest - values[i].shape[1])) for i in numbers]
-        pooled[name] = torch.stack(padded)
     return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
-
-
-def _vectors(name: str, value: Tensor, n: int) -> Tensor:
-    if value.ndim != 2 or len(value) != n:
-        raise UserError(
-            f"the pooling {name!r} must make [B, D] of [B, P, D], not {list(value.shape)}"
-        )
-    return value
 
 
 class _Store:

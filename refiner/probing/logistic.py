@@ -141,9 +141,16 @@ class _Fit:
     gap: Tensor
 
 
-def fit_logistic(x_GNE: Tensor, y_GN: Tensor, penalty_RG: Tensor, *, classes: int,
-                 start: Tensor | None = None, tolerance: float = 1e-4,
-                 max_steps: int = 50) -> _Fit:  # fmt: skip
+def fit_logistic(
+    x_GNE: Tensor,
+    y_GN: Tensor,
+    penalty_RG: Tensor,
+    *,
+    classes: int,
+    start: Tensor | None = None,
+    tolerance: float = 1e-4,
+    max_steps: int = 50,
+) -> _Fit:
     """Solves G·R logistic regressions.
 
     Args:
@@ -294,6 +301,11 @@ class PenaltyChoice:
             right_GR = (logits.argmax(-1) == self.y_N[self.held]).float().mean(-1).T
             best = right_GR.argmax(1)
             start = tried.weights[best, torch.arange(groups, device=best.device)]
-        solved = fit_logistic(x_GNE, self.y_N.expand(groups, -1), self.grid_R.double()[best][None],
-                              start=start, **self.options)  # fmt: skip
+        solved = fit_logistic(
+            x_GNE,
+            self.y_N.expand(groups, -1),
+            self.grid_R.double()[best][None],
+            start=start,
+            **self.options,
+        )
         return self.grid_R[best], right_GR, solved

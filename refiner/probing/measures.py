@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import full_precision
-from refiner.probing.search import Graph, nearest_neighbors
+from refiner.probing.search import nearest_neighbors
 
 CHUNK_BYTES = 2**26  # of scores held at once
 
@@ -341,9 +341,7 @@ def _hsic_by_images(every: list[Tensor], debiased: bool) -> Tensor:
 # ---------------------------------------------------------------- intrinsic dimension
 
 
-def intrinsic_dimension(
-    x: Tensor, graph: Graph | None = None, *, normalize: bool = False, discard: float = 0.1
-) -> Tensor:
+def intrinsic_dimension(x: Tensor, *, discard: float = 0.1) -> Tensor:
     """TwoNN: the dimension of the surface that features lie on, from two neighbors each.
 
     With μ the ratio of the distances to the second and the first neighbor, ``-log(1 - F(μ))`` is a
@@ -353,39 +351,27 @@ def intrinsic_dimension(
 
     Compare only the same N (and images): the estimate looks at the scale of neighbor distances,
     which shrinks as N grows, and it falls short above about 20 dimensions. Of duplicates one is
-    kept; with a graph of your own, images whose first distance is 0 are left out.
+    kept.
 
     Args:
         x: [L, N, D] or [N, D].
-        graph: the images' two (or more) neighbors among themselves, found with
-            ``exclude_self=True`` by the same distance; default searched here. The graph of
-            :func:`refiner.nearest_neighbors` is by cosine: give it with ``normalize=True``.
-        normalize: distances between unit vectors, which is one dimension less.
         discard: share of the largest μ to leave out.
 
     Returns:
         float32 [L] or scalar; NaN where fewer than ten images have two distinct distances.
 
     Raises:
-        ValueError: as :func:`rankme`, for fewer than three images, or a graph of other images.
+        ValueError: as :func:`rankme`, or for fewer than three images.
     """
     check_sets(x, least=3)
     if not 0 <= discard < 1:
         raise UserError(f"discard must be from 0 to below 1, not {discard}")
-    if graph is not None and (graph.indices.shape[:-1] != x.shape[:-1] or graph.k < 2):
-        raise UserError(
-            f"the graph is {list(graph.indices.shape)}, but {[*x.shape[:-1], 2]} is needed: two "
-            "neighbors of every image"
-        )
-    graphs = iter([graph] if x.ndim == 2 else graph or ())
 
     def dimension(x_ND: Tensor) -> Tensor:
-        x_ND = _unit(x_ND) if normalize else x_ND.double()
-        x_ND = x_ND if graph else x_ND.unique(dim=0)
+        x_ND = x_ND.double().unique(dim=0)
         if len(x_ND) < 10:
             return x_ND.new_tensor(torch.nan)
-        indices = _two_nearest(x_ND) if graph is None else next(graphs).indices[:, :2]
-        distances = [(x_ND - x_ND[i]).norm(dim=1) for i in indices.to(x_ND.device).unbind(1)]
+        distances = [(x_ND - x_ND[i]).norm(dim=1) for i in _two_nearest(x_ND).unbind(1)]
         first, second = torch.stack(distances).sort(dim=0).values
         mu = (second / first)[first > 0].sort().values
         n = len(mu)
@@ -400,7 +386,7 @@ def intrinsic_dimension(
 
 
 def _two_nearest(x_ND: Tensor) -> Tensor:
-    """Indices [N, 2] of the nearest others by Euclidean distance."""
+    """Indices [N, 2] of the nearest others by Euclidean distance, searched in float64."""
     x_ND = x_ND - x_ND.mean(0)
     x_ND = x_ND / x_ND.norm(dim=1).max().clamp_min(1e-300)
     # q·x - ‖x‖²/2 is largest where ‖q - x‖ is smallest: a dot product in one more dimension.

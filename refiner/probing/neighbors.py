@@ -250,29 +250,3 @@ def neighbor_agreement(a: Graph, b: Graph) -> Tensor:
         return torch.stack([neighbor_agreement(a[l], b[l]) for l in range(len(a.indices))])
     shared_Qk = (a.indices[:, :, None] == b.indices[:, None, :]).any(-1)
     return shared_Qk.double().mean().float()
-
-
-def neighbor_accuracy(graph: Graph, labels: Tensor, query_labels: Tensor | None = None) -> Tensor:
-    """Mean share of neighbors that are of the query's class.
-
-    Args:
-        graph: [Q, k] or [L, Q, k].
-        labels: the keys' classes, int64 [K].
-        query_labels: int64 [Q]; left out when queries and keys are the same images.
-
-    Returns:
-        float32, [L] or a scalar.
-
-    Raises:
-        ValueError: for labels that do not match the graph.
-    """
-    labels = torch.as_tensor(labels)
-    query_labels = labels if query_labels is None else torch.as_tensor(query_labels)
-    if len(query_labels) != graph.indices.shape[-2]:
-        raise UserError(
-            f"{len(query_labels)} query labels do not match {graph.indices.shape[-2]} queries"
-        )
-    if int(graph.indices.max()) >= len(labels):
-        raise UserError(f"the graph names keys beyond the {len(labels)} labels")
-    same = labels[graph.indices] == query_labels[:, None]
-    return same.double().mean((-2, -1)).float()

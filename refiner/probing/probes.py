@@ -217,8 +217,9 @@ def linear_probe(
     parts = parts if train_x.ndim == 3 else [part[0] for part in parts]
     accuracy, penalty, right, weights, bias, objective, gap = parts
     right = right.T if train_x.ndim == 3 else right
-    return LinearProbe(accuracy, penalty, right, grid, weights, bias, classes, objective, gap,
-                       gap <= tolerance)  # fmt: skip
+    return LinearProbe(
+        accuracy, penalty, right, grid, weights, bias, classes, objective, gap, gap <= tolerance
+    )
 
 
 # ---------------------------------------------------------------- few labels
@@ -292,9 +293,13 @@ def low_shot(
     accuracy = torch.empty(len(wanted), draws, len(x_LND))
     with (
         full_precision(device),
-        tqdm(total=len(wanted) * draws * len(x_LND), desc="low-shot probes", unit="fit",
-             disable=not progress) as bar,
-    ):  # fmt: skip
+        tqdm(
+            total=len(wanted) * draws * len(x_LND),
+            desc="low-shot probes",
+            unit="fit",
+            disable=not progress,
+        ) as bar,
+    ):
         scaling = Scaling.of(x_LND, standardize, device)
         for size, numbers in enumerate(wanted):
             few = _FewLabels(x_LND, y, scaling, _drawn(orders, numbers), penalty, len(classes))
@@ -304,8 +309,13 @@ def low_shot(
                 label = classes[(z_ME @ weights_LKCE[block].mT).argmax(-1).cpu()]
                 accuracy[size, :, block] = (label == t).float().mean(1)
     accuracy = accuracy if train_x.ndim == 3 else accuracy[..., 0]
-    return LowShot((*shots, *fractions), tuple(map(sum, wanted)), accuracy.mean(1),
-                   accuracy.std(1, correction=0), accuracy)  # fmt: skip
+    return LowShot(
+        (*shots, *fractions),
+        tuple(map(sum, wanted)),
+        accuracy.mean(1),
+        accuracy.std(1, correction=0),
+        accuracy,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,8 +341,9 @@ class _FewLabels:
             x_GND = self.x_LND[block_G[:, None].to(home), rows_GN.to(home)].to(device)
             penalty_RG = torch.full((1, len(group)), self.penalty, dtype=torch.float64)
             x_GNE = self.scaling.of_blocks(block_G)(x_GND)
-            solved = fit_logistic(x_GNE, self.y_N[rows_GN].to(device), penalty_RG.to(device),
-                                  classes=self.classes)  # fmt: skip
+            solved = fit_logistic(
+                x_GNE, self.y_N[rows_GN].to(device), penalty_RG.to(device), classes=self.classes
+            )
             found.append(solved.weights[0].float())
             bar.update(len(group))
         return torch.cat(found).unflatten(0, (blocks, draws))
@@ -432,13 +443,19 @@ def factor_probe(
         fit, held = _held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
         rows = []
         with full_precision(device):
-            for x_ND, z_MD in tqdm(zip(x_LND, z_LMD, strict=True), total=len(x_LND),
-                                   desc="factors", unit="block", disable=not progress):  # fmt: skip
+            for x_ND, z_MD in tqdm(
+                zip(x_LND, z_LMD, strict=True),
+                total=len(x_LND),
+                desc="factors",
+                unit="block",
+                disable=not progress,
+            ):
                 x_ND, z_MD = x_ND.to(device), z_MD.to(device)
                 scaling = Scaling.of(x_ND[None], standardize, device)
                 x_NE, z_ME = scaling(x_ND[None])[0].double(), scaling(z_MD[None])[0].double()
-                rows.append(_ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device),
-                                          held.to(device)))  # fmt: skip
+                rows.append(
+                    _ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device), held.to(device))
+                )
         found |= dict(zip(plain, torch.tensor(rows).T, strict=True))
     pick = (lambda scores: scores) if train_x.ndim == 3 else (lambda scores: scores[0])
     return {name: pick(found[name]) for name in train_factors}
