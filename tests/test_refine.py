@@ -176,11 +176,11 @@ def naive_kept_features(steps, step):
             drawn = steps.order(earlier)
             if i in drawn:
                 generator = R.step_generator(recipe.seed, earlier)
-                x_TVBD = R.batch_features(
+                x_LVBD = R.batch_features(
                     steps.run.model, pixels[drawn], recipe, stage=2, total=len(drawn),
                     generator=generator,
                 )  # fmt: skip
-                features.append(x_TVBD[:, :, drawn.tolist().index(i)])
+                features.append(x_LVBD[:, :, drawn.tolist().index(i)])
     return torch.stack(features, dim=2), ids
 
 
@@ -290,9 +290,9 @@ def test_heads_come_back_with_their_queue(model, images, tmp_path):
     run = R.refine(model, images, recipe=TINY, out=tmp_path, progress=False)
     heads, queue, recipe = R.load_heads(tmp_path)
     assert recipe == run.recipe
-    x_TVBD = torch.randn(2, 2, 8, 16)
+    x_LVBD = torch.randn(2, 2, 8, 16)
     run.heads.eval()
-    for ours, theirs in zip(heads(x_TVBD), run.heads(x_TVBD), strict=True):
+    for ours, theirs in zip(heads(x_LVBD), run.heads(x_LVBD), strict=True):
         assert torch.equal(ours, theirs)
     assert all(torch.equal(v, run.queue.state_dict()[k]) for k, v in queue.state_dict().items())
     with pytest.raises(FileNotFoundError, match="no heads"):
@@ -389,14 +389,14 @@ def test_embedded_heads_know_the_embedded_encoder():
     shown = load_images("toybox", split="train", progress=False).images[newest]
     x = (shown.float() / 255 - 0.5) / 0.25
     with torch.no_grad():
-        x_TBD = R.head_features(model, x, recipe.blocks, pooling=recipe.pooling)
-        z_TVBO, _ = heads(x_TBD[:, None])
-    similar_TBB = (
-        z_TVBO[:, 0] @ queue.vectors[:, (queue.pushed - 1 - torch.arange(64)) % recipe.queue].mT
+        x_LBD = R.head_features(model, x, recipe.blocks, pooling=recipe.pooling)
+        z_LVBO, _ = heads(x_LBD[:, None])
+    similar_LBB = (
+        z_LVBO[:, 0] @ queue.vectors[:, (queue.pushed - 1 - torch.arange(64)) % recipe.queue].mT
     )
-    own_T = similar_TBB.diagonal(dim1=1, dim2=2).mean(1)
-    others_T = (similar_TBB.sum((1, 2)) - similar_TBB.diagonal(dim1=1, dim2=2).sum(1)) / (64 * 63)
-    assert (own_T > others_T + 0.3).all()
+    own_L = similar_LBB.diagonal(dim1=1, dim2=2).mean(1)
+    others_L = (similar_LBB.sum((1, 2)) - similar_LBB.diagonal(dim1=1, dim2=2).sum(1)) / (64 * 63)
+    assert (own_L > others_L + 0.3).all()
 
 
 def test_labels_are_watched_but_never_learned_from(model, images):
@@ -442,9 +442,9 @@ def test_evaluation_sees_the_average_and_does_not_disturb_the_run(model, images)
     ({"blocks": (1, 3), "frozen_blocks": 2}, "trains nothing"),
     ({"batch": 64}, "48 images are fewer than one batch of 64"),
     ({"views": (View(size=30), View(size=32))}, "30 pixels is no multiple of the patch of 4"),
-    ({"views": (View(size=32),)}, "at least two views"),
-    ({"pooling": "max"}, "pooling 'max'"),
-    ({"swap": "all"}, "swap 'all'"),
+    ({"views": (View(size=32),)}, "it needs to be 2 or more values"),
+    ({"pooling": "max"}, "pooling is 'max'"),
+    ({"swap": "all"}, "swap is 'all'"),
 ])  # fmt: skip
 def test_bad_recipes_are_refused_before_training(model, images, change, message):
     with pytest.raises(ValueError, match=message):

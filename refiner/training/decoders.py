@@ -4,9 +4,6 @@ The encoder sees the visible patches only and is never trained. Every decoder st
 weights and sees the same images and masks, so that errors differ by what the blocks hold. After He
 et al. 2022 (arXiv 2111.06377); MIM-Refiner (arXiv 2402.10093) compares the errors of blocks with
 their k-NN accuracy.
-
-Shape legend: L blocks, B batch, N patches, K visible patches, T prefix tokens + K, D width of the
-encoder, E width of the decoder, P values of a patch (patch * patch * 3).
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ RandAugment and random erasing are left out: crop, flip and mild colour jitter t
 
 Everything random in a step depends on (seed, step) alone, so a resumed run equals an uninterrupted
 one. No test image is ever seen: a run is a function of the train images and the recipe.
-
-Shape legend: N images, B images of a batch, D encoder width, C classes.
 """
 
 from __future__ import annotations

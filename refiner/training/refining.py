@@ -5,9 +5,6 @@ blocks. Stage 2 trains the heads on the frozen encoder (stage 1 was the masked p
 stage 3 trains the encoder with them. Views → blocks → heads → NNA loss; the queue feeds neighbors.
 What is done is decided in :mod:`refiner.training.recipe`; several processes share it by
 :mod:`refiner.base.parallel`.
-
-Shape legend: T heads, V views, G global views, B samples, N tokens or images, D encoder width, O
-output width, K patches kept or epochs whose features are kept.
 """
 
 from __future__ import annotations
@@ -80,7 +77,7 @@ def view_features(
     generator: torch.Generator | None = None,
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Features of all views, [T, V, B, D]; views of one size share a forward pass."""
+    """Features of all views, [L, V, B, D]; views of one size share a forward pass."""
     groups: dict[tuple[int, float], list[int]] = {}
     for position, spec in enumerate(recipe.views):
         groups.setdefault((spec.size, spec.keep), []).append(position)
@@ -92,11 +89,11 @@ def view_features(
             patches = (size // model.patch_embed.patch_size[0]) ** 2
             kept_BK = draw_patches(len(members), len(views[0]), patches, keep,
                                    generator=generator, rows=rows, device=batch.device)  # fmt: skip
-        out_TMD = head_features(
+        out_LMD = head_features(
             model, batch, recipe.blocks, pooling=recipe.pooling, kept_BK=kept_BK,
             frozen_blocks=frozen_blocks, recompute=recipe.checkpoint,
         )  # fmt: skip
-        for member, chunk in zip(members, out_TMD.chunk(len(members), dim=1), strict=True):
+        for member, chunk in zip(members, out_LMD.chunk(len(members), dim=1), strict=True):
             features[member] = chunk
     return torch.stack(features, dim=1)
 
@@ -106,7 +103,7 @@ def view_features(
 
 @dataclass
 class Step:
-    """Loss and observations of one step: all [T] tensors on the device.
+    """Loss and observations of one step: all [L] tensors on the device.
 
     Attributes:
         loss: NNA loss of this process's samples.
@@ -126,7 +123,7 @@ class Step:
 
 def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int,
                    generator: torch.Generator) -> Tensor:  # fmt: skip
-    """Pooled features of the views of one batch, [T, V, b, D].
+    """Pooled features of the views of one batch, [L, V, b, D].
 
     Args:
         pixels: uint8 [b, 3, H, W] on the device; with several processes, this one's rows.
@@ -164,52 +161,52 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | No
     """
     first, count = parallel.rows(len(ids))
     own = ids[first : first + count]
-    x_TVBD = features
-    if x_TVBD is None:
-        x_TVBD = batch_features(
+    x_LVBD = features
+    if x_LVBD is None:
+        x_LVBD = batch_features(
             model, pixels, recipe, stage=stage, total=len(ids), generator=generator
         )
-    z_TVBO, p_TVBO = heads(x_TVBD)
+    z_LVBO, p_LVBO = heads(x_LVBD)
     # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
-    with torch.autocast(z_TVBO.device.type, enabled=False):
-        found, targets, loss_T = _aligned(
-            z_TVBO.detach().float(), p_TVBO, queue, ids, recipe, swap_chance,
+    with torch.autocast(z_LVBO.device.type, enabled=False):
+        found, targets, loss_L = _aligned(
+            z_LVBO.detach().float(), p_LVBO, queue, ids, recipe, swap_chance,
             k=1 if stage == 2 else recipe.top_k, generator=generator,
         )  # fmt: skip
-    step = Step(loss_T, found.similarity.mean(dim=1),
+    step = Step(loss_L, found.similarity.mean(dim=1),
                 _right(found, queue, labels, own, recipe.global_views),
                 _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
     queue.push(parallel.gather(targets[:, 0], dim=1), ids)
     return step
 
 
-def _aligned(z_TVBO: Tensor, p_TVBO: Tensor, queue: NeighborQueue, ids: Tensor, recipe: Recipe,
+def _aligned(z_LVBO: Tensor, p_LVBO: Tensor, queue: NeighborQueue, ids: Tensor, recipe: Recipe,
              swap_chance: float, *, k: int, generator: torch.Generator):  # fmt: skip
-    """Projections and predictions → neighbors of the global views, these views, NNA loss [T]."""
-    t, _, b, o = z_TVBO.shape
+    """Projections and predictions → neighbors of the global views, these views, NNA loss [L]."""
+    l, _, b, o = z_LVBO.shape
     g, (first, _) = recipe.global_views, parallel.rows(len(ids))
-    targets = z_TVBO[:, :g]
+    targets = z_LVBO[:, :g]
     found = queue.lookup(
-        targets.reshape(t, g * b, o), ids[first : first + b], k=k, generator=generator,
+        targets.reshape(l, g * b, o), ids[first : first + b], k=k, generator=generator,
         rows=(first, len(ids)),
     )  # fmt: skip
-    neighbors = found.vectors.reshape(t, g, b, o)
+    neighbors = found.vectors.reshape(l, g, b, o)
     if recipe.swap == "none":
         swap_chance = 0.0
     if swap_chance < 1:
         chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
         swapped = chance[:, :, first : first + b] < swap_chance
         neighbors = torch.where(swapped, neighbors, targets)
-    loss_T = nna_loss(
-        parallel.gather(p_TVBO, dim=2).float(), targets, neighbors, first=first, per_head=True,
+    loss_L = nna_loss(
+        parallel.gather(p_LVBO, dim=2).float(), targets, neighbors, first=first, per_head=True,
         temperature=recipe.temperature,
         swap_negatives=neighbors if recipe.swap == "both" else None,
     )  # fmt: skip
-    return found, targets, loss_T
+    return found, targets, loss_L
 
 
 def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):
-    """Share of the neighbors with their query's label, [T]."""
+    """Share of the neighbors with their query's label, [L]."""
     if labels is None:
         return None
     same = labels[queue.ids[found.positions]] == labels[own].repeat(g)
@@ -217,14 +214,14 @@ def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: i
 
 
 def _age(found, queue: NeighborQueue) -> Tensor:
-    """Steps since the neighbors were pushed, [T]; a query that found nobody counts 0."""
-    age_TM = queue.pushes - queue.born[found.positions]
-    return torch.where(found.positions >= 0, age_TM, 0).float().mean(dim=1)
+    """Steps since the neighbors were pushed, [L]; a query that found nobody counts 0."""
+    age_LM = queue.pushes - queue.born[found.positions]
+    return torch.where(found.positions >= 0, age_LM, 0).float().mean(dim=1)
 
 
-def _spread(z_TBO: Tensor) -> Tensor:
-    deviation_TO = F.normalize(z_TBO, dim=-1).std(dim=1, correction=0)
-    return deviation_TO.mean(dim=1) * math.sqrt(z_TBO.shape[-1])
+def _spread(z_LBO: Tensor) -> Tensor:
+    deviation_LO = F.normalize(z_LBO, dim=-1).std(dim=1, correction=0)
+    return deviation_LO.mean(dim=1) * math.sqrt(z_LBO.shape[-1])
 
 
 # ---------------------------------------------------------------- the two stages
@@ -486,7 +483,7 @@ class Steps:
         )
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
-        self.kept_KNTVD: Tensor | None = None  # K epochs' features of N images
+        self.kept_KNLVD: Tensor | None = None  # K epochs' features of N images
         self.kept_steps: set[int] = set()
 
     def take(self, stage: int, step: int) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -495,11 +492,11 @@ class Steps:
         self.run.model.train(stage == 3)
         with autocast(self.device):
             result = self.step_of_heads(step) if stage == 2 else self.step_of_all(step)
-        loss_T = result.loss
+        loss_L = result.loss
         weights = None if stage == 2 else head_loss_weights(recipe, step)
         if weights is not None:
-            loss_T = loss_T * torch.tensor(weights).to(loss_T.device, non_blocking=True)
-        return loss_T.sum(), vars(result)
+            loss_L = loss_L * torch.tensor(weights).to(loss_L.device, non_blocking=True)
+        return loss_L.sum(), vars(result)
 
     def step_of_heads(self, step: int) -> Step:
         """Stage 2: from pixels, or from features that earlier epochs have left."""
@@ -511,7 +508,7 @@ class Steps:
 
     def step_of_all(self, step: int) -> Step:
         """Stage 3, whose steps come after those of stage 2."""
-        self.kept_KNTVD = None
+        self.kept_KNLVD = None
         recipe = self.run.recipe
         at = recipe.head_steps + step
         chance = swap_chance(recipe, step)
@@ -535,7 +532,7 @@ class Steps:
         return step_generator(self.run.recipe.seed, step, self.device)
 
     def kept_features(self, step: int) -> tuple[Tensor, Tensor]:
-        """Features [T, V, b, D] of a step's views and the batch's ids, computed or found again."""
+        """Features [L, V, b, D] of a step's views and the batch's ids, computed or found again."""
         recipe = self.run.recipe
         per_epoch = self.n // recipe.batch
         epoch = step // per_epoch
@@ -546,22 +543,22 @@ class Steps:
                 self.keep_features(earlier)
         first, own = parallel.rows(recipe.batch)
         ids = self.order(step).to(self.device, non_blocking=True)
-        x_BTVD = self.kept_KNTVD[epoch % recipe.cached_views, ids[first : first + own]]
-        return x_BTVD.permute(1, 2, 0, 3), ids
+        x_BLVD = self.kept_KNLVD[epoch % recipe.cached_views, ids[first : first + own]]
+        return x_BLVD.permute(1, 2, 0, 3), ids
 
     def keep_features(self, step: int) -> tuple[Tensor, Tensor]:
         recipe = self.run.recipe
         pixels, ids = self.source.batch(step)
-        x_TVBD = batch_features(
+        x_LVBD = batch_features(
             self.run.model, pixels, recipe, stage=2, total=len(ids), generator=self.generator(step)
         )
-        t, v, _, d = x_TVBD.shape
-        if self.kept_KNTVD is None:
-            self.kept_KNTVD = x_TVBD.new_empty(recipe.cached_views, self.n, t, v, d)
-        everyone = parallel.gather(x_TVBD, dim=2).permute(2, 0, 1, 3)
-        self.kept_KNTVD[step // (self.n // recipe.batch), ids] = everyone
+        l, v, _, d = x_LVBD.shape
+        if self.kept_KNLVD is None:
+            self.kept_KNLVD = x_LVBD.new_empty(recipe.cached_views, self.n, l, v, d)
+        everyone = parallel.gather(x_LVBD, dim=2).permute(2, 0, 1, 3)
+        self.kept_KNLVD[step // (self.n // recipe.batch), ids] = everyone
         self.kept_steps.add(step)
-        return x_TVBD, ids
+        return x_LVBD, ids
 
 
 def _indices(recipe: Recipe, n: int, step: int) -> Tensor:

@@ -392,7 +392,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
 def project(
     model, heads: IDHeads, recipe, images: Tensor, *, view: View | None = None, seed: int = 0
 ) -> Tensor:
-    """Projections of images, or of one random view of each: float32 [T, B, O] of T heads.
+    """Projections of images, or of one random view of each: float32 [L, B, O] of L heads.
 
     Args:
         model, heads, recipe: a refined encoder, and what :func:`refiner.load_heads` gives.
@@ -407,13 +407,13 @@ def project(
     x = preprocess(images.to(next(model.parameters()).device), preprocessing_card(model))
     pooling = recipe.pooling or "cls"
     pooled = [head_features(model, part, recipe.blocks, pooling=pooling) for part in x.split(256)]
-    pooled_TBD = torch.cat(pooled, dim=1).to(next(heads.parameters()).device)
-    return heads(pooled_TBD[:, None])[0][:, 0].to(images.device)
+    pooled_LBD = torch.cat(pooled, dim=1).to(next(heads.parameters()).device)
+    return heads(pooled_LBD[:, None])[0][:, 0].to(images.device)
 
 
 def queue_candidates(
     queue: NeighborQueue,
-    z_TO: Tensor,
+    z_LO: Tensor,
     sample_id: int,
     *,
     k: int = 20,
@@ -424,7 +424,7 @@ def queue_candidates(
 
     Args:
         queue: filled.
-        z_TO: the query's projections, [T, O].
+        z_LO: the query's projections, [L, O].
         sample_id: the query's own, which is never found.
         k: candidates.
         head: whose projection is compared.
@@ -435,14 +435,14 @@ def queue_candidates(
         ``drawn``, the position among them of the one that :meth:`NeighborQueue.lookup` returns.
     """
     vectors_QO = queue.vectors[head]
-    similarity_Q = vectors_QO @ F.normalize(z_TO[head], dim=-1)
+    similarity_Q = vectors_QO @ F.normalize(z_LO[head], dim=-1)
     similarity_Q = similarity_Q.masked_fill((queue.ids == sample_id) | (queue.ids < 0), -torch.inf)
     usable = int(similarity_Q.isfinite().sum())
     if not usable:
         raise UserError("the queue holds no other sample: push some first")
     values, where = similarity_Q.topk(min(k, usable))
     generator = torch.Generator().manual_seed(seed)
-    found = queue.lookup(z_TO[:, None], torch.tensor([sample_id]), k, generator)
+    found = queue.lookup(z_LO[:, None], torch.tensor([sample_id]), k, generator)
     drawn = (where == found.positions[head, 0]).nonzero()[0, 0]
     return {"ids": queue.ids[where], "similarities": values, "drawn": drawn}
 
@@ -477,9 +477,9 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: 
 
     def draw(image, k, block, seed):
         query = pixels[int(image)][None]
-        z_TO = project(model, heads, recipe, query, view=view, seed=seed + 1)[:, 0]
+        z_LO = project(model, heads, recipe, query, view=view, seed=seed + 1)[:, 0]
         head = recipe.blocks.index(block)
-        found = queue_candidates(queue, z_TO, int(image), k=k, head=head, seed=seed)
+        found = queue_candidates(queue, z_LO, int(image), k=k, head=head, seed=seed)
         return _queue_figure(pixels, int(image), found, labels, classes, f"block {block}")
 
     return Panel(draw, controls)
