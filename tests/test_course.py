@@ -20,6 +20,7 @@ from refiner import course
 from refiner.base import places
 from refiner.course import execute
 from refiner.course import run as runner
+from refiner.course.pages import write_index
 
 FIGURE = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
 
@@ -193,6 +194,20 @@ def test_pages_open_without_a_network_and_show_figures_and_problems(run):
     for link in re.findall(r'href="([^"#]+)"', index):
         assert (out / link).is_file()
     assert len(re.findall(r'href="([^"#]+)"', index)) == 2 * 5
+
+
+def test_names_of_users_are_text_on_the_index(run, tmp_path):
+    evil = "<script>x</script>"
+    entry = run[1]["notebooks"]["00_good"] | {"title": evil, "problems": [evil], "preset": evil}
+    entry["metrics"] = {evil: evil}
+    notebook = nbformat.read(run[0] / "out" / "00_good.ipynb", as_version=4)
+    notebook.cells[0].source = f"# {evil}"
+    name = "a <b> & ?#"
+    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    write_index(tmp_path, {"machine": {"system": evil}, "notebooks": {name: entry}})
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;x&lt;/script&gt;") >= 7
+    assert "<b>" not in page and 'href="a%20%3Cb%3E%20%26%20%3F%23.html"' in page
 
 
 def test_the_table_lists_time_status_figures_and_problems(run):

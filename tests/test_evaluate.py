@@ -17,7 +17,7 @@ from refiner.cli import main
 from refiner.evaluation import protocols
 from refiner.evaluation.compare import ROWS, evaluate, rows_for
 from refiner.evaluation.protocols import EvaluationSettings, Subject, choose_probe, shifted_toybox
-from refiner.evaluation.report import comparison, findings, table
+from refiner.evaluation.report import comparison, findings, write_page
 from refiner.images.dense import object_maps
 from refiner.images.sets import ImageSet
 from refiner.models.load import build_vit
@@ -105,6 +105,21 @@ def test_the_page_stands_alone_and_names_every_figure(report):
     assert found["images"] == {"train": 160, "test": 64, "classes": 16}
 
 
+def test_names_of_users_are_text_on_the_page(report, tmp_path):
+    evil = "<script>x</script>"
+    content = json.loads((report[0] / "report.json").read_text())
+    content["models"] = {side: f"runs/{evil}" for side in content["models"]}
+    content["data"] = content["machine"]["gpu"] = content["titles"]["knn"][0] = evil
+    content["rows"]["linear"]["before"]["scores"][0] |= {"name": evil, "of": evil}
+    content["rows"]["linear"]["after"]["scores"][0]["choice"]["poolings"] = [evil]
+    content["failed"] = {"knn": {"before": evil}}
+    content["left_out"] = {"few": evil}
+    write_page(tmp_path, content)
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;x&lt;/script&gt;") >= 10
+    assert page.count("<figure>") == 3  # figures themselves are not escaped
+
+
 def test_a_comparison_asks_for_more_than_two_spreads():
     def row(value, spread):
         return {"scores": [{"name": "x", "value": value, "spread": spread, "of": "draws"}]}
@@ -122,8 +137,7 @@ def test_one_model_alone_has_a_report_without_differences(models, tmp_path):
     found = evaluate(models[0], out=tmp_path, rows=["knn", "few", "clusters"], settings=TINY,
                      progress=False)  # fmt: skip
     assert set(found["rows"]["knn"]) == {"before"} and comparison(found) == []
-    assert "difference" not in table(found)
-    assert (tmp_path / "index.html").exists()
+    assert ">difference<" not in (tmp_path / "index.html").read_text()
 
 
 # ---------------------------------------------------------------- no test label chooses anything

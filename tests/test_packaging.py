@@ -78,9 +78,9 @@ def test_every_import_of_the_library_is_a_declared_dependency():
     imported |= {"jupyter-scatter": "jscatter"}
     declared = [split(r)[0] for r in PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["stream"]]
     declared = {imported.get(name, name.replace("-", "_")) for name in declared}
-    brought_along = {"jupyter_client", "jupyter_core", "traitlets", "zmq", "jinja2", "IPython"}
+    brought_along = {"jupyter_client", "jupyter_core", "traitlets", "zmq", "IPython"}
     brought_along |= {"matplotlib_inline"}
-    for path in (ROOT / "refiner").glob("*.py"):
+    for path in (ROOT / "refiner").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -9,7 +9,7 @@ from PIL import Image
 
 import refiner
 from refiner.cli import main
-from refiner.evaluation.probe import PARTS, Settings, probe
+from refiner.evaluation.probe import PARTS, Settings, probe, write_page
 from refiner.images.load import train_and_test
 from refiner.models.load import build_vit
 from refiner.models.save import save_model
@@ -66,6 +66,17 @@ def test_the_page_stands_alone(report):
     assert "http" not in page.replace('href="report.json"', "").replace("https://", "http")
     last = found["models"][next(iter(found["models"]))]["cls"]["knn"]["accuracy"][0][-1]
     assert f"{last:.1%}" in page and "Left out" not in page
+
+
+def test_names_of_users_are_text_on_the_page(report, tmp_path):
+    evil = "<script>x</script>"
+    content = json.loads((report[0] / "report.json").read_text())
+    content["models"] = {evil: next(iter(content["models"].values()))}
+    content |= {"data": evil, "left_out": [evil]}
+    write_page(tmp_path, content)
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;x&lt;/script&gt;") >= 6
+    assert page.count("<figure>") == len(list((report[0] / "figures").iterdir()))
 
 
 def test_a_resumed_run_does_only_what_is_missing(models, tmp_path, monkeypatch):

@@ -1,13 +1,26 @@
-"""What the HTML reports share."""
+"""The HTML reports' one page maker, and what else they share. Whatever a page is given is escaped.
+
+A report writes the ``body`` of a page as a jinja2 template; the frame and the macros are here.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from html import escape
+from pathlib import Path
 
+from jinja2 import DictLoader, Environment, StrictUndefined
 from torch import Tensor
 
-STYLE = """
+from refiner.base.errors import UserError
+from refiner.base.files import write_text
+from refiner.base.places import machine
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+_FRAME = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #1c2733; background: #fff }
 table { border-collapse: collapse; width: 100% }
@@ -17,18 +30,80 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #12703d } .failed { color: #b3261e; font-weight: 600 }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: 100%; vertical-align: top }
 figure img { max-width: 100%; height: auto } figcaption { color: #52606d; font-size: .85rem }
+</style></head>
+<body><h1>{{ title }}</h1>
+{% block body %}{% endblock %}
+</body></html>
 """
+_MACROS = """
+{%- macro figure(png, caption, alt) -%}
+<figure><img alt="{{ alt }}" src="data:image/png;base64,{{ png }}">
+<figcaption>{{ caption }}</figcaption></figure>
+{%- endmacro %}
+{%- macro facts(of) -%}
+{% for key, value in of.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}
+{%- endmacro %}
+{%- macro measured(report) -%}
+{{ report.data }}: {{ report.images.train }} train and {{ report.images.test }} test images,
+{{ report.images.classes }} classes. {{ facts(report.machine) }}. All numbers:
+<a href="report.json">report.json</a>.
+{%- endmacro %}
+"""
+_MAKER = Environment(
+    loader=DictLoader({"frame": _FRAME, "macros": _MACROS}),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def figure_html(png: str, heading: str, told: str) -> str:
-    """A figure of a report: the picture itself, its caption and what it shows in words."""
-    caption = escape(heading)
-    source = f"data:image/png;base64,{png.strip()}"
-    picture = f'<img alt="{escape(told)}" src="{source}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+def render(body: str, title: str, **values) -> str:
+    """A whole page.
+
+    Args:
+        body: a jinja2 template, which may use the macros ``figure``, ``facts`` and ``measured``.
+        title: of the page and its heading.
+        values: what the template names.
+    """
+    page = "{% extends 'frame' %}{% from 'macros' import figure, facts, measured %}"
+    page = f"{page}{{% block body %}}{body}{{% endblock %}}"
+    return _MAKER.from_string(page).render(title=title, **values)
 
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+def write_page(path: Path, body: str, title: str, **values) -> None:
+    """Writes :func:`render`'s page atomically."""
+    write_text(path, render(body, title, **values))
+
+
+def figure_html(png: str, caption: str, alt: str) -> str:
+    """A figure of a report, for templates: they do not escape it a second time."""
+    return _MAKER.get_template("macros").module.figure(png.strip(), caption, alt)
+
+
+def begin(out: Path, asked: dict, resume: bool, **empty) -> dict:
+    """What an interrupted run left in ``report.json``, or an empty report.
+
+    Args:
+        out: the report's folder.
+        asked: the options that an earlier run must share.
+        resume: whether to go on with what is there.
+        empty: the parts of an empty report.
+
+    Raises:
+        ValueError: when the earlier run had other options.
+    """
+    path = out / "report.json"
+    if not (resume and path.exists()):
+        return asked | {"machine": machine()} | empty
+    report = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key, value in asked.items() if report.get(key) != value]
+    if changed:
+        raise UserError(
+            f"cannot resume {out}: {', '.join(changed)} differ from the earlier run; use the same "
+            "options, or another --out"
+        )
+    return report
 
 
 def json_ready(value):

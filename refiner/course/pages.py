@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from html import escape
 from pathlib import Path
 
+from refiner.base import pages
 from refiner.base.files import write_text
-from refiner.base.pages import STYLE, figure_html
 
 # nbconvert's page loads scripts for formulas, diagrams and old widgets from the network. Without
 # them formulas stay as they were typed; JupyterLab shows them set. Its pictures have no alt text.
@@ -47,26 +46,36 @@ def write_page(path: Path, notebook, *, title: str, folder: Path) -> None:
     write_text(path, html)
 
 
-def write_index(out: Path, summary: dict) -> None:
-    """Writes ``index.html``: a table of the notebooks, then what each measured and drew."""
-    entries = summary["notebooks"]
-    machine = ", ".join(f"{key} {value}" for key, value in summary["machine"].items())
-    rows = "\n".join(_row(name, entry) for name, entry in entries.items())
-    sections = "\n".join(_section(out, name, entry) for name, entry in entries.items())
-    write_text(
-        out / "index.html",
-        f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>MIM-Refiner Lab: the course</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>MIM-Refiner Lab: the course</h1><p>{escape(machine)}</p>
+_INDEX = """
+<p>{{ facts(machine) }}</p>
 <table><thead><tr><th>Notebook</th><th>Question</th><th>Status</th><th class="number">Seconds</th>
 <th>Key figures</th></tr></thead><tbody>
-{rows}
+{% for name, entry in notebooks.items() %}
+<tr><td><a href="#{{ name }}">{{ name }}</a></td><td>{{ entry.title }}</td>
+<td class="{{ entry.status }}">{{ entry.status }}</td>
+<td class="number">{{ "%.0f" % entry.seconds }}</td><td>{{ key_figures(entry.metrics) }}</td></tr>
+{% endfor %}
 </tbody></table>
-{sections}
-</body></html>
-""",
-    )
+{% for name, entry in notebooks.items() %}
+<h2 id="{{ name }}">{{ name }}: {{ entry.title }}</h2>
+<p><a href="{{ name | urlencode }}.html">the whole notebook</a>,
+<a href="{{ name | urlencode }}.ipynb">as .ipynb</a>; preset {{ entry.preset }}
+{%- if entry.peak_memory_mb %}, at most {{ entry.peak_memory_mb }} MiB of memory{% endif %}</p>
+<ul>{% for text in entry.problems %}<li class="failed">{{ text }}</li>{% endfor %}</ul>
+<table>{% for key, value in entry.metrics.items() %}
+<tr><td>{{ key }}</td><td class="number">{{ short(value) }}</td></tr>
+{% endfor %}</table>
+{% for png, caption, alt in figures[name] %}{{ figure(png, caption, alt) }}{% endfor %}
+{% endfor %}
+"""
+
+
+def write_index(out: Path, summary: dict) -> None:
+    """Writes ``index.html``: a table of the notebooks, then what each measured and drew."""
+    figures = {name: _figures(out / f"{name}.ipynb") for name in summary["notebooks"]}
+    values = {"figures": figures, "key_figures": key_figures, "short": _short}
+    title = "MIM-Refiner Lab: the course"
+    pages.write_page(out / "index.html", _INDEX, title, **summary, **values)
 
 
 def key_figures(metrics: dict[str, object], *, limit: int | None = 3) -> str:
@@ -82,33 +91,8 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _row(name: str, entry: dict) -> str:
-    return (
-        f'<tr><td><a href="#{escape(name)}">{escape(name)}</a></td><td>{escape(entry["title"])}'
-        f'</td><td class="{entry["status"]}">{entry["status"]}</td>'
-        f'<td class="number">{entry["seconds"]:.0f}</td>'
-        f"<td>{escape(key_figures(entry['metrics']))}</td></tr>"
-    )
-
-
-def _section(out: Path, name: str, entry: dict) -> str:
-    facts = [f"preset {entry['preset']}"]
-    if entry["peak_memory_mb"]:
-        facts.append(f"at most {entry['peak_memory_mb']} MiB of memory")
-    problems = "".join(f'<li class="failed">{escape(text)}</li>' for text in entry["problems"])
-    metrics = "".join(
-        f'<tr><td>{escape(key)}</td><td class="number">{escape(_short(value))}</td></tr>'
-        for key, value in entry["metrics"].items()
-    )
-    return f"""<h2 id="{escape(name)}">{escape(name)}: {escape(entry["title"])}</h2>
-<p><a href="{escape(name)}.html">the whole notebook</a>,
-<a href="{escape(name)}.ipynb">as .ipynb</a>; {escape(", ".join(facts))}</p>
-<ul>{problems}</ul><table>{metrics}</table>
-{"".join(_figures(out / f"{name}.ipynb"))}"""
-
-
-def _figures(path: Path) -> list[str]:
-    """Every picture among the outputs, under the heading it appeared below."""
+def _figures(path: Path) -> list[tuple[str, str, str]]:
+    """Every picture among the outputs, the heading it appeared below, and what it shows."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     heading, figures = "", []
     for cell in notebook["cells"]:
@@ -119,5 +103,5 @@ def _figures(path: Path) -> list[str]:
             png = output.get("data", {}).get("image/png")
             if png:
                 told = output.get("metadata", {}).get("image/png", {}).get("alt", heading)
-                figures.append(figure_html("".join(png), heading, told))
+                figures.append(("".join(png).strip(), heading, told))
     return figures

@@ -7,10 +7,8 @@ run goes on where it stopped.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -20,33 +18,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from refiner.base import pages
 from refiner.base.errors import UserError
-from refiner.base.files import write_json, write_text
-from refiner.base.pages import BAR, STYLE, json_ready
+from refiner.base.files import write_json
+from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
-from refiner.base.places import machine
 from refiner.base.settings import Count, Entries, Portion, Whole, checked
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
 from refiner.models.load import load_model
 from refiner.probing import clusters, measures, neighbors, probes
-from refiner.probing.features import extract
+from refiner.probing.features import NAMES, extract
 from refiner.visuals import plots
 from refiner.visuals.style import save_figures
 
 # What a part costs, roughly, so that the bar's estimate of the time that is left means something.
-COST = {
-    "features": 30,
-    "knn": 5,
-    "linear": 20,
-    "low_shot": 15,
-    "clustering": 15,
-    "measures": 10,
-    "factors": 10,
-}
+COST = dict(features=30, knn=5, linear=20, low_shot=15, clustering=15, measures=10, factors=10)
 Part = Literal["knn", "linear", "low_shot", "clustering", "measures", "factors"]
 PARTS = get_args(Part)
-NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
 
 
 @dataclass(frozen=True)
@@ -115,97 +104,56 @@ def probe(
         FileNotFoundError: for a model or image set that is not there.
     """
     settings = checked(settings or Settings())
-    names = [models] if isinstance(models, str | Path) else list(models)
-    names = [str(name) for name in names]
+    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     check_source(data)
     check_device(device)
     if not names or len(set(names)) < len(names):
         raise UserError(f"give each model once, not {names}")
     out = Path(out)
     asked = {"data": str(data), "n": n, "n_test": n_test, "settings": json_ready(asdict(settings))}
-    report = _started(out, asked, resume)
+    report = begin(out, asked, resume, models={})
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
-    with tqdm(
-        total=len(names) * _total(settings),
-        desc="probing",
-        unit="",
-        disable=not progress,
-        bar_format=BAR,
-    ) as bar:
-        by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
+    total = len(names) * (COST["features"] + sum(COST[part] for part in settings.parts))
+    by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
+    with tqdm(total=total, desc="probing", unit="", disable=not progress, bar_format=BAR) as bar:
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
             if size not in by_size:
                 by_size[size] = train_and_test(data, n, n_test, size)
             train, test = by_size[size]
-            report["images"] = {
-                "train": len(train),
-                "test": len(test),
-                "classes": len(train.classes),
-            }
-            origin = model.refiner_card.get("origin", "")
-            found = report["models"].setdefault(name, {"origin": origin})
-            _probe_model(
-                model, found, train, test, settings, device, bar, lambda: _write(out, report)
+            counts = len(train), len(test), len(train.classes)
+            report["images"] = dict(zip(("train", "test", "classes"), counts, strict=True))
+            found = report["models"].setdefault(
+                name, {"origin": model.refiner_card.get("origin", "")}
             )
+            for _ in _probe_model(model, found, train, test, settings, device, bar):
+                write_json(out / "report.json", report)
     report["left_out"] = _left_out(report)
-    _write(out, report)
+    write_json(out / "report.json", report)
     write_page(out, report)
     return report
 
 
-def _total(settings: Settings) -> int:
-    """The cost of one model."""
-    return COST["features"] + sum(COST[part] for part in settings.parts)
-
-
-def _started(out: Path, asked: dict, resume: bool) -> dict:
-    """What was done before, or an empty report."""
-    path = out / "report.json"
-    if resume and path.exists():
-        report = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in asked.items() if report.get(key) != value]
-        if changed:
-            raise UserError(
-                f"cannot resume {out}: {', '.join(changed)} differ from the earlier run; use the "
-                "same options, or another --out"
-            )
-        return report
-    return asked | {"machine": machine(), "models": {}}
-
-
 def _probe_model(
-    model,
-    found: dict,
-    train: ImageSet,
-    test: ImageSet,
-    settings: Settings,
-    device,
-    bar: tqdm,
-    save: Callable[[], None],
-) -> None:
-    """Fills ``found`` with the parts that are missing."""
-    wanted = [p for p in settings.parts if p != "factors" or train.factors]
-    poolings = ("cls", "patch", "final")
-    if all(part in found.get("done", []) for part in wanted):
-        bar.update(_total(settings))
-        return
-    bar.set_description_str("features")
-    keys, queries = (
-        extract(model, images, device=device, progress=False) for images in (train, test)
-    )
-    found["blocks"] = list(keys.blocks)
+    model, found: dict, train: ImageSet, test: ImageSet, settings: Settings, device, bar: tqdm
+) -> Iterator[None]:
+    """Fills ``found`` with the parts that are missing, and stops after each."""
+    done = found.setdefault("done", [])
+    missing = [p for p in settings.parts if p not in done and (p != "factors" or train.factors)]
+    bar.update(sum(COST[part] for part in settings.parts if part not in missing))
+    if missing:
+        bar.set_description_str("features")
+        keys, queries = (extract(model, x, device=device, progress=False) for x in (train, test))
+        found["blocks"] = list(keys.blocks)
     bar.update(COST["features"])
-    for part in settings.parts:
+    for part in missing:
         bar.set_description_str(part.replace("_", "-"))
-        if part in wanted and part not in found.get("done", []):
-            for pooling in (p for p in poolings if p in keys):
+        for pooling in (p for p in NAMES if p in keys):
+            if pooling != "final" or part in ("knn", "linear"):
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
-                if pooling == "final" and part not in ("knn", "linear"):
-                    continue
                 found.setdefault(pooling, {})[part] = _tried(part, sides)
-            found.setdefault("done", []).append(part)
-            save()
+        done.append(part)
+        yield
         bar.update(COST[part])
 
 
@@ -237,21 +185,10 @@ def _linear(s: _Sides) -> dict:
 
 
 def _low_shot(s: _Sides) -> dict:
+    options = {"fractions": s.settings.fractions, "draws": s.settings.draws}
     shots = probes.possible_shots(s.settings.shots, s.settings.fractions, s.train.labels)
-    found = probes.low_shot(
-        *s.data,
-        shots=shots,
-        fractions=s.settings.fractions,
-        draws=s.settings.draws,
-        seed=s.settings.seed,
-        device=s.device,
-    )
-    return {
-        "sizes": found.sizes,
-        "images": found.images,
-        "mean": found.mean,
-        "spread": found.spread,
-    }
+    found = probes.low_shot(*s.data, shots=shots, **options, seed=s.settings.seed, device=s.device)
+    return {name: getattr(found, name) for name in ("sizes", "images", "mean", "spread")}
 
 
 def _clustering(s: _Sides) -> dict:
@@ -259,15 +196,10 @@ def _clustering(s: _Sides) -> dict:
 
 
 def _measures(s: _Sides) -> dict:
-    found = {
-        "rankme": measures.rankme(s.z),
-        "participation_ratio": measures.participation_ratio(s.z),
-        "alpha_req": measures.alpha_req(s.z),
-        "uniformity": measures.uniformity(s.z),
-        "collapse_std": measures.collapse_std(s.z),
-        "intrinsic_dimension": measures.intrinsic_dimension(s.z),
-    }
-    return found | {"cka": measures.linear_cka(s.z)}
+    m = measures
+    spread = m.rankme, m.participation_ratio, m.alpha_req, m.uniformity, m.collapse_std
+    found = {f.__name__: f(s.z) for f in (*spread, m.intrinsic_dimension)}
+    return found | {"cka": m.linear_cka(s.z)}
 
 
 def _factors(s: _Sides) -> dict:
@@ -279,14 +211,8 @@ def _factors(s: _Sides) -> dict:
     return probes.factor_probe(s.x, known[0], s.z, known[1], seed=s.settings.seed, device=s.device)
 
 
-_DO: dict[str, Callable[[_Sides], dict]] = {
-    "knn": _knn,
-    "linear": _linear,
-    "low_shot": _low_shot,
-    "clustering": _clustering,
-    "measures": _measures,
-    "factors": _factors,
-}
+_DO = {"knn": _knn, "linear": _linear, "low_shot": _low_shot, "clustering": _clustering}
+_DO |= {"measures": _measures, "factors": _factors}
 
 
 def _left_out(report: dict) -> list[str]:
@@ -300,10 +226,6 @@ def _left_out(report: dict) -> list[str]:
     return sentences
 
 
-def _write(out: Path, report: dict) -> None:
-    write_json(out / "report.json", report)
-
-
 # ---------------------------------------------------------------- figures
 
 
@@ -313,23 +235,21 @@ def _per_model(report: dict, pooling: str, part: str) -> dict[str, dict]:
     return {name: part for name, part in found.items() if part and "left_out" not in part}
 
 
-def _curves(report: dict, pooling: str, part: str, pick: Callable[[dict], object]) -> dict:
-    return {name: pick(p) for name, p in _per_model(report, pooling, part).items()}
-
-
 def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
     """The report's figures: file name, caption, figure."""
     chance, k = 1 / max(1, report["images"]["classes"]), _main_k(report)
     for pooling in ("cls", "patch"):
         where = NAMES[pooling]
-        if curves := _curves(report, pooling, "knn", lambda p: p["accuracy"][p["k"].index(k)]):
+        if found := _per_model(report, pooling, "knn"):
+            curves = {name: p["accuracy"][p["k"].index(k)] for name, p in found.items()}
             ax = plots.block_curve(curves, ylabel=f"k-NN accuracy (k = {k})", chance=chance)
             caption = f"k-NN, {where}: are near images of the same class?"
             yield f"knn_{pooling}", caption, ax.figure
-        if curves := _curves(report, pooling, "linear", lambda p: p["accuracy"]):
+        if found := _per_model(report, pooling, "linear"):
+            curves = {name: p["accuracy"] for name, p in found.items()}
             ax = plots.block_curve(curves, ylabel="linear probe, accuracy", chance=chance)
             yield f"linear_{pooling}", f"Linear probe, {where}: can the class be read?", ax.figure
-        yield from _low_shot_figures(report, pooling, chance)
+        yield from _low_shot_figures(_per_model(report, pooling, "low_shot"), pooling, chance)
         yield from _other_figures(report, pooling)
 
 
@@ -340,36 +260,29 @@ def _main_k(report: dict) -> int:
     return 10 if 10 in ks else ks[0]
 
 
-def _low_shot_figures(report: dict, pooling: str, chance: float):
-    found = _per_model(report, pooling, "low_shot")
-    if not found:
-        return
-    sizes = next(iter(found.values()))["sizes"]
-    for i in sorted({0, len(sizes) - 1}):
+def _low_shot_figures(found: dict[str, dict], pooling: str, chance: float):
+    sizes = next(iter(found.values()))["sizes"] if found else []
+    for i in sorted({0, len(sizes) - 1}) if sizes else ():
         share = f"{sizes[i]:.0%} of the labels"
         text = f"labels a class: {sizes[i]}" if isinstance(sizes[i], int) else share
-        curves = {
-            name: (np.array(p["mean"][i]), np.array(p["spread"][i])) for name, p in found.items()
-        }
-        ax = plots.block_curve(curves, ylabel="accuracy", chance=chance, title=text.capitalize())
+        bands = {m: (np.array(p["mean"][i]), np.array(p["spread"][i])) for m, p in found.items()}
+        ax = plots.block_curve(bands, ylabel="accuracy", chance=chance, title=text.capitalize())
         caption = f"Few labels, {NAMES[pooling]}: {text}; bands: deviation over draws"
         yield f"low_shot_{pooling}_{i}", caption, ax.figure
 
 
 def _other_figures(report: dict, pooling: str):
     where = NAMES[pooling]
-    if curves := _curves(report, pooling, "clustering", lambda p: p["nmi"]):
+    if found := _per_model(report, pooling, "clustering"):
+        curves = {name: p["nmi"] for name, p in found.items()}
         ax = plots.block_curve(curves, ylabel="normalised mutual information", percent=False)
         yield f"clusters_{pooling}", f"k-means against the classes, {where}", ax.figure
-    found = _per_model(report, pooling, "measures")
-    if found:
+    if found := _per_model(report, pooling, "measures"):
         yield f"measures_{pooling}", f"Measures without labels, {where}", _measures_figure(found)
         yield f"cka_{pooling}", f"Linear CKA: how similar are blocks? {where}", _cka_figure(found)
-    if tables := _per_model(report, pooling, "factors"):
-        names = list(next(iter(tables.values())))
-        scores = {
-            model: np.array([t[f] for f in names], dtype=float).T for model, t in tables.items()
-        }
+    if found := _per_model(report, pooling, "factors"):
+        names = list(next(iter(found.values())))
+        scores = {m: np.array([p[f] for f in names], dtype=float).T for m, p in found.items()}
         axes = plots.factor_heatmap(scores, names, label="R²; pattern and class: accuracy")
         yield f"factors_{pooling}", f"What can be read from a block, {where}", axes[0].figure
 
@@ -379,79 +292,66 @@ def _measures_figure(found: dict[str, dict]) -> plt.Figure:
     fig, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, name in zip(axes.flat, names, strict=True):
         curves = {m: np.array(p[name], dtype=float) for m, p in found.items()}
-        plots.block_curve(
-            curves,
-            ylabel=name.replace("_", " "),
-            best=False,
-            percent=False,
-            title=name.replace("_", " "),
-            ax=ax,
-        )
+        words = name.replace("_", " ")
+        plots.block_curve(curves, ylabel=words, best=False, percent=False, title=words, ax=ax)
         if ax is not axes.flat[0]:
             ax.get_legend().remove()
     return fig
 
 
 def _cka_figure(found: dict[str, dict]) -> plt.Figure:
-    fig, axes = plt.subplots(
-        1, len(found), figsize=(4.8 * len(found), 4.0), layout="constrained", squeeze=False
-    )
+    size = 4.8 * len(found), 4.0
+    fig, axes = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)
     for ax, (name, p) in zip(axes[0], found.items(), strict=True):
         plots.similarity_map(np.array(p["cka"], dtype=float), title=name, ax=ax)
     return fig
 
 
-def write_page(out: Path, report: dict) -> None:
-    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
-    shown = save_figures(out, lambda: figures(report))
-    images, models = report["images"], ", ".join(report["models"])
-    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    notes = "".join(f"<li>{escape(text)}</li>" for text in report.get("left_out", []))
-    notes = f"<h2>Left out</h2><ul>{notes}</ul>" if notes else ""
-    write_text(
-        out / "index.html",
-        f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Probes of {escape(models)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>Probes of {escape(models)}</h1>
-<p>{escape(report["data"])}: {images["train"]} train and {images["test"]} test images,
-{images["classes"]} classes. {escape(facts)}. All numbers:
-<a href="report.json">report.json</a>.</p>
+# ---------------------------------------------------------------- the page
+
+_PAGE = """
+<p>{{ measured(report) }}</p>
 <h2>Last and best block</h2>
-{_table(report)}
+<table><thead><tr><th>Model</th><th>Features</th>
+{% for head in ("k-NN (k = %s), last" % k, "best (block)", "linear probe, last", "best (block)") %}
+<th class="number">{{ head }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for model, features, cells in rows %}
+<tr><td>{{ model }}</td><td>{{ features }}</td>
+{%- for cell in cells %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table>
 <p>Best blocks are chosen on the test images that they are scored on, so they are a little too good.
 The measures without labels compare only models of the same width on the same images.</p>
-{notes}
+{% if report.left_out %}
+<h2>Left out</h2><ul>{% for text in report.left_out %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
 <h2>Every block</h2>
-{"".join(shown)}
-</body></html>
-""",
-    )
+{{ shown | join }}
+"""
 
 
-def _table(report: dict) -> str:
-    """Accuracies of the last and of the best block, a row a model and pooling."""
+def write_page(out: Path, report: dict) -> None:
+    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
     k = _main_k(report)
+    values = {"report": report, "k": k, "rows": _rows(report, k)}
+    shown = save_figures(out, lambda: figures(report))
+    title = f"Probes of {', '.join(report['models'])}"
+    pages.write_page(out / "index.html", _PAGE, title, shown=shown, **values)
+
+
+def _rows(report: dict, k: int) -> list[tuple[str, str, list[str]]]:
+    """Accuracies of the last and of the best block, for each model and pooling."""
     rows = []
     for name, found in report["models"].items():
         for pooling in (p for p in NAMES if p in found):
-            cells = []
-            for part in ("knn", "linear"):
-                numbers = found[pooling].get(part, {"left_out": ""})
-                values = None
-                if "left_out" not in numbers:
-                    values = numbers["accuracy"]
-                    if part == "knn":
-                        values = values[numbers["k"].index(k)] if k in numbers["k"] else None
-                cells += _last_and_best(values, found["blocks"])
-            cells = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-            rows.append(f"<tr><td>{escape(name)}</td><td>{NAMES[pooling]}</td>{cells}</tr>")
-    heads = (f"k-NN (k = {k}), last", "best (block)", "linear probe, last", "best (block)")
-    heads = "".join(f'<th class="number">{head}</th>' for head in heads)
-    return (
-        f"<table><thead><tr><th>Model</th><th>Features</th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+            nearest, linear = (found[pooling].get(part, {}) for part in ("knn", "linear"))
+            measured = dict(zip(nearest.get("k", ()), nearest.get("accuracy", ()), strict=True))
+            cells = _last_and_best(measured.get(k), found["blocks"])
+            cells += _last_and_best(linear.get("accuracy"), found["blocks"])
+            rows.append((name, NAMES[pooling], cells))
+    return rows
 
 
 def _last_and_best(values: list | float | None, blocks: list[int]) -> list[str]:

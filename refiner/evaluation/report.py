@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from refiner.base.files import write_text
-from refiner.base.pages import STYLE
-from refiner.evaluation.probe import NAMES
+from refiner.base import pages
+from refiner.probing.features import NAMES
 from refiner.visuals import plots
 from refiner.visuals.style import plain, save_figures
 
@@ -40,17 +38,8 @@ def comparison(report: dict) -> list[dict]:
             difference, spread = b["value"] - a["value"], math.hypot(a["spread"], b["spread"])
             clear = abs(difference) > 2 * spread
             verdict = ("better" if difference > 0 else "worse") if clear else "unclear"
-            entries.append(
-                {
-                    "row": row,
-                    "name": a["name"],
-                    "before": a,
-                    "after": b,
-                    "difference": difference,
-                    "spread": spread,
-                    "verdict": verdict,
-                }
-            )
+            entry = {"row": row, "name": a["name"], "before": a, "after": b}
+            entries.append(entry | dict(difference=difference, spread=spread, verdict=verdict))
     return entries
 
 
@@ -171,117 +160,100 @@ def _label(report: dict, side: str) -> str:
     return f"{side}: {Path(report['models'][side]).name}"
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- the page
+
+_PAGE = """
+<p>{{ measured(report) }} {{ "%.1f" % (seconds / 60) }} minutes.</p>
+<ul>{% for text in said %}<li>{{ text }}</li>{% endfor %}</ul>
+{% if report.failed or report.left_out %}
+<h2>Not measured</h2><ul>
+{% for row, sides in report.failed.items() %}{% for side, reason in sides.items() %}
+<li class="failed">{{ title_of(row) }}, {{ side }}: {{ reason }}</li>
+{% endfor %}{% endfor %}
+{% for row, reason in report.left_out.items() %}
+<li>{{ title_of(row) }}: {{ reason }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+{{ shown[:1] | join }}
+<h2>Every figure</h2>
+<table><thead><tr><th>Figure, %</th>
+{% for side in report.models %}<th class="number">{{ side }}</th>{% endfor %}
+{% if report.models | length == 2 %}<th class="number">difference</th><th></th>{% endif %}
+<th>spread over</th></tr></thead><tbody>
+{% for row, lines in table.items() %}
+<tr><th colspan="{{ 2 + 2 * report.models | length }}">{{ title_of(row) }}</th></tr>
+{% for line in lines %}
+<tr><td>{{ line.name }}</td>
+{%- for cell in line.cells %}
+<td class="number">{% if cell %}{{ cell[0] }} <small>± {{ cell[1] }}</small>{% else %}–{% endif %}
+</td>{% endfor %}
+{% if report.models | length == 2 %}
+<td class="number">{{ line.change }}</td><td class="{{ line.look }}">{{ line.mark }}</td>
+{%- endif %}
+<td>{{ line.of }}</td></tr>
+{% endfor %}{% endfor %}
+</tbody></table>
+<p>k-NN: k = 10. Few labels: a linear classifier. Shifted factors: Toybox images whose factors lie
+outside of what the train images show. Segmentation: a linear classifier on patch features.
+Spread: one standard deviation over what the last column names; of test images, the standard
+error. “Better” and “worse” need a difference of more than two spreads, the models' spreads taken as
+independent. With that many figures one or two cross that line by chance.</p>
+{{ shown[1:] | join }}
+<h2>What was chosen</h2>
+<p>Blocks, poolings and penalties were chosen on held-out train images; no test label was used.</p>
+<ul>{% for text in choices %}<li>{{ text }}</li>{% endfor %}</ul>
+"""
 
 
-def table(report: dict) -> str:
-    """HTML: a line for each figure, grouped by row."""
-    sides = list(report["models"])
-    heads = "".join(f'<th class="number">{side}</th>' for side in sides)
-    if len(sides) == 2:
-        heads += '<th class="number">difference</th><th></th>'
-    body = []
-    for row, found in report["rows"].items():
-        body.append(
-            f'<tr><th colspan="{2 + 2 * len(sides)}">{escape(_title(report, row))}</th></tr>'
-        )
-        changes = {e["name"]: e for e in comparison({**report, "rows": {row: found}})}
-        first = next(iter(found.values()))["scores"]
-        for name in (x["name"] for x in first):
-            body.append(_line(name, found, sides, changes.get(name)))
-    return (
-        f"<table><thead><tr><th>Figure, %</th>{heads}<th>spread over</th></tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table>"
+def write_page(out: Path, report: dict) -> None:
+    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
+    pages.write_page(
+        out / "index.html",
+        _PAGE,
+        f"Evaluation of {' and '.join(Path(name).name for name in report['models'].values())}",
+        report=report,
+        seconds=sum(e["seconds"] for sides in report["rows"].values() for e in sides.values()),
+        said=findings(report),
+        title_of=lambda row: _title(report, row),
+        table={row: _lines(report, row) for row in report["rows"]},
+        choices=_choices(report),
+        shown=save_figures(out, lambda: figures(report)),
     )
 
 
-def _line(name: str, found: dict, sides: list[str], change: dict | None) -> str:
-    cells, of = [], ""
-    for side in sides:
-        entry = next(
-            (x for x in found.get(side, {"scores": []})["scores"] if x["name"] == name), None
-        )
-        text = "–"
-        if entry:
-            text = f"{100 * entry['value']:.1f} <small>± {100 * entry['spread']:.1f}</small>"
-            of = entry["of"]
-        cells.append(f'<td class="number">{text}</td>')
-    if len(sides) == 2:
-        text, word = "–", ""
-        if change:
-            text, word = f"{100 * change['difference']:+.1f}", MARKS[change["verdict"]]
-        style = {"▲": "ok", "▼": "failed"}.get(word[:1], "")
-        cells.append(f'<td class="number">{text}</td><td class="{style}">{word}</td>')
-    return f"<tr><td>{escape(name)}</td>{''.join(cells)}<td>{of}</td></tr>"
+def _lines(report: dict, row: str) -> list[dict]:
+    """A row's figures as texts: each model's with its spread, and what changed."""
+    found, lines = report["rows"][row], []
+    changes = {e["name"]: e for e in comparison({**report, "rows": {row: found}})}
+    for name in (x["name"] for x in next(iter(found.values()))["scores"]):
+        line = {"name": name, "cells": [], "of": "", "change": "–", "mark": "", "look": ""}
+        for side in report["models"]:
+            scores = {x["name"]: x for x in found.get(side, {"scores": []})["scores"]}
+            if x := scores.get(name):
+                line["of"] = x["of"]
+                x = f"{100 * x['value']:.1f}", f"{100 * x['spread']:.1f}"
+            line["cells"].append(x)
+        if change := changes.get(name):
+            verdict = change["verdict"]
+            line["change"], line["mark"] = f"{100 * change['difference']:+.1f}", MARKS[verdict]
+            line["look"] = {"better": "ok", "worse": "failed"}.get(verdict, "")
+        lines.append(line)
+    return lines
 
 
-def _choices(report: dict) -> str:
+def _choices(report: dict) -> list[str]:
     """What was chosen on held-out train images."""
     lines = []
-    for row, sides in report["rows"].items():
-        if row == "corruptions":
-            continue
-        for side, entry in sides.items():
-            for x in entry["scores"]:
-                if "choice" in x and len(x["choice"]) > 1:
-                    told = ", ".join(
-                        f"{k.replace('_', ' ')} {_short(v)}" for k, v in x["choice"].items()
-                    )
-                    lines.append(f"<li>{escape(_title(report, row))}, {side}: {escape(told)}</li>")
-    return f"<ul>{''.join(lines)}</ul>" if lines else ""
+    for row in (row for row in report["rows"] if row != "corruptions"):
+        for side, entry in report["rows"][row].items():
+            for choice in (x["choice"] for x in entry["scores"] if len(x.get("choice", ())) > 1):
+                told = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in choice.items())
+                lines.append(f"{_title(report, row)}, {side}: {told}")
+    return lines
 
 
 def _short(value) -> str:
     if isinstance(value, list):
         return " + ".join(NAMES.get(v, str(v)) for v in value)
     return f"{value:.3g}" if isinstance(value, float) else NAMES.get(value, str(value))
-
-
-def _problems(report: dict) -> str:
-    lines = []
-    for row, sides in report["failed"].items():
-        for side, reason in sides.items():
-            where = escape(f"{_title(report, row)}, {side}: {reason}")
-            lines.append(f'<li class="failed">{where}</li>')
-    for row, reason in report["left_out"].items():
-        lines.append(f"<li>{escape(f'{_title(report, row)}: {reason}')}</li>")
-    return f"<h2>Not measured</h2><ul>{''.join(lines)}</ul>" if lines else ""
-
-
-# ---------------------------------------------------------------- the page
-
-
-def write_page(out: Path, report: dict) -> None:
-    """Writes ``figures/*.png`` and ``index.html`` with all of them inside."""
-    shown = save_figures(out, lambda: figures(report))
-    title = " and ".join(escape(Path(name).name) for name in report["models"].values())
-    images = report["images"]
-    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    seconds = sum(e["seconds"] for sides in report["rows"].values() for e in sides.values())
-    said = "".join(f"<li>{escape(text)}</li>" for text in findings(report))
-    write_text(
-        out / "index.html",
-        f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Evaluation of {title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>Evaluation of {title}</h1>
-<p>{escape(report["data"])}: {images["train"]} train and {images["test"]} test images,
-{images["classes"]} classes. {escape(facts)}; {seconds / 60:.1f} minutes. All numbers:
-<a href="report.json">report.json</a>.</p>
-<ul>{said}</ul>
-{_problems(report)}
-{"".join(shown[:1])}
-<h2>Every figure</h2>
-{table(report)}
-<p>k-NN: k = 10. Few labels: a linear classifier. Shifted factors: Toybox images whose factors lie
-outside of what the train images show. Segmentation: a linear classifier on patch features.
-Spread: one standard deviation over what the last column names; of test images, the standard
-error. “Better” and “worse” need a difference of more than two spreads, the models' spreads taken as
-independent. With that many figures one or two cross that line by chance.</p>
-{"".join(shown[1:])}
-<h2>What was chosen</h2>
-<p>Blocks, poolings and penalties were chosen on held-out train images; no test label was used.</p>
-{_choices(report)}
-</body></html>
-""",
-    )

@@ -41,6 +41,9 @@ from refiner.models.encoders import (
 )
 
 
+NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Features(Mapping):
     """Features by kind, all float32 on the CPU.
