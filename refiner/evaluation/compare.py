@@ -7,7 +7,6 @@ losing the others.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +17,12 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.files import write_json
-from refiner.base.pages import BAR, json_ready
+from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
-from refiner.base.places import machine
 from refiner.base.settings import checked
 from refiner.evaluation import protocols
 from refiner.evaluation.protocols import EvaluationSettings, Subject
+from refiner.evaluation.report import write_page
 from refiner.images.dense import DenseSet, check_dense, load_dense, object_maps
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
@@ -38,11 +37,10 @@ class Row:
     """A protocol.
 
     Attributes:
-        title: for people.
+        title, short: for people, and for the spider plot.
         measure: from a subject to its scores.
         cost: of one model, in seconds on a CPU, for the estimate of the time that is left.
         needs: what it needs of the data: "toybox", "dense", or nothing.
-        short: the word for the spider plot.
     """
 
     title: str
@@ -52,6 +50,7 @@ class Row:
     short: str = ""
 
 
+_FEW = "Fine-tuning, few labels"
 ROWS = {
     "knn": Row("k-NN", protocols.knn, 15, short="k-NN"),
     "linear": Row("Linear probe", protocols.linear, 30, short="linear"),
@@ -61,9 +60,7 @@ ROWS = {
     "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox", "shifted\nfactors"),
     "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense", "segmentation\n(mIoU)"),
     "finetune": Row("Full fine-tuning", protocols.full_finetuning, 40, short="fine-tuning"),
-    "finetune_few": Row(
-        "Fine-tuning, few labels", protocols.few_finetuning, 25, short="fine-tuning,\nfew labels"
-    ),
+    "finetune_few": Row(_FEW, protocols.few_finetuning, 25, short="fine-tuning,\nfew labels"),
 }
 TRANSFER = Row("Transfer", protocols.transfer, 25)
 
@@ -130,8 +127,6 @@ def evaluate(
         ValueError: for unknown rows, data without labels, or another run's folder to resume.
         FileNotFoundError: for a model or image set that is not there.
     """
-    from refiner.evaluation.report import write_page
-
     on_gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     settings = settings or (EvaluationSettings.gpu() if on_gpu else EvaluationSettings.cpu())
     settings = checked(settings)
@@ -143,25 +138,16 @@ def evaluate(
         check_dense(dense)
     check_device(device)
     models = {"before": str(before)} | ({"after": str(after)} if after else {})
-    asked = {
-        "models": models,
-        "data": str(data),
-        "dense": None if dense is None else str(dense),
-        "settings": json_ready(asdict(settings)),
-    }
+    asked = {"models": models, "data": str(data), "dense": None if dense is None else str(dense)}
+    asked["settings"] = json_ready(asdict(settings))
     loaded = {side: load_model(name) for side, name in models.items()}
-    report = _started(out, asked, resume)
+    report = begin(out, asked, resume, rows={}, failed={})
     bench = _Bench(loaded, settings, data, dense, device, progress)
     report["images"] = bench.facts()
     report["left_out"] = left_out = bench.left_out(wanted)
     todo = [(r, side) for side in models for r in wanted if r not in left_out]
-    with tqdm(
-        total=sum(wanted[r].cost for r, _ in todo),
-        desc="evaluating",
-        unit="",
-        bar_format=BAR,
-        disable=not progress,
-    ) as bar:
+    total = sum(wanted[r].cost for r, _ in todo)
+    with tqdm(total=total, desc="evaluating", unit="", bar_format=BAR, disable=not progress) as bar:
         for name, side in todo:
             bar.set_description_str(f"{side}: {wanted[name].title}")
             if side not in report["rows"].get(name, {}):
@@ -177,21 +163,6 @@ def evaluate(
     return report
 
 
-def _started(out: Path, asked: dict, resume: bool) -> dict:
-    """What was done before, or an empty report."""
-    path = out / "report.json"
-    if not (resume and path.exists()):
-        return asked | {"machine": machine(), "rows": {}, "failed": {}}
-    report = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key, value in asked.items() if report.get(key) != value]
-    if changed:
-        raise UserError(
-            f"cannot resume {out}: {', '.join(changed)} differ from the earlier run; use the same "
-            "options, or another --out"
-        )
-    return report
-
-
 def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> None:
     """Adds a row's scores to the report, or why there are none."""
     began, worked = time.monotonic(), time.process_time()
@@ -203,12 +174,9 @@ def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> Non
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report["failed"].setdefault(name, {})[side] = reason
         return
-    found = {
-        "seconds": round(time.monotonic() - began, 2),
-        "cpu_seconds": round(time.process_time() - worked, 2),
-        "scores": scores,
-    }
-    report["rows"].setdefault(name, {})[side] = found
+    seconds = time.monotonic() - began, time.process_time() - worked
+    spent = dict(zip(("seconds", "cpu_seconds"), (round(x, 2) for x in seconds), strict=True))
+    report["rows"].setdefault(name, {})[side] = spent | {"scores": scores}
     report["failed"].get(name, {}).pop(side, None)
     if not report["failed"].get(name, True):
         del report["failed"][name]
@@ -217,15 +185,7 @@ def _measure(report: dict, name: str, row: Row, side: str, bench: _Bench) -> Non
 class _Bench:
     """The images of a run, loaded once for each size, and a subject for each model."""
 
-    def __init__(
-        self,
-        models: dict[str, Encoder],
-        settings: EvaluationSettings,
-        data,
-        dense,
-        device,
-        progress: bool,
-    ):
+    def __init__(self, models: dict[str, Encoder], settings, data, dense, device, progress: bool):
         self.models, self.settings = models, settings
         self.data, self.dense, self.device, self.progress = data, dense, device, progress
         self.loaded: dict[tuple, object] = {}
@@ -258,13 +218,12 @@ class _Bench:
         if self.dense is None:
             pairs = zip(self.images(self.data, side), limits, strict=True)
             return tuple(object_maps(images[:n]) for images, (_, n) in pairs)
-        key = "dense", size
-        if key not in self.loaded:
-            self.loaded[key] = tuple(
+        if ("dense", size) not in self.loaded:
+            self.loaded["dense", size] = tuple(
                 load_dense(self.dense, split=split, n=n, size=size, progress=False)
                 for split, n in limits
             )
-        return self.loaded[key]
+        return self.loaded["dense", size]
 
     def facts(self) -> dict:
         train, test = self.images(self.data, "before")
@@ -273,11 +232,8 @@ class _Bench:
     def left_out(self, rows: dict[str, Row]) -> dict[str, str]:
         """Rows that the data do not allow, and why."""
         train, _ = self.images(self.data, "before")
-        have = {
-            "": True,
-            "toybox": str(self.data) == "toybox",
-            "dense": self.dense is not None or train.masks is not None,
-        }
+        masks = self.dense is not None or train.masks is not None
+        have = {"": True, "toybox": str(self.data) == "toybox", "dense": masks}
         why = {
             "toybox": "only Toybox's factors can be drawn from outside of their range",
             "dense": "the images have no masks; --dense names a folder with images and annotations",
@@ -289,15 +245,9 @@ class _Bench:
         kind, _, data = row.partition(":")
         if kind == "transfer":
             return Subject(self.models[side], *self.images(data, side), self.settings, self.device)
-        if side not in self.main:
-            self.main = {}  # one model's features at a time
-            self.main[side] = Subject(
-                self.models[side],
-                *self.images(self.data, side),
-                self.settings,
-                self.device,
-                progress=self.progress,
-            )
+        if side not in self.main:  # one model's features at a time
+            parts = self.models[side], *self.images(self.data, side), self.settings, self.device
+            self.main = {side: Subject(*parts, progress=self.progress)}
         subject = self.main[side]
         if kind == "segmentation":
             subject.dense = self.dense_images(side)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Annotated
 
 import numpy as np
@@ -23,7 +24,6 @@ from torch import Tensor
 from refiner.base import tensors
 from refiner.base.pages import json_ready
 from refiner.base.settings import Count, Entries, Portion, Positive, Range, Whole
-from refiner.evaluation.probe import NAMES
 from refiner.evaluation.segmentation import linear_segmentation
 from refiner.images import toybox
 from refiner.images.corruptions import CORRUPTIONS, corrupted
@@ -32,26 +32,22 @@ from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder
 from refiner.probing import neighbors, probes
 from refiner.probing.clusters import clustering
-from refiner.probing.features import Features, extract
+from refiner.probing.features import NAMES, Features, extract
 from refiner.probing.probes import LinearProbe, linear_probe
 from refiner.training.finetuning import FinetuneRecipe, few_labels, finetune
 
 K = 10  # neighbors that vote
 # Toybox factors outside of what the train images show: the variant's changes, and what is kept of
 # its images (None keeps all). Angles in degrees.
+_far = lambda f: np.maximum(np.abs(f["x"]), np.abs(f["y"])) > 0.12  # noqa: E731
+_busy = {"busy": True, "background_contrast": 0.3, "background_saturation": 0.4}
 SHIFTS: dict[str, tuple[dict, Callable | None]] = {
     "turned further (yaw 50 to 90°)": ({"yaw": 90.0}, lambda f: np.abs(f["yaw"]) > 50),
     "tilted further (roll 11 to 30°)": ({"roll": 30.0}, lambda f: np.abs(f["roll"]) > 11),
     "smaller (scale 0.5 to 0.75)": ({"scale": (0.5, 0.75)}, None),
-    "moved away (0.12 to 0.3)": (
-        {"shift": 0.3},
-        lambda f: np.maximum(np.abs(f["x"]), np.abs(f["y"])) > 0.12,
-    ),
+    "moved away (0.12 to 0.3)": ({"shift": 0.3}, _far),
     "stronger colours": ({"saturation": (0.8, 1.0)}, None),
-    "busy background": (
-        {"busy": True, "background_contrast": 0.3, "background_saturation": 0.4},
-        None,
-    ),
+    "busy background": (_busy, None),
 }
 
 
@@ -103,26 +99,11 @@ class EvaluationSettings:
     @classmethod
     def cpu(cls, **changes) -> EvaluationSettings:
         """Minutes for the embedded models on two cores."""
-        small = cls(
-            n=3200,
-            n_test=1024,
-            linear_blocks=3,
-            fractions=(0.02, 0.1),
-            kmeans_seeds=3,
-            corrupted=96,
-            shifted=192,
-            dense=512,
-            dense_test=256,
-            dense_pixels=16,
-            full=FinetuneRecipe.cpu(),
-            full_images=640,
-            full_seeds=2,
-            few=FinetuneRecipe.low_shot("cpu"),
-            few_sizes=(5,),
-            few_draws=2,
-            finetune_test=512,
-        )
-        return replace(small, **changes)
+        frozen = dict(n=3200, n_test=1024, linear_blocks=3, fractions=(0.02, 0.1), kmeans_seeds=3)
+        images = dict(corrupted=96, shifted=192, dense=512, dense_test=256, dense_pixels=16)
+        full = dict(full=FinetuneRecipe.cpu(), full_images=640, full_seeds=2, finetune_test=512)
+        few = dict(few=FinetuneRecipe.low_shot("cpu"), few_sizes=(5,), few_draws=2)
+        return replace(cls(**frozen, **images, **full, **few), **changes)
 
     @classmethod
     def gpu(cls, **changes) -> EvaluationSettings:
@@ -154,8 +135,13 @@ class Subject:
     dense: tuple[DenseSet, DenseSet] | None = None
     progress: bool = False
 
-    def extract(self, images: ImageSet | Iterable[Tensor], **options) -> Features:
-        return extract(self.model, images, device=self.device, progress=False, **options)
+    @property
+    def options(self) -> dict:
+        """Seed and device, as the probes take them."""
+        return {"seed": self.settings.seed, "device": self.device}
+
+    def extract(self, images: ImageSet | Iterable[Tensor]) -> Features:
+        return extract(self.model, images, device=self.device, progress=False)
 
     @cached_property
     def features(self) -> tuple[Features, Features]:
@@ -170,13 +156,8 @@ class Subject:
     @cached_property
     def linear(self) -> ChosenProbe:
         """The linear probe that is best on held-out train images."""
-        return choose_probe(
-            self.features[0],
-            self.train.labels,
-            count=self.settings.linear_blocks,
-            seed=self.settings.seed,
-            device=self.device,
-        )
+        count = self.settings.linear_blocks
+        return choose_probe(self.features[0], self.train.labels, count=count, **self.options)
 
 
 def score(name: str, value: float, spread: float, of: str, **more) -> dict:
@@ -190,13 +171,8 @@ def score(name: str, value: float, spread: float, of: str, **more) -> dict:
         **more: ``main=True`` for the figure that stands for its row, ``choice`` for what was chosen
             on train images, ``detail`` for more numbers.
     """
-    return {
-        "name": name,
-        "value": float(value),
-        "spread": float(spread),
-        "of": of,
-        **json_ready(more),
-    }
+    figure = {"name": name, "value": float(value), "spread": float(spread), "of": of}
+    return figure | json_ready(more)
 
 
 def share(name: str, right: Tensor, **more) -> dict:
@@ -249,7 +225,7 @@ class ChosenProbe:
 
     def joined(self, features: Features) -> Tensor:
         """The probe's input, [N, D], of features that hold every block."""
-        return torch.cat([features[p][r] for r in self.rows for p in self.poolings], dim=-1)
+        return _joined(features, self.poolings, self.rows)
 
     def predict(self, features: Features) -> Tensor:
         """Labels, int64 [N]."""
@@ -278,46 +254,30 @@ def choose_probe(
         ends = sorted({int(e) for e in ends})
     kinds = [("cls",), ("cls", "patch")] if "cls" in features else [("patch",)]
     best = (-1.0, None)
-    for poolings in kinds:
-        for width in sorted({1, min(4, depth)}):
-            lasts = [e for e in ends if e >= width - 1]
-            x = torch.stack(
-                [
-                    torch.cat(
-                        [features[p][r] for r in range(e - width + 1, e + 1) for p in poolings],
-                        dim=-1,
-                    )
-                    for e in lasts
-                ]
-            )
-            # The last argument's labels only score what is not read here.
-            found = linear_probe(x, labels, x[:, :1], labels[:1], seed=seed, device=device)
-            for i, e in enumerate(lasts):
-                held = float(found.validation[:, i].max())
-                if held > best[0]:
-                    best = held, (poolings, tuple(range(e - width + 1, e + 1)), found, i)
-    held, (poolings, rows, found, i) = best
-    choice = {
-        "blocks": [features.blocks[r] for r in rows],
-        "poolings": list(poolings),
-        "penalty": float(found.penalty[i]),
-        "validation": held,
-    }
-    return ChosenProbe(poolings, rows, _one_block(found, i), choice)
+    for poolings, width in product(kinds, sorted({1, min(4, depth)})):
+        spans = [tuple(range(e - width + 1, e + 1)) for e in ends if e >= width - 1]
+        x = torch.stack([_joined(features, poolings, rows) for rows in spans])
+        # The last argument's labels only score what is not read here.
+        found = linear_probe(x, labels, x[:, :1], labels[:1], seed=seed, device=device)
+        held = found.validation.amax(0)
+        i = int(held.argmax())
+        if float(held[i]) > best[0]:
+            best = float(held[i]), (poolings, spans[i], _one_block(found, i))
+    held, (poolings, rows, probe) = best
+    choice = {"blocks": [features.blocks[r] for r in rows], "poolings": list(poolings)}
+    choice |= {"penalty": float(probe.penalty), "validation": held}
+    return ChosenProbe(poolings, rows, probe, choice)
+
+
+def _joined(features: Features, poolings: Sequence[str], rows: Sequence[int]) -> Tensor:
+    """Features of some blocks and poolings side by side, [N, D]."""
+    return torch.cat([features[p][r] for r in rows for p in poolings], dim=-1)
 
 
 def _one_block(probe: LinearProbe, i: int) -> LinearProbe:
-    return replace(
-        probe,
-        accuracy=probe.accuracy[i],
-        penalty=probe.penalty[i],
-        weights=probe.weights[i],
-        bias=probe.bias[i],
-        validation=probe.validation[:, i],
-        objective=probe.objective[i],
-        gap=probe.gap[i],
-        converged=probe.converged[i],
-    )
+    by_block = ("accuracy", "penalty", "weights", "bias", "objective", "gap", "converged")
+    values = {name: getattr(probe, name)[i] for name in by_block}
+    return replace(probe, validation=probe.validation[:, i], **values)
 
 
 def linear(s: Subject) -> list[dict]:
@@ -325,9 +285,7 @@ def linear(s: Subject) -> list[dict]:
     (x, z), y, t = s.features, s.train.labels, s.test.labels
     scores = [share("chosen probe", s.linear.predict(z) == t, main=True, choice=s.linear.choice)]
     for pooling in s.poolings:
-        found = linear_probe(
-            x[pooling][-1], y, z[pooling][-1], t, seed=s.settings.seed, device=s.device
-        )
+        found = linear_probe(x[pooling][-1], y, z[pooling][-1], t, **s.options)
         right = found.predict(z[pooling][-1]) == t
         choice = {"penalty": float(found.penalty)}
         scores.append(share(f"last block, {NAMES[pooling]}", right, choice=choice))
@@ -338,21 +296,13 @@ def low_shot(s: Subject) -> list[dict]:
     """Linear classifiers that see a few labels, over several draws; last block."""
     (x, z), settings, scores = s.features, s.settings, []
     shots = probes.possible_shots(settings.shots, settings.fractions, s.train.labels)
+    options = {"fractions": settings.fractions, "draws": settings.draws, **s.options}
     for pooling in s.poolings:
-        found = probes.low_shot(
-            x[pooling][-1],
-            s.train.labels,
-            z[pooling][-1],
-            s.test.labels,
-            shots=shots,
-            fractions=settings.fractions,
-            draws=settings.draws,
-            seed=settings.seed,
-            device=s.device,
-        )
+        data = x[pooling][-1], s.train.labels, z[pooling][-1], s.test.labels
+        found = probes.low_shot(*data, shots=shots, **options)
         for size, mean, spread in zip(found.sizes, found.mean, found.spread, strict=True):
-            name = f"{_labels(size)}, {NAMES[pooling]}"
             main = size == 1 and pooling == s.poolings[0]
+            name = f"{_labels(size)}, {NAMES[pooling]}"
             scores.append(score(name, mean, spread, "draws", main=main))
     return scores
 
@@ -375,15 +325,8 @@ def clusters(s: Subject) -> list[dict]:
         for name in ("acc", "nmi", "ari"):
             values = torch.stack([run[name] for run in runs]).double()
             main = name == "acc" and pooling == s.poolings[0]
-            scores.append(
-                score(
-                    f"{name.upper()}, {NAMES[pooling]}",
-                    values.mean(),
-                    values.std(correction=0),
-                    "seeds",
-                    main=main,
-                )
-            )
+            name = f"{name.upper()}, {NAMES[pooling]}"
+            scores.append(score(name, values.mean(), values.std(correction=0), "seeds", main=main))
     return scores
 
 
@@ -392,12 +335,8 @@ def clusters(s: Subject) -> list[dict]:
 
 def transfer(s: Subject) -> list[dict]:
     """k-NN and the chosen linear probe on another image set."""
-    x, z = s.features
-    scores = [
-        share(
-            "linear probe", s.linear.predict(z) == s.test.labels, main=True, choice=s.linear.choice
-        )
-    ]
+    (x, z), right = s.features, s.linear.predict(s.features[1]) == s.test.labels
+    scores = [share("linear probe", right, main=True, choice=s.linear.choice)]
     for pooling in s.poolings:
         right = _knn_predictions(x[pooling][-1], s.train.labels, z[pooling][-1], s.device)
         scores.append(share(f"k-NN, {NAMES[pooling]}", right == s.test.labels))
@@ -470,27 +409,16 @@ def segmentation(s: Subject) -> list[dict]:
     train, test = s.dense
     depth = len(s.model.blocks)
     blocks = sorted({depth, max(1, round(depth * 5 / 6)), max(1, round(depth * 2 / 3))})
-    found = linear_segmentation(
-        s.model,
-        train,
-        test,
-        blocks=blocks,
-        seed=s.settings.seed,
-        pixels=s.settings.dense_pixels,
-        device=s.device,
-    )
-    last, best = len(blocks) - 1, found.best
-    of = "test images"
-    scores = [score("mIoU, last block", found.miou[last], found.spread[last], of, main=True)]
+    options = {"blocks": blocks, "pixels": s.settings.dense_pixels, **s.options}
+    found = linear_segmentation(s.model, train, test, **options)
+    last, best, of = len(blocks) - 1, found.best, "test images"
     choice = {"block": blocks[best], "validation": found.validation[best]}
-    scores.append(
-        score("mIoU, chosen block", found.miou[best], found.spread[best], of, choice=choice)
-    )
-    if not found.object_iou[last].isnan():
-        scores.append(
-            score("object IoU, last block", found.object_iou[last], found.object_spread[last], of)
-        )
-    return scores
+    scores = [
+        score("mIoU, last block", found.miou[last], found.spread[last], of, main=True),
+        score("mIoU, chosen block", found.miou[best], found.spread[best], of, choice=choice),
+    ]
+    objects = found.object_iou[last], found.object_spread[last]
+    return scores + ([] if objects[0].isnan() else [score("object IoU, last block", *objects, of)])
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -499,12 +427,9 @@ def segmentation(s: Subject) -> list[dict]:
 def full_finetuning(s: Subject) -> list[dict]:
     """The whole encoder trained on all labels, over several seeds."""
     settings = s.settings
-    train = s.train[: settings.full_images]
-    test = s.test[: settings.finetune_test]
-    runs = [
-        _finetuned(s, train, test, replace(settings.full, seed=settings.seed + i))
-        for i in range(settings.full_seeds)
-    ]
+    train, test = s.train[: settings.full_images], s.test[: settings.finetune_test]
+    seeds = range(settings.seed, settings.seed + settings.full_seeds)
+    runs = [_finetuned(s, train, test, replace(settings.full, seed=seed)) for seed in seeds]
     name = f"{len(train)} images, {settings.full_seeds} seeds"
     return [_over_runs(name, runs, "seeds", len(test), main=True)]
 
@@ -514,15 +439,11 @@ def few_finetuning(s: Subject) -> list[dict]:
     settings, scores = s.settings, []
     test = s.test[: settings.finetune_test]
     for i, size in enumerate(settings.few_sizes):
-        runs = [
-            _finetuned(
-                s,
-                few_labels(s.train, size, draw=d, seed=settings.seed),
-                test,
-                replace(settings.few, seed=settings.seed + d),
-            )
-            for d in range(settings.few_draws)
-        ]
+        runs = []
+        for draw in range(settings.few_draws):
+            train = few_labels(s.train, size, draw=draw, seed=settings.seed)
+            recipe = replace(settings.few, seed=settings.seed + draw)
+            runs.append(_finetuned(s, train, test, recipe))
         scores.append(_over_runs(_labels(size), runs, "draws", len(test), main=i == 0))
     return scores
 

@@ -163,7 +163,7 @@ def _label(report: dict, side: str) -> str:
 # ---------------------------------------------------------------- the page
 
 _PAGE = """
-<p>{{ measured(report) }} {{ "%.1f" % (seconds / 60) }} minutes.</p>
+<p>{{ measured(report) }} The run took {{ "%.1f" % (seconds / 60) }} minutes.</p>
 <ul>{% for text in said %}<li>{{ text }}</li>{% endfor %}</ul>
 {% if report.failed or report.left_out %}
 <h2>Not measured</h2><ul>

@@ -139,12 +139,9 @@ def linear_segmentation(
     """
     device = device_for(device, next(model.parameters()))
     numbers = block_numbers(blocks, len(model.blocks))
-    with (
-        borrowed(model, device),
-        tqdm(
-            total=len(train) + len(test), desc="segmentation", unit="image", disable=not progress
-        ) as bar,
-    ):
+    total = len(train) + len(test)
+    bar = tqdm(total=total, desc="segmentation", unit="image", disable=not progress)
+    with borrowed(model, device), bar:
         order = sorted(set(numbers))  # as timm gives them
         x_LMD, y_M, image_M = _sampled_features(model, train, order, pixels, seed, device, bar)
         with full_precision(device):
@@ -279,7 +276,6 @@ def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) ->
         both = drawn[:, :-2].nanmean(-1), drawn[:, -1]
         spread.append(torch.stack(both).std(1, correction=0))
     spread, objects = torch.stack(spread, dim=1).float()
-    plain = lambda values: torch.tensor([getattr(f, values) for f in fits])  # noqa: E731
     return Segmentation(
         numbers,
         iou[:, :-2].nanmean(-1).float(),
@@ -288,6 +284,5 @@ def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) ->
         iou[:, -1].float(),
         objects,
         iou[:, :-2].float(),
-        plain("penalty"),
-        plain("validation"),
+        *(torch.tensor([getattr(f, name) for f in fits]) for name in ("penalty", "validation")),
     )

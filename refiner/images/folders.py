@@ -17,18 +17,7 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 
-EXTENSIONS = (
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -163,8 +152,7 @@ def _warn_of_few(folder: Path, by_class: dict, classes: tuple[str, ...]) -> None
     loose = sum(path.parent == folder for path in image_files(folder))
     if loose:
         warnings.warn(
-            f"{loose} images directly in {folder} belong to no class and are left out",
-            stacklevel=6,
+            f"{loose} images directly in {folder} belong to no class and are left out", stacklevel=6
         )
 
 
