@@ -444,6 +444,57 @@ def test_a_class_may_be_called_train(tmp_path):
         quiet(tmp_path / "set", split="test")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "eval"), ("train_set", "dev_set")],
+)
+def test_splits_go_by_many_names(names, tmp_path):
+    for shade, name in enumerate(names, 1):
+        for c in "ab":
+            save(tmp_path / "set" / name / c / "0.png", (shade, 0, 0))
+    images = quiet(tmp_path / "set")
+    assert images.classes == ("a", "b") and first_pixels(images) == [1, 1]
+    split = "val" if names[1] == "dev_set" else "test"
+    assert first_pixels(quiet(tmp_path / "set", split=split)) == [2, 2]
+
+
+def test_splits_are_found_past_folders_without_images(tmp_path):
+    for split in ("train", "test"):
+        for c in "ab":
+            save(tmp_path / "got" / "set" / split / c / "0.png", (len(split), 0, 0))
+            (tmp_path / "got" / "__MACOSX" / "set" / split / c).mkdir(parents=True)
+            (tmp_path / "got" / "__MACOSX" / "set" / split / c / "._0.png").write_bytes(b"x")
+    (tmp_path / "got" / "docs").mkdir()
+    (tmp_path / "got" / "docs" / "license.txt").write_text("free")
+    images = quiet(tmp_path / "got")
+    assert images.classes == ("a", "b") and first_pixels(images) == [5, 5]
+    (tmp_path / "got" / "set" / "test").rename(tmp_path / "got" / "set" / "readme")
+    for c in "ab":
+        (tmp_path / "got" / "set" / "readme" / c / "0.png").unlink()
+    assert quiet(tmp_path / "got").classes == ("a", "b")  # train beside a folder without images
+
+
+def test_classes_with_the_same_sub_folders_are_doubted(tmp_path):
+    for name in ("train+dev", "rest"):
+        for c in "ab":
+            save(tmp_path / "set" / name / c / "0.png")
+    with pytest.warns(UserWarning, match="rest, train.dev in .* the same sub-folders a, b"):
+        assert quiet(tmp_path / "set").classes == ("rest", "train+dev")
+
+
+def test_files_that_pillow_reads_are_images_and_a_folder_of_others_is_named(tmp_path):
+    kinds = ("jfif", "jpe", "jp2", "tga", "apng", "png")
+    for extension in kinds:
+        save(tmp_path / "set" / "a" / f"0.{extension}", (0, 90, 0))
+    save(tmp_path / "set" / "b" / "0.png")
+    assert len(quiet(tmp_path / "set")) == len(kinds) + 1
+    (tmp_path / "set" / "c").mkdir()
+    for name in ("0.heic", "1.heic", ".hidden.raw", "notes"):
+        (tmp_path / "set" / "c" / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match="c holds no images and is left out.*in .heic, notes"):
+        assert quiet(tmp_path / "set").classes == ("a", "b")
+
+
 def test_mixed_sizes_become_224_and_one_size_is_kept(tmp_path):
     save(tmp_path / "set" / "0.png", size=(30, 30))
     assert quiet(tmp_path / "set").images.shape[-1] == 30

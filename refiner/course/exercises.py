@@ -15,14 +15,20 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from refiner.base.errors import UserError
 from refiner.base.files import write_text
+from refiner.base.places import find_notebooks
 
 UNSOLVED = "not solved yet"
 
@@ -69,10 +75,8 @@ def check(
                 return problem
         return None
 
-    def kept() -> Callable:
-        return _kept_function(name, answer)
-
     source = _source_of(answer) if callable(answer) else ""
+    kept = partial(_kept_function, name, answer)
     return _settle(answer, reference, first_problem, kept, name=name, source=source)
 
 
@@ -128,34 +132,20 @@ def draw_int(low: int, high: int) -> int:
 
     Sizes that change from case to case: an answer with a constant in their place does not pass.
     """
-    import torch
-
     return int(torch.randint(low, high + 1, ()))
 
 
 def draw_float(low: float, high: float) -> float:
     """A number between ``low`` and ``high``, for the arguments of a check."""
-    import torch
-
     return low + (high - low) * float(torch.rand(()))
 
 
-class _seeded:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     """A fixed state of torch's generator inside, the old one afterwards."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        import torch
-
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error) -> None:
-        import torch
-
-        torch.set_rng_state(self.state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _compare(answer, reference, args: tuple, tolerance, gradient: bool) -> str | None:
@@ -177,8 +167,6 @@ def _compare(answer, reference, args: tuple, tolerance, gradient: bool) -> str |
 
 def _call(function: Callable, args: tuple, gradient: bool) -> tuple[object, list]:
     """Calls with fresh copies, so that a function that changes its input harms nobody."""
-    import torch
-
     args = copy.deepcopy(args)
     inputs = [x for x in args if torch.is_tensor(x) and x.is_floating_point()] if gradient else []
     for tensor in inputs:
@@ -189,7 +177,6 @@ def _call(function: Callable, args: tuple, gradient: bool) -> tuple[object, list
 def _difference(given, wanted, tolerance: tuple[float, float], what: str) -> str | None:
     """Compares numbers, arrays, tensors, and tuples or lists of them."""
     import numpy as np
-    import torch
 
     if isinstance(wanted, tuple | list):
         if not isinstance(given, tuple | list) or len(given) != len(wanted):
@@ -221,8 +208,6 @@ def _difference(given, wanted, tolerance: tuple[float, float], what: str) -> str
 
 def _worst(mine, theirs, what: str) -> str:
     """The largest difference of two arrays of one shape, or the factor between them."""
-    import numpy as np
-
     with np.errstate(all="ignore"):
         ratio = (mine / theirs)[np.abs(theirs) > 1e-6]
     if ratio.size > 1 and np.ptp(ratio) < 1e-3 * abs(ratio.mean()):
@@ -249,9 +234,7 @@ def _compare_gradients(given, given_inputs, wanted, wanted_inputs, tolerance) ->
 
 def _gradients(result, inputs: list) -> list:
     """Gradients of a fixed weighted sum of all results; None where an input has no part in it."""
-    import torch
-
-    results = [x for x in (result if isinstance(result, tuple | list) else [result])]
+    results = result if isinstance(result, tuple | list) else [result]
     results = [x for x in results if torch.is_tensor(x) and x.requires_grad]
     if not results:
         return [None] * len(inputs)
@@ -268,8 +251,6 @@ def _gradients(result, inputs: list) -> list:
 
 def answers_folder() -> Path:
     """``my_answers`` beside the course's notebooks folder, or what REFINER_ANSWERS says."""
-    from refiner.base.places import find_notebooks
-
     if "REFINER_ANSWERS" in os.environ:
         return Path(os.environ["REFINER_ANSWERS"])
     try:
@@ -416,8 +397,6 @@ def status(notebooks: str | Path | None = None) -> Progress:
         FileNotFoundError: when there are no notebooks.
     """
     import nbformat
-
-    from refiner.base.places import find_notebooks
 
     exercises = []
     for path in sorted(find_notebooks(notebooks).glob("*.ipynb")):

@@ -1,8 +1,4 @@
-"""The course: runs its notebooks and collects what they measure; exercises have their own module.
-
-``record``, ``measured``, ``check``, ``choose`` and ``status`` are used inside the notebooks, and
-``draw_int`` and ``draw_float`` in the arguments of a check; ``run_course`` is ``refiner course``.
-"""
+"""``refiner course``: runs the notebooks and collects what they :func:`record`."""
 
 from __future__ import annotations
 
@@ -23,13 +19,6 @@ from typing import TYPE_CHECKING
 from refiner.base.errors import MissingPackage, UserError
 from refiner.base.files import write_json
 from refiner.base.places import clock, find_notebooks
-from refiner.course.exercises import (
-    check,  # noqa: F401
-    choose,  # noqa: F401
-    draw_float,  # noqa: F401
-    draw_int,  # noqa: F401
-    status,  # noqa: F401
-)
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

@@ -399,9 +399,9 @@ def shifted_toybox(name: str, n: int, *, size: int = 32, seed: int = 0) -> Image
     """
     changes, keep = SHIFTS[name]
     variant = replace(toybox.VARIANTS["toybox"], **changes)
-    scene = toybox.render(n, split="test", size=size, seed=seed, variant=variant)
-    images = ImageSet(scene.images, scene.labels, scene.classes, scene.factors, name, scene.masks)
-    return images if keep is None else images[torch.from_numpy(keep(scene.factors))]
+    images = toybox.render(n, split="test", size=size, seed=seed, variant=variant)
+    images.name = name
+    return images if keep is None else images[torch.from_numpy(keep(images.factors))]
 
 
 def segmentation(s: Subject) -> list[dict]:

@@ -10,12 +10,16 @@ Shape legend: B images, H height, W width, K kernel's side, S side of a coarse g
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from refiner.base.errors import UserError
@@ -164,138 +168,21 @@ def pixelate(x: Tensor, share: float, generator: Generator = None) -> Tensor:
     return F.interpolate(few, (h, w), mode="nearest-exact")
 
 
-_LUMA = (
-    16,
-    11,
-    10,
-    16,
-    24,
-    40,
-    51,
-    61,
-    12,
-    12,
-    14,
-    19,
-    26,
-    58,
-    60,
-    55,
-    14,
-    13,
-    16,
-    24,
-    40,
-    57,
-    69,
-    56,
-    14,
-    17,
-    22,
-    29,
-    51,
-    87,
-    80,
-    62,
-    18,
-    22,
-    37,
-    56,
-    68,
-    109,
-    103,
-    77,
-    24,
-    35,
-    55,
-    64,
-    81,
-    104,
-    113,
-    92,
-    49,
-    64,
-    78,
-    87,
-    103,
-    121,
-    120,
-    101,
-    72,
-    92,
-    95,
-    98,
-    112,
-    100,
-    103,
-    99,
-)
-_CHROMA = (
-    17,
-    18,
-    24,
-    47,
-    99,
-    99,
-    99,
-    99,
-    18,
-    21,
-    26,
-    66,
-    99,
-    99,
-    99,
-    99,
-    24,
-    26,
-    56,
-    99,
-    99,
-    99,
-    99,
-    99,
-    47,
-    66,
-    99,
-    99,
-    99,
-    99,
-    99,
-    99,
-    *(99,) * 32,
-)
-_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-
-
-@lru_cache(maxsize=16)
-def _jpeg_tables(quality: int) -> tuple[Tensor, Tensor, Tensor]:
-    """DCT matrix [8, 8], quantisation steps [3, 8, 8] and RGB to YCbCr [3, 3] (ITU T.81, T.871)."""
-    k = torch.arange(8.0)
-    dct = torch.cos((2 * k[None] + 1) * k[:, None] * math.pi / 16) / 2
-    dct[0] /= math.sqrt(2)
-    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    base = torch.tensor([_LUMA, _CHROMA, _CHROMA], dtype=torch.float32).view(3, 8, 8)
-    steps = ((base * scale + 50) / 100).floor().clamp(1, 255)
-    return dct, steps, torch.tensor(_TO_YCC)
-
-
 def jpeg(x: Tensor, quality: int, generator: Generator = None) -> Tensor:
-    """What JPEG of a quality (1 to 100) loses, without subsampling of colour."""
-    h, w = x.shape[-2:]
-    dct, steps, to_ycc = (t.to(x) for t in _jpeg_tables(int(quality)))
-    x = F.pad(x, (0, -w % 8, 0, -h % 8), mode="replicate") * 255
-    ycc = torch.einsum("bchw,kc->bkhw", x, to_ycc).round()
-    ycc[:, 0] -= 128
-    blocks = ycc.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, 3, h, w, 8, 8]
-    steps = steps[:, None, None]
-    waves = dct @ blocks @ dct.T / steps
-    kept = waves.sign() * (waves.abs() + 0.5 + 1e-4).floor() * steps  # a half goes up, as in T.81
-    ycc = (dct.T @ kept @ dct).transpose(3, 4).flatten(4).flatten(2, 3)
-    ycc[:, 0] += 128
-    ycc[:, 0], ycc[:, 1:] = ycc[:, 0].round().clamp(0, 255), ycc[:, 1:].round().clamp(-128, 127)
-    rgb = torch.einsum("bkhw,ck->bchw", ycc, torch.linalg.inv(to_ycc))
-    return rgb[:, :, :h, :w] / 255
+    """What JPEG of a quality (1 to 100) loses, without subsampling of colour.
+
+    By Pillow, as torchvision's encoder always halves the resolution of colour.
+    """
+
+    def coded(pixels_HWC: np.ndarray) -> np.ndarray:
+        file = io.BytesIO()
+        Image.fromarray(pixels_HWC).save(file, "JPEG", quality=quality, subsampling=0)
+        return np.asarray(Image.open(file))
+
+    pixels_BHWC = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = np.stack(list(pool.map(coded, pixels_BHWC)))
+    return torch.from_numpy(found).permute(0, 3, 1, 2).to(x) / 255
 
 
 # ---------------------------------------------------------------- all of them

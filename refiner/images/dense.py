@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.folders import image_files, read_files
+from refiner.images.folders import image_files, read_files, squared
 from refiner.images.sets import ImageSet
 
 IGNORE = 255  # pixels without a class
@@ -155,10 +155,5 @@ def _read_map(path: Path, size: int) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "1"):
             raise UserError(f"{path} has mode {image.mode}: annotations have one channel of 8 bits")
-        width, height = image.size
-        scale = size / min(width, height)
-        sides = max(size, round(width * scale)), max(size, round(height * scale))
-        left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
-        image = image.resize(sides, Image.Resampling.NEAREST)
-        values = np.asarray(image.crop((left, top, left + size, top + size))).astype(np.uint8)
+        values = np.asarray(squared(image, size, Image.Resampling.NEAREST)).astype(np.uint8)
     return values - np.uint8(1)  # 0 becomes IGNORE

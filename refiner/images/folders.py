@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,20 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+EXTENSIONS = tuple(
+    sorted(
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in NOT_READ
+    )
+)
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
+}
 
 
 @torch.no_grad()
@@ -27,19 +41,32 @@ def resize(images: Tensor, size: int, *, chunk: int = 1024) -> Tensor:
     h, w = images.shape[-2:]
     if h == w == size:
         return images
-    scale = size / min(h, w)
-    sides = (max(size, round(h * scale)), max(size, round(w * scale)))
-    top, left = (sides[0] - size) // 2, (sides[1] - size) // 2
+    (height, width), (top, left) = fitted((h, w), size)
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
     for start in range(0, len(images), chunk):
         x = images[start : start + chunk].float()
-        x = F.interpolate(x, sides, mode="bicubic", antialias=True, align_corners=False)
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
         x = x[:, :, top : top + size, left : left + size]
         out[start : start + chunk] = x.round_().clamp_(0, 255).to(torch.uint8)
     return out
 
 
-def _files_of(folder: Path, split: str) -> tuple[list[Path], Tensor | None, tuple[str, ...], Path]:
+def fitted(sides: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sides whose shorter one is ``size``, and where the square in their middle begins."""
+    scale = size / min(sides)
+    sides = max(size, round(sides[0] * scale)), max(size, round(sides[1] * scale))
+    return sides, ((sides[0] - size) // 2, (sides[1] - size) // 2)
+
+
+def squared(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """A picture resized by the shorter side and cropped at the centre."""
+    if image.size == (size, size):
+        return image
+    sides, (left, top) = fitted(image.size, size)
+    return image.resize(sides, resample).crop((left, top, left + size, top + size))
+
+
+def files_of(folder: Path, split: str) -> tuple[list[Path], Tensor | None, tuple[str, ...], Path]:
     """A split's files, labels, classes and folder; see :func:`_list_folder`."""
     root, present = _find_splits(folder)
     folder = split_folder(root, split)
@@ -67,29 +94,35 @@ def split_folder(folder: Path, split: str) -> Path:
 def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
     """The folder with the split folders, and their names by split: empty where there are none.
 
-    Archives often unpack into one more folder, so a lone sub-folder that holds splits is entered.
+    Archives often unpack into one more folder, so the only sub-folder with images is entered.
     """
     inside = _sub_folders(folder)
-    present = {
-        part: found[0]
-        for part, names in SPLIT_FOLDERS.items()
-        if (found := [name for name in names if name in inside])
-    }
-    # One of them beside other folders is a class: "train" is also a vehicle.
-    if len(present) >= 2 or len(present) == len(inside) > 0:
+    words = {name: re.sub(r"[ _-]?(set|images|data)$", "", name.lower()) for name in inside}
+    present = {}
+    for part, known in SPLIT_FOLDERS.items():
+        if found := [name for word in known for name in inside if words[name] == word]:
+            present[part] = found[0]
+    # One of them beside other folders with images is a class: "train" is also a vehicle.
+    others = [name for name in inside if name not in present.values()]
+    if len(present) >= 2 or (present and not any(_with_images(folder, others))):
         return folder, present
-    if len(inside) == 1:
-        deeper, present = _find_splits(folder / inside[0])
+    if len(some := list(islice(_with_images(folder, inside), 2))) == 1:
+        deeper, present = _find_splits(folder / some[0])
         if present:
             return deeper, present
     return folder, {}
+
+
+def _with_images(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """Those of the sub-folders that hold images."""
+    return (name for name in names if any(image_files(folder / name)))
 
 
 def _sub_folders(folder: Path) -> list[str]:
     around = _around(folder)
     return sorted(
         x.name
-        for x in folder.iterdir()
+        for x in os.scandir(folder)
         if x.is_dir() and not x.name.startswith(".") and os.path.realpath(x) not in around
     )
 
@@ -109,51 +142,61 @@ def _list_folder(
         folder: that of one split, or the whole set.
         splits: the folders of all splits. A class that one of them lacks keeps its number there.
     """
-    by_class = {
-        name: files for name in _sub_folders(folder) if (files := list(image_files(folder / name)))
-    }
+    found = {name: list(image_files(folder / name)) for name in _sub_folders(folder)}
+    by_class = {name: files for name, files in found.items() if files}
     if not by_class:
         paths = list(image_files(folder))
         if not paths:
-            raise UserError(
-                f"{folder} holds no images: looked for files that end in {', '.join(EXTENSIONS)}"
-            )
+            seen = _extensions_in(folder)
+            seen = f"; its files end in {seen}" if seen else ""
+            raise UserError(f"{folder} holds no images, such as .jpg or .png files{seen}")
         return paths, None, ()
-    others = (_class_folders(other) for other in splits if other != folder)
+    others = (class_folders(other) for other in splits if other != folder)
     classes = tuple(sorted(set(by_class).union(*others)))
-    _warn_of_few(folder, by_class, classes)
+    for problem in _doubts(folder, found, classes):
+        warnings.warn(problem, stacklevel=5)
     paths = [path for files in by_class.values() for path in files]
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[name] for name, files in by_class.items() for _ in files]
     return paths, torch.tensor(labels, dtype=torch.int64), classes
 
 
-def has_classes(folder: Path) -> bool:
-    """Whether a folder of images has sub-folders that are classes."""
-    return bool(_class_folders(folder))
+def class_folders(folder: Path) -> list[str]:
+    """The sub-folders that are classes, as they hold images."""
+    return list(_with_images(folder, _sub_folders(folder)))
 
 
-def _class_folders(folder: Path) -> list[str]:
-    """The sub-folders that hold images."""
-    return [name for name in _sub_folders(folder) if any(image_files(folder / name))]
-
-
-def _warn_of_few(folder: Path, by_class: dict, classes: tuple[str, ...]) -> None:
-    """Warns when all images are of one class, and of images that are of none."""
-    if len(by_class) == 1:
+def _doubts(folder: Path, found: dict[str, list[Path]], classes: tuple[str, ...]) -> Iterator[str]:
+    """What may be wrong with the classes, a sentence each."""
+    names = [name for name, files in found.items() if files]
+    if len(names) == 1:
         advice = "if there are classes, give the folder that holds theirs"
         if len(classes) > 1:
             advice = f"the set has {len(classes)} classes"
-        warnings.warn(
-            f"all images in {folder} are of one class, {next(iter(by_class))!r}: k-NN and probes "
-            f"have nothing to tell apart; {advice}",
-            stacklevel=6,
+        yield (
+            f"all images in {folder} are of one class, {names[0]!r}: k-NN and probes have nothing "
+            f"to tell apart; {advice}"
         )
-    loose = sum(path.parent == folder for path in image_files(folder))
-    if loose:
-        warnings.warn(
-            f"{loose} images directly in {folder} belong to no class and are left out", stacklevel=6
+    inside = _sub_folders(folder / names[0])
+    if len(names) > 1 < len(inside) and all(
+        _sub_folders(folder / name) == inside for name in names[1:]
+    ):
+        yield (
+            f"{', '.join(names[:5])} in {folder} are taken for classes, but all have the same "
+            f"sub-folders {', '.join(inside[:5])}: if those are the classes, call these train, val "
+            "or test, or give one of them"
         )
+    for name in (name for name, files in found.items() if not files):
+        if seen := _extensions_in(folder / name):
+            yield f"{folder / name} holds no images and is left out; its files end in {seen}"
+    if loose := sum(path.parent == folder for path in image_files(folder)):
+        yield f"{loose} images directly in {folder} belong to no class and are left out"
+
+
+def _extensions_in(folder: Path) -> str:
+    """The extensions of the files below a folder without images, without hidden files."""
+    files = (Path(name) for _, _, names in os.walk(folder) for name in names)
+    return ", ".join(sorted({x.suffix or x.name for x in files if x.name[0] != "."})[:10])
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -188,7 +231,7 @@ def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, 
             continue
 
 
-def _common_size(paths: Sequence[Path]) -> int:
+def common_size(paths: Sequence[Path]) -> int:
     """The square size that a sample of the files shares, else 224."""
     sizes = set(_some_sizes(paths))
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
@@ -240,14 +283,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         image.draft("RGB", (2 * size, 2 * size))
         ImageOps.exif_transpose(image, in_place=True)
         image = _to_rgb(image)
-    width, height = image.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        sides = max(size, round(width * scale)), max(size, round(height * scale))
-        left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
-        image = image.resize(sides, Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    return np.asarray(squared(image, size, Image.Resampling.BICUBIC))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -28,9 +28,9 @@ from refiner.base.files import replacing
 from refiner.base.places import cache_folder
 from refiner.images import named_sets, toybox
 from refiner.images.folders import (
-    _common_size,
-    _files_of,
-    has_classes,
+    class_folders,
+    common_size,
+    files_of,
     read_files,
     resize,
     split_folder,
@@ -39,33 +39,16 @@ from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
 def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
-    """Train and test images; a folder without a test part lends a fifth, whatever n is."""
+    """Train and test images; a folder without a test part lends a fifth, whatever n is.
+
+    Raises:
+        ValueError: as :func:`load_images`, and for two labelled parts of different classes.
+    """
     split = _test_split(data)
     if split is None:
         return load_holdout(data, 0.2, n=n, n_test=n_test, size=size)
     train = load_images(data, split="train", n=n, size=size)
     test = load_images(data, split=split, n=n_test, size=size)
-    _check_classes(train, test)
-    return train, test
-
-
-def _test_split(data) -> str | None:
-    """The split to test on: labelled, if train is; None where the train part has to lend one."""
-    if str(data) in BUILT_IN or not Path(data).is_dir():
-        return "test"
-    labelled = has_classes(split_folder(Path(data), "train"))
-    for split in ("test", "val"):
-        try:
-            folder = split_folder(Path(data), split)
-        except ValueError:
-            continue
-        if has_classes(folder) or not labelled:
-            return split
-    return None
-
-
-def _check_classes(train: ImageSet, test: ImageSet) -> None:
-    """Refuses two labelled sets whose labels mean different classes."""
     labelled = train.labels is not None and test.labels is not None
     if labelled and train.classes != test.classes:
         apart = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
@@ -73,6 +56,22 @@ def _check_classes(train: ImageSet, test: ImageSet) -> None:
             f"the classes of {train.name} and {test.name} differ in {', '.join(apart[:10])}: give "
             "both splits the same class folders"
         )
+    return train, test
+
+
+def _test_split(data) -> str | None:
+    """The split to test on: labelled, if train is; None where the train part has to lend one."""
+    if str(data) in BUILT_IN or not Path(data).is_dir():
+        return "test"
+    labelled = class_folders(split_folder(Path(data), "train"))
+    for split in ("test", "val"):
+        try:
+            folder = split_folder(Path(data), split)
+        except UserError:
+            continue
+        if class_folders(folder) or not labelled:
+            return split
+    return None
 
 
 BUILT_IN = (*toybox.VARIANTS, "digits", "cifar10", "cifar100", *named_sets.SOURCES)
@@ -108,12 +107,12 @@ def load_images(
     - ``"digits"`` comes with scikit-learn; every fifth image is the test split.
     - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
       class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
-      sub-folders, or all, are called train, val (valid, validation) or test, ``split`` chooses
-      among them, also one folder further inside, as archives unpack, and the classes are those of
-      all splits together; if not, the whole folder is the train split and other splits are an
-      error (:meth:`ImageSet.holdout` makes one).
-      Hidden files and other file types are ignored. Images are turned upright (EXIF), converted to
-      RGB (transparency onto white), resized by the shorter side and cropped at the centre.
+      sub-folders, or all, are called train (training), val (valid, validation, dev) or test
+      (testing, eval), ``split`` chooses among them, also one folder further inside, as archives
+      unpack, and the classes are those of all splits together; if not, the whole folder is the
+      train split and other splits are an error (:meth:`ImageSet.holdout` makes one). Hidden files
+      and other file types are ignored. Images are turned upright (EXIF), converted to RGB
+      (transparency onto white), resized by the shorter side and cropped at the centre.
 
     Args:
         name: one of the names above, or the path of a folder.
@@ -137,8 +136,9 @@ def load_images(
         ConnectionError: when a set is not on disk and cannot be downloaded.
 
     Warns:
-        UserWarning: once, when images of a folder cannot be read (they are left out) or are all of
-            one class, or when a cache file is damaged (it is made again) or cannot be written.
+        UserWarning: once, when images of a folder cannot be read (they are left out), when its
+            classes look wrong, or when a cache file is damaged (it is made again) or cannot be
+            written.
     """
     check_source(name)
     _check_n(n)
@@ -153,7 +153,7 @@ def load_images(
     elif str(name) in named_sets.SOURCES:
         found = _load_named(str(name), split, n, size, seed, progress)
     else:
-        found = _load_folder(Path(name), split, n, size, seed, progress)
+        found = _read_set(*files_of(Path(name), split), n, size, seed, progress)
     return found.to(device)
 
 
@@ -198,30 +198,17 @@ def _load_toybox(variant, split, n, size, seed, cache, progress, device) -> Imag
     arrays = _read_cache(path) if cache else None
     have = len(arrays["images"]) if arrays else 0
     if have < n:  # image i does not depend on n, so only the missing ones are rendered
-        scene = toybox.render(
-            range(have, n),
-            split=split,
-            size=size,
-            seed=seed,
-            variant=variant,
-            device=device,
-            progress=progress,
-        )
-        new = {"images": scene.images, "labels": scene.labels, "masks": scene.masks}
-        new = {k: v.cpu().numpy() for k, v in new.items()}
+        options = {"split": split, "size": size, "seed": seed, "variant": variant}
+        scene = toybox.render(range(have, n), **options, device=device, progress=progress)
+        new = {k: getattr(scene, k).cpu().numpy() for k in ("images", "labels", "masks")}
         new |= {f"factor/{k}": v for k, v in scene.factors.items()}
         arrays = {k: np.concatenate([arrays[k], v]) if arrays else v for k, v in new.items()}
         if cache:
             _write_cache(path, arrays)
-    take = {k: v[:n] for k, v in arrays.items()}
-    return ImageSet(
-        torch.from_numpy(take["images"]),
-        torch.from_numpy(take["labels"]),
-        toybox.VARIANTS[variant].toys,
-        {k.removeprefix("factor/"): v for k, v in take.items() if k.startswith("factor/")},
-        f"{variant} {split}",
-        torch.from_numpy(take["masks"]),
-    )
+    factors = {k.removeprefix("factor/"): v[:n] for k, v in arrays.items() if "factor/" in k}
+    images, labels, masks = (torch.from_numpy(arrays[k][:n]) for k in ("images", "labels", "masks"))
+    toys, name = toybox.VARIANTS[variant].toys, f"{variant} {split}"
+    return ImageSet(images, labels, toys, factors, name, masks)
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
@@ -313,12 +300,6 @@ def _load_named(name: str, split: str, n: int | None, size, seed: int, progress:
     return replace(found, name=f"{name} {split}")
 
 
-def _load_folder(
-    folder: Path, split: str, n: int | None, size: int | None, seed: int, progress: bool
-) -> ImageSet:
-    return _read_set(*_files_of(folder, split), n, size, seed, progress)
-
-
 def load_holdout(
     folder: str | os.PathLike,
     share: float = 0.2,
@@ -342,8 +323,8 @@ def load_holdout(
     Raises:
         ValueError: as :func:`load_images`, and for n or n_test above what the parts hold.
     """
-    paths, labels, classes, folder = _files_of(Path(folder), "train")
-    size = size or _common_size(paths)
+    paths, labels, classes, folder = files_of(Path(folder), "train")
+    size = size or common_size(paths)
     order = balanced_order(labels, len(paths), seed=seed)
     files = ImageSet(LazyImages(paths, size), labels, classes)[order]
     parts = []
@@ -369,7 +350,7 @@ def _read_set(
     order = balanced_order(labels, len(paths), seed=seed)[: _first(n, len(paths), str(folder))]
     paths = [paths[i] for i in order]
     labels = None if labels is None else labels[order]
-    size = size or _common_size(paths)
+    size = size or common_size(paths)
     if len(paths) * 3 * size * size > MEMORY_LIMIT:
         return ImageSet(LazyImages(paths, size), labels, classes, name=str(folder))
 

@@ -85,10 +85,10 @@ class ImageSet:
 
     def to(self, device: str | torch.device) -> ImageSet:
         """The same set with images, labels and masks on another device (lazy images stay files)."""
-        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
-        return replace(
-            self, images=move(self.images), labels=move(self.labels), masks=move(self.masks)
-        )
+        kept = {
+            k: v for k in ("images", "labels", "masks") if isinstance(v := getattr(self, k), Tensor)
+        }
+        return replace(self, **{k: v.to(device) for k, v in kept.items()})
 
     def holdout(self, share: float = 0.2, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """Splits off the same share of every class, for choosing settings without the test images.

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.images.sets import ImageSet
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 PATTERNS = ("plain", "stripes", "checks", "bands")
@@ -88,11 +89,9 @@ def _union(*distances: Tensor) -> Tensor:
 
 
 def _mug(x, y, z):
-    shell = torch.maximum(
-        _cylinder(x + 0.15, y, z, 0.55, 0.7), -_cylinder(x + 0.15, y - 0.2, z, 0.43, 0.7)
-    )
+    outer, inner = _cylinder(x + 0.15, y, z, 0.55, 0.7), _cylinder(x + 0.15, y - 0.2, z, 0.43, 0.7)
     handle = torch.maximum(_torus(x - 0.4, y, z, 0.36, 0.1), 0.35 - x)
-    return _union(shell, handle)
+    return _union(torch.maximum(outer, -inner), handle)
 
 
 def _chair(x, y, z):
@@ -102,11 +101,8 @@ def _chair(x, y, z):
 
 
 def _tree(x, y, z):
-    return _union(
-        _cylinder(x, y + 0.75, z, 0.14, 0.25),
-        _cone(x, y, z, -0.55, 0.35, 0.65),
-        _cone(x, y, z, -0.05, 1.0, 0.5),
-    )
+    crown = _cone(x, y, z, -0.55, 0.35, 0.65), _cone(x, y, z, -0.05, 1.0, 0.5)
+    return _union(_cylinder(x, y + 0.75, z, 0.14, 0.25), *crown)
 
 
 def _arch(x, y, z):
@@ -115,12 +111,25 @@ def _arch(x, y, z):
 
 
 def _stairs(x, y, z):
-    return _union(
-        *(
-            _box(x - dx, y + dy, z, 0.25, h, 0.4)
-            for dx, dy, h in ((-0.5, 0.45, 0.2), (0.0, 0.25, 0.4), (0.5, 0.05, 0.6))
-        )
-    )
+    steps = (-0.5, 0.45, 0.2), (0.0, 0.25, 0.4), (0.5, 0.05, 0.6)
+    return _union(*(_box(x - dx, y + dy, z, 0.25, height, 0.4) for dx, dy, height in steps))
+
+
+def _snowman(x, y, z):
+    head = _ball(x, y - 0.72, z, 0.26)
+    return _union(_ball(x, y + 0.5, z, 0.5), _ball(x, y - 0.2, z, 0.37), head)
+
+
+def _plus(x, y, z):
+    return _union(_box(x, y, z, 0.85, 0.26, 0.26), _box(x, y, z, 0.26, 0.85, 0.26))
+
+
+def _dumbbell(x, y, z):
+    return _union(_ball(x.abs() - 0.62, y, z, 0.37), _cylinder(y, x, z, 0.13, 0.6))
+
+
+def _table(x, y, z):
+    return _union(_box(x, y - 0.35, z, 0.85, 0.09, 0.6), _legs(x, y, z, 0.7, 0.45, 0.4, -0.7))
 
 
 _SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -131,20 +140,12 @@ _SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cone": lambda x, y, z: _cone(x, y, z, -0.7, 0.95, 0.75),
     "octahedron": lambda x, y, z: (x.abs() + y.abs() + z.abs() - 1.05) / math.sqrt(3),
     "pill": lambda x, y, z: _norm(x, y - y.clamp(-0.6, 0.6), z) - 0.36,
-    "plus": lambda x, y, z: _union(
-        _box(x, y, z, 0.85, 0.26, 0.26), _box(x, y, z, 0.26, 0.85, 0.26)
-    ),
+    "plus": _plus,
     "mug": _mug,
-    "dumbbell": lambda x, y, z: _union(
-        _ball(x.abs() - 0.62, y, z, 0.37), _cylinder(y, x, z, 0.13, 0.6)
-    ),
-    "table": lambda x, y, z: _union(
-        _box(x, y - 0.35, z, 0.85, 0.09, 0.6), _legs(x, y, z, 0.7, 0.45, 0.4, -0.7)
-    ),
+    "dumbbell": _dumbbell,
+    "table": _table,
     "chair": _chair,
-    "snowman": lambda x, y, z: _union(
-        _ball(x, y + 0.5, z, 0.5), _ball(x, y - 0.2, z, 0.37), _ball(x, y - 0.72, z, 0.26)
-    ),
+    "snowman": _snowman,
     "tree": _tree,
     "rings": lambda x, y, z: _union(_torus(x, y, z, 0.72, 0.14), _torus(z, y, x, 0.72, 0.14)),
     "arrow": lambda x, y, z: _union(
@@ -252,25 +253,6 @@ def _draw_factors(rng: np.random.Generator, variant: Variant) -> dict[str, float
 # ---------------------------------------------------------------- rendering
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A rendered batch.
-
-    Attributes:
-        images: uint8 [N, 3, H, W].
-        labels: int64 [N], indices into ``classes``.
-        classes: the toys' names.
-        factors: one float64 array [N] a factor, see :data:`FACTORS` for units.
-        masks: float32 [N, H, W], how much of each pixel the toy covers, 0 to 1.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    factors: dict[str, np.ndarray]
-    masks: Tensor
-
-
 def _axis_angle(axis: int, degrees: float) -> np.ndarray:
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     i, j = [(1, 2), (2, 0), (0, 1)][axis]
@@ -370,17 +352,9 @@ def _render_group(
     rot = column([rotation.reshape(9) for rotation, _ in poses])
     o = column([camera for _, camera in poses])
     d = [rot[3 * k] * ray[0] + rot[3 * k + 1] * ray[1] + rot[3 * k + 2] * ray[2] for k in range(3)]
-    scale, pattern, angle_c, angle_s = column(
-        [
-            [
-                f["scale"],
-                f["pattern"],
-                math.cos(math.radians(f["background_angle"])),
-                math.sin(math.radians(f["background_angle"])),
-            ]
-            for f in factors
-        ]
-    )
+    scale, pattern = column([(f["scale"], f["pattern"]) for f in factors])
+    angles = [math.radians(f["background_angle"]) for f in factors]
+    angle_c, angle_s = column([(math.cos(angle), math.sin(angle)) for angle in angles])
 
     t, coverage = _march(shape, o, d, pixel=(2 * FRAME / size) / scale)
     p = [o[k] + t * d[k] for k in range(3)]
@@ -397,15 +371,10 @@ def _render_group(
     ramp = u_R * angle_c + v_R * angle_s  # [N, R]
     if variant.busy:
         ramp = 2 * (_wave(ramp * 2) - _wave((u_R * angle_s - v_R * angle_c) * 2)).abs() - 1
-    toy_rgb = column([colorsys.hsv_to_rgb(f["hue"], f["saturation"], 0.9) for f in factors])
-    back_rgb = column(
-        [
-            colorsys.hsv_to_rgb(
-                f["background_hue"], variant.background_saturation, f["background_brightness"]
-            )
-            for f in factors
-        ]
-    )
+    hsv = colorsys.hsv_to_rgb
+    toy_rgb = column([hsv(f["hue"], f["saturation"], 0.9) for f in factors])
+    backs = [(f["background_hue"], f["background_brightness"]) for f in factors]
+    back_rgb = column([hsv(hue, variant.background_saturation, value) for hue, value in backs])
     colours = []
     for k in range(3):
         back = back_rgb[k] * (1.0 + variant.background_contrast * ramp)
@@ -425,7 +394,7 @@ def render(
     chunk: int = 512,
     device: str | torch.device = "cpu",
     progress: bool = False,
-) -> Scene:
+) -> ImageSet:
     """Renders images of a split by index.
 
     Args:
@@ -440,7 +409,8 @@ def render(
         progress: show a bar.
 
     Returns:
-        A :class:`Scene`. Labels are balanced: image i shows toy ``i mod len(classes)``.
+        An :class:`ImageSet` with factors and masks. Labels are balanced: image i shows toy
+        ``i mod len(classes)``.
 
     Raises:
         ValueError: for an unknown split or variant.
@@ -478,4 +448,4 @@ def render(
                 factors[name][where] = [f[name] for f in drawn]
             bar.update(len(where))
     bar.close()
-    return Scene(images, labels, classes, factors, masks)
+    return ImageSet(images, labels, classes, factors, f"toybox {split}", masks)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -61,11 +60,14 @@ class View:
     keep: Portion = 1.0
 
 
-def _uniform(n: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
+Generator = torch.Generator | None
+
+
+def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
     return low + (high - low) * draw(n, generator=generator)
 
 
-def _chance(n: int, p: float, generator: torch.Generator | None) -> Tensor:
+def _chance(n: int, p: float, generator: Generator) -> Tensor:
     return draw(n, generator=generator) < p
 
 
@@ -75,7 +77,7 @@ def crop_boxes(
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Random crop boxes [n, 4] as (x0, y0, x1, y1) in pixels, inside of the image.
 
@@ -106,9 +108,11 @@ def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 _GRAY = (0.299, 0.587, 0.114)
+_TO_YIQ = (_GRAY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(_TO_YIQ)).tolist()))
 
 
-def colour_matrices(n: int, view: View, generator: torch.Generator | None = None) -> Tensor:
+def colour_matrices(n: int, view: View, generator: Generator = None) -> Tensor:
     """Random colour maps [n, 3, 5]: a matrix on the pixel (3), on the image's mean gray (1), 1.
 
     Order: brightness, contrast, saturation, hue, gray. torchvision shuffles the first four and
@@ -139,20 +143,11 @@ def colour_matrices(n: int, view: View, generator: torch.Generator | None = None
 
 def _hue_rotation(turns: Tensor) -> Tensor:
     """Rotation of the colour plane of YIQ by an angle, as RGB matrices [n, 3, 3]."""
-    to_yiq, to_rgb = (constant(rows, turns.device) for rows in _yiq())
+    to_yiq, to_rgb = (constant(rows, turns.device) for rows in (_TO_YIQ, _TO_RGB))
     cos, sin = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1)
     return to_rgb @ rotation.reshape(-1, 3, 3) @ to_yiq
-
-
-@lru_cache(maxsize=1)
-def _yiq() -> tuple[tuple, tuple]:
-    """The matrix from RGB to YIQ and its inverse, as numbers."""
-    to_yiq = torch.tensor([_GRAY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
-    return tuple(
-        tuple(tuple(row) for row in m.tolist()) for m in (to_yiq, torch.linalg.inv(to_yiq))
-    )
 
 
 def _jitter(images: Tensor, matrices: Tensor) -> Tensor:
@@ -184,7 +179,7 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
 def make_view(
     images: Tensor,
     view: View,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     *,
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -206,7 +201,7 @@ def make_view(
 
 
 def _view_of(
-    images: Tensor, view: View, generator: torch.Generator | None, rows: tuple[int, int] | None
+    images: Tensor, view: View, generator: Generator, rows: tuple[int, int] | None
 ) -> Tensor:
     b, _, h, w = images.shape
     first, n = rows or (0, b)
@@ -250,7 +245,7 @@ def _blur_some(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) ->
 def make_views(
     images: Tensor,
     views: tuple[View, ...],
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     *,
     rows: tuple[int, int] | None = None,
 ) -> list[Tensor]:
