@@ -59,8 +59,15 @@ def test_other_sizes_keep_their_shape(name, side):
     assert corrupt(x, name, 5, generator=seeded()).shape == x.shape
 
 
-MOVING = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic", "pixelate",
-          "contrast")  # fmt: skip
+MOVING = (
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "elastic",
+    "pixelate",
+    "contrast",
+)
 
 
 @pytest.mark.parametrize("name", MOVING)
@@ -127,9 +134,11 @@ def test_blurs_agree_with_a_slow_convolution(images):
     picture = images[0, 1].double().numpy()
     padded = np.pad(picture, reach, mode="reflect")
     naive = np.array(
-        [[(padded[i : i + len(disc), j : j + len(disc)] * disc).sum() for j in range(32)]
-         for i in range(32)]
-    )  # fmt: skip
+        [
+            [(padded[i : i + len(disc), j : j + len(disc)] * disc).sum() for j in range(32)]
+            for i in range(32)
+        ]
+    )
     assert np.abs(corrupt(images, "defocus_blur", 3)[0, 1].numpy() - naive).max() <= 0.51
 
 
@@ -196,9 +205,12 @@ def test_extract_takes_the_batches(images):
 
 @pytest.mark.parametrize(
     ("name", "severity", "dtype", "message"),
-    [("rain", 1, torch.uint8, "choose among"), ("fog", 0, torch.uint8, "from 1 to 5"),
-     ("fog", 1, torch.float32, "must be uint8")],
-)  # fmt: skip
+    [
+        ("rain", 1, torch.uint8, "choose among"),
+        ("fog", 0, torch.uint8, "from 1 to 5"),
+        ("fog", 1, torch.float32, "must be uint8"),
+    ],
+)
 def test_what_cannot_be_done_is_said(name, severity, dtype, message):
     with pytest.raises(ValueError, match=message):
         corrupt(torch.zeros(1, 3, 8, 8, dtype=dtype), name, severity)

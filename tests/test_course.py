@@ -345,8 +345,12 @@ def is_running(pid):
 def test_ctrl_c_keeps_what_is_finished_and_ends_the_kernel(tmp_path):
     books, pid = tmp_path / "notebooks", tmp_path / "pid"
     write(books, "00_done", "1 + 1")
-    write(books, "01_long", f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))",
-          "time.sleep(600)")  # fmt: skip
+    write(
+        books,
+        "01_long",
+        f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))",
+        "time.sleep(600)",
+    )
     command = [sys.executable, "-m", "refiner", "course", "--notebooks", str(books)]
     with subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
@@ -377,8 +381,13 @@ def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys):
     runner.run_course(books, out, only="00")
     assert "1 notebook, about 2:00" in capsys.readouterr().out
     past = json.loads((out / "summary.json").read_text())["notebooks"]["00_a"]["seconds"]
-    job = runner._job(books, "00_a", preset="cpu", parameters={}, before={"00_a": {
-        "status": "ok", "preset": "cpu", "seconds": past}})  # fmt: skip
+    job = runner._job(
+        books,
+        "00_a",
+        preset="cpu",
+        parameters={},
+        before={"00_a": {"status": "ok", "preset": "cpu", "seconds": past}},
+    )
     assert job.seconds == past < 120
     assert runner._job(books, "01_b", preset="cpu", parameters={}, before={}).seconds == 300
     assert [places.clock(s) for s in (7, 61.4, 3725)] == ["0:07", "1:01", "1:02:05"]
@@ -389,8 +398,13 @@ def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys):
 
 def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     books, out = tmp_path / "notebooks", tmp_path / "out"
-    write(books, "00_a", parameters('preset = "cpu"'), "import ipywidgets as W\nprint(preset)",
-          "W.interact(lambda x: x, x=2);")  # fmt: skip
+    write(
+        books,
+        "00_a",
+        parameters('preset = "cpu"'),
+        "import ipywidgets as W\nprint(preset)",
+        "W.interact(lambda x: x, x=2);",
+    )
     write(books, "01_path", "import os\nprint(os.path.abspath('x'))")
     write(books, "02_bad", "raise ValueError")
     before = nbformat.read(books / "00_a.ipynb", as_version=4)
@@ -466,9 +480,18 @@ def test_record_adds_to_the_runners_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "value",
-    [float("nan"), float("inf"), [1.0, float("-inf")], torch.tensor(float("nan")), None, {"a": 1},
-     ["a"], [[1.0]], torch.zeros(2, 2)],
-)  # fmt: skip
+    [
+        float("nan"),
+        float("inf"),
+        [1.0, float("-inf")],
+        torch.tensor(float("nan")),
+        None,
+        {"a": 1},
+        ["a"],
+        [[1.0]],
+        torch.zeros(2, 2),
+    ],
+)
 def test_record_refuses_what_is_no_measurement(value, tmp_path, monkeypatch):
     monkeypatch.setenv("REFINER_RECORD", str(tmp_path / "recorded.json"))
     monkeypatch.setattr(runner, "RECORDED", {})

@@ -30,10 +30,25 @@ from refiner.training.finetuning import FinetuneRecipe
 module = importlib.import_module("refiner.evaluation.compare")
 STEP = FinetuneRecipe.cpu(epochs=0.1, batch=8)
 TINY = EvaluationSettings.cpu(
-    n=160, n_test=64, linear_blocks=2, shots=(1, 2), fractions=(0.1,), draws=2, kmeans_seeds=2,
-    corrupted=8, severities=(1, 5), shifted=32, dense=16, dense_test=8, dense_pixels=4, full=STEP,
-    full_images=16, few=replace(STEP, least_steps=2), few_sizes=(1,), finetune_test=16,
-)  # fmt: skip
+    n=160,
+    n_test=64,
+    linear_blocks=2,
+    shots=(1, 2),
+    fractions=(0.1,),
+    draws=2,
+    kmeans_seeds=2,
+    corrupted=8,
+    severities=(1, 5),
+    shifted=32,
+    dense=16,
+    dense_test=8,
+    dense_pixels=4,
+    full=STEP,
+    full_images=16,
+    few=replace(STEP, least_steps=2),
+    few_sizes=(1,),
+    finetune_test=16,
+)
 
 
 def small(**options):
@@ -88,8 +103,11 @@ def test_every_row_is_filled_for_both_models_with_spread(report):
                 assert math.isfinite(x["spread"])
                 varied = x["of"].split(" and ")
                 assert set(varied) <= {"test images", "draws", "seeds"}
-    names = [[x["name"] for x in row[side]["scores"]] for row in found["rows"].values()
-             for side in ("before", "after")]  # fmt: skip
+    names = [
+        [x["name"] for x in row[side]["scores"]]
+        for row in found["rows"].values()
+        for side in ("before", "after")
+    ]
     assert names[::2] == names[1::2]
 
 
@@ -134,8 +152,9 @@ def test_a_comparison_asks_for_more_than_two_spreads():
 
 
 def test_one_model_alone_has_a_report_without_differences(models, tmp_path):
-    found = evaluate(models[0], out=tmp_path, rows=["knn", "few", "clusters"], settings=TINY,
-                     progress=False)  # fmt: skip
+    found = evaluate(
+        models[0], out=tmp_path, rows=["knn", "few", "clusters"], settings=TINY, progress=False
+    )
     assert set(found["rows"]["knn"]) == {"before"} and comparison(found) == []
     assert ">difference<" not in (tmp_path / "index.html").read_text()
 
@@ -150,8 +169,14 @@ def test_shuffled_test_labels_change_no_choice(sides):
     shuffled = replace(test, labels=test.labels[torch.randperm(len(test), generator=g)])
     runs = [subject((train, t)) for t in (test, shuffled)]
     runs[1].dense = runs[0].dense[0], replace(runs[0].dense[1], maps=runs[0].dense[1].maps.flip(1))
-    frozen = (protocols.knn, protocols.linear, protocols.low_shot, protocols.clusters,
-              protocols.transfer, protocols.segmentation)  # fmt: skip
+    frozen = (
+        protocols.knn,
+        protocols.linear,
+        protocols.low_shot,
+        protocols.clusters,
+        protocols.transfer,
+        protocols.segmentation,
+    )
     choices = 0
     for protocol in frozen:
         first, second = (protocol(s) for s in runs)
@@ -209,10 +234,13 @@ def test_the_linear_probe_is_the_best_of_the_grid_and_scikit_learns(sides):
     """All blocks, poolings, widths and penalties by hand, chosen on the same held-out images."""
     g = torch.Generator().manual_seed(1)
     y = torch.arange(160) % 4
-    blocks = [torch.randn(160, 5, generator=g) + s * torch.nn.functional.one_hot(y, 5) for s in
-              (0.1, 0.4, 0.2, 0.6, 0.3)]  # fmt: skip
-    features = Features({"cls": torch.stack(blocks), "patch": torch.stack(blocks[::-1])},
-                        (1, 2, 3, 4, 5))  # fmt: skip
+    blocks = [
+        torch.randn(160, 5, generator=g) + s * torch.nn.functional.one_hot(y, 5)
+        for s in (0.1, 0.4, 0.2, 0.6, 0.3)
+    ]
+    features = Features(
+        {"cls": torch.stack(blocks), "patch": torch.stack(blocks[::-1])}, (1, 2, 3, 4, 5)
+    )
     chosen = choose_probe(features, y, seed=3)
     fit, held = refiner.probing.probes._held_out(y, 0.2, 3)
     best = {}
@@ -263,8 +291,15 @@ def test_few_labels_and_clusters_are_the_librarys(sides):
     s = subject(sides)
     scores = {x["name"]: x for x in protocols.low_shot(s)}
     x, z = s.features
-    expected = refiner.low_shot(x["patch"][-1], s.train.labels, z["patch"][-1], s.test.labels,
-                                shots=(1, 2), fractions=(0.1,), draws=2)  # fmt: skip
+    expected = refiner.low_shot(
+        x["patch"][-1],
+        s.train.labels,
+        z["patch"][-1],
+        s.test.labels,
+        shots=(1, 2),
+        fractions=(0.1,),
+        draws=2,
+    )
     found = scores["2 labels a class, patch mean"]
     assert found["value"] == pytest.approx(float(expected.mean[1]))
     assert found["spread"] == pytest.approx(float(expected.draws[1].std(correction=0)), abs=1e-6)
@@ -328,8 +363,12 @@ def test_runs_are_averaged_with_their_deviation(sides, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on_row_by_row(models, tmp_path, monkeypatch):
-    options = {"out": tmp_path, "rows": ["knn", "few", "clusters"], "settings": TINY,
-               "progress": False}  # fmt: skip
+    options = {
+        "out": tmp_path,
+        "rows": ["knn", "few", "clusters"],
+        "settings": TINY,
+        "progress": False,
+    }
     done = []
 
     def counted(name, row):
@@ -368,8 +407,9 @@ def test_a_failing_row_loses_no_other_and_is_tried_again(models, tmp_path, monke
     monkeypatch.setitem(ROWS, "few", replace(working, measure=broken))
     options = {"out": tmp_path, "rows": ["few", "clusters"], "settings": TINY, "progress": False}
     found = evaluate(*models, **options)
-    assert found["failed"] == {"few": dict.fromkeys(("before", "after"),
-                                                    "MemoryError: no room for this")}  # fmt: skip
+    assert found["failed"] == {
+        "few": dict.fromkeys(("before", "after"), "MemoryError: no room for this")
+    }
     assert set(found["rows"]) == {"clusters"}
     assert "MemoryError: no room for this" in (tmp_path / "index.html").read_text()
     monkeypatch.setitem(ROWS, "few", working)
@@ -380,14 +420,21 @@ def test_a_failing_row_loses_no_other_and_is_tried_again(models, tmp_path, monke
 def test_a_transfer_set_that_cannot_be_loaded_fails_alone(models, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    found = evaluate(models[0], out=tmp_path / "out", rows=["clusters", "transfer"], settings=TINY,
-                     transfers=[empty], progress=False)  # fmt: skip
+    found = evaluate(
+        models[0],
+        out=tmp_path / "out",
+        rows=["clusters", "transfer"],
+        settings=TINY,
+        transfers=[empty],
+        progress=False,
+    )
     assert str(empty) in found["failed"][f"transfer:{empty}"]["before"]
     assert set(found["rows"]) == {"clusters"}
 
 
-@pytest.mark.parametrize("options", [{"transfers": ["no_such_set"]}, {"dense": "no_such_set"},
-                                     {"data": "no_such_set"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"transfers": ["no_such_set"]}, {"dense": "no_such_set"}, {"data": "no_such_set"}]
+)
 def test_a_misspelt_set_is_told_before_the_work(models, tmp_path, options):
     with pytest.raises(FileNotFoundError, match="no_such_set"):
         evaluate(models[0], out=tmp_path / "out", settings=TINY, progress=False, **options)
@@ -395,8 +442,14 @@ def test_a_misspelt_set_is_told_before_the_work(models, tmp_path, options):
 
 
 def test_other_data_leave_out_what_they_do_not_allow(models, tmp_path):
-    found = evaluate(models[0], data="digits", out=tmp_path, rows=["shifts", "segmentation", "few"],
-                     settings=replace(TINY, n=5000), progress=False)  # fmt: skip
+    found = evaluate(
+        models[0],
+        data="digits",
+        out=tmp_path,
+        rows=["shifts", "segmentation", "few"],
+        settings=replace(TINY, n=5000),
+        progress=False,
+    )
     assert set(found["left_out"]) == {"shifts", "segmentation"} and set(found["rows"]) == {"few"}
     assert found["images"]["train"] == 1438  # fewer than asked for: all of them
     assert "no masks" in (tmp_path / "index.html").read_text()
@@ -404,8 +457,10 @@ def test_other_data_leave_out_what_they_do_not_allow(models, tmp_path):
 
 def test_a_model_without_class_token(sides):
     s = Subject(small(class_token=False), *sides, TINY)
-    assert [x["name"] for x in protocols.knn(s)] == ["last block, patch mean",
-                                                     "chosen block and pooling"]  # fmt: skip
+    assert [x["name"] for x in protocols.knn(s)] == [
+        "last block, patch mean",
+        "chosen block and pooling",
+    ]
     assert s.linear.choice["poolings"] == ["patch"]
 
 
@@ -426,14 +481,47 @@ def test_rows_are_named_and_known():
 
 def test_the_command(models, tmp_path, capsys):
     out = tmp_path / "out"
-    code = main(["evaluate", "--before", models[0], "--after", models[1], "--rows", "clusters",
-                 "--set", "n=48", "--set", "n_test=32", "--out", str(out)])  # fmt: skip
+    code = main(
+        [
+            "evaluate",
+            "--before",
+            models[0],
+            "--after",
+            models[1],
+            "--rows",
+            "clusters",
+            "--set",
+            "n=48",
+            "--set",
+            "n_test=32",
+            "--out",
+            str(out),
+        ]
+    )
     said = capsys.readouterr().out
     assert code == 0 and "Of 6 figures" in said and str(out / "index.html") in said
     (tmp_path / "empty").mkdir()
-    assert main(["evaluate", "--before", models[0], "--rows", "clusters", "transfer", "--transfer",
-                 str(tmp_path / "empty"), "--set", "n=48", "--set", "n_test=32", "--out",
-                 str(tmp_path / "b")]) == 1  # fmt: skip
+    assert (
+        main(
+            [
+                "evaluate",
+                "--before",
+                models[0],
+                "--rows",
+                "clusters",
+                "transfer",
+                "--transfer",
+                str(tmp_path / "empty"),
+                "--set",
+                "n=48",
+                "--set",
+                "n_test=32",
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 1
+    )
     told = capsys.readouterr().err
     assert f"failed: transfer:{tmp_path / 'empty'}, before: " in told and "no images" in told
     assert main(["evaluate", "--rows", "knnn", "--out", str(out)]) == 2

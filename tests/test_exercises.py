@@ -83,8 +83,11 @@ def test_a_wrong_answer_is_refused_and_explained(source, solution, kind, capsys)
 def arguments_of(source: str, monkeypatch, cases: int = 3):
     """The arguments that a check would call an answer with, and what it compares with."""
     seen = {}
-    monkeypatch.setattr(course, "check", lambda answer, reference, make_args, **_: seen.update(
-        made=make_args, reference=reference))  # fmt: skip
+    monkeypatch.setattr(
+        course,
+        "check",
+        lambda answer, reference, make_args, **_: seen.update(made=make_args, reference=reference),
+    )
     run_check(source, None)
     found = []
     for case in range(cases):
@@ -109,16 +112,18 @@ def test_numbers_in_place_of_a_tensor_are_refused(source, solution, monkeypatch,
     if not torch.is_tensor(reference(*arguments)):
         return
     name = re.search(r"def (my_\w+)", source).group(1)
-    run_check(source, f"{solution}\nright = {name}\ndef {name}(*args):\n"
-                      "    return right(*args).tolist()")  # fmt: skip
+    run_check(
+        source, f"{solution}\nright = {name}\ndef {name}(*args):\n    return right(*args).tolist()"
+    )
     assert re.search(r"is of type (list|float|int); a tensor is needed", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("source, solution", [c for c in FUNCTIONS if "gradient=True" in c[0][0]])
 def test_a_detached_answer_is_refused_for_its_gradient(source, solution, capsys):
     name = re.search(r"def (my_\w+)", source).group(1)
-    run_check(source, f"{solution}\nright = {name}\ndef {name}(*args):\n"
-                      "    return right(*args).detach()")  # fmt: skip
+    run_check(
+        source, f"{solution}\nright = {name}\ndef {name}(*args):\n    return right(*args).detach()"
+    )
     assert "gradient" in capsys.readouterr().out
 
 
@@ -210,9 +215,12 @@ def test_a_kept_answer_that_no_longer_passes_is_not_used(at_work, capsys):
 def test_a_tuple_of_tensors_with_gradient_is_refused_not_raised(capsys):
     """For one tensor of two rows; numpy cannot read what has a gradient."""
     course.check(
-        lambda x: (x.mean(), x.sum()), lambda x: torch.stack([x.mean(), x.sum()]),
-        lambda: (torch.rand(3),), name="two rows", gradient=True,
-    )  # fmt: skip
+        lambda x: (x.mean(), x.sum()),
+        lambda x: torch.stack([x.mean(), x.sum()]),
+        lambda: (torch.rand(3),),
+        name="two rows",
+        gradient=True,
+    )
     assert "of type tuple; a tensor is needed" in capsys.readouterr().out
 
 

@@ -285,11 +285,15 @@ def test_two_processes_fill_the_same_cache_at_once(cache):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, text=True, cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", code],
+            env=environment,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     results = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
     expected = str(int(toybox.render(40, size=8).images.long().sum()))
@@ -342,8 +346,10 @@ def test_cifar_comes_through_torchvision(monkeypatch):
     monkeypatch.setattr(module, "_fetch", lambda *args: None)
     images = quiet("cifar10", n=6)
     assert images.labels.bincount().tolist() == [3, 3] and images.classes == ("cat", "dog")
-    where = [int(np.flatnonzero((data == x.permute(1, 2, 0).numpy()).all((1, 2, 3)))[0])
-             for x in images.images]  # fmt: skip
+    where = [
+        int(np.flatnonzero((data == x.permute(1, 2, 0).numpy()).all((1, 2, 3)))[0])
+        for x in images.images
+    ]
     assert [[0, 1][i % 2] for i in where] == images.labels.tolist()
 
 
@@ -605,9 +611,13 @@ def test_links_in_a_circle_count_no_image_twice(tmp_path):
         save(tmp_path / "set" / name, (i, 0, 0))
     save(tmp_path / "other" / "3.png", (3, 0, 0))
     for link, target in (
-        ("a/up", "set/a"), ("a/deep/root", "set"), ("b/itself", "set/b"), ("self", "set"),
-        ("b/linked", "other"), ("b/again", "other"),
-    ):  # fmt: skip
+        ("a/up", "set/a"),
+        ("a/deep/root", "set"),
+        ("b/itself", "set/b"),
+        ("self", "set"),
+        ("b/linked", "other"),
+        ("b/again", "other"),
+    ):
         (tmp_path / "set" / link).symlink_to(tmp_path / target)
     images = quiet(tmp_path / "set")
     assert images.classes == ("a", "b")

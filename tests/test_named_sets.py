@@ -96,10 +96,18 @@ def imagenette(root):
                 picture(root / "imagenette2" / split / name / f"{i}.JPEG", c)
 
 
-LAYOUTS = {f.__name__: f for f in (flowers102, oxfordiiitpet, dtd, caltech101, sun397, food101,
-                                   imagenette)}  # fmt: skip
-COUNTS = {"flowers102": (6, 3), "oxfordiiitpet": (8, 4), "dtd": (4, 2), "caltech101": (60, 6),
-          "sun397": (100, 6), "food101": (6, 2), "imagenette": (6, 4)}  # fmt: skip
+LAYOUTS = {
+    f.__name__: f for f in (flowers102, oxfordiiitpet, dtd, caltech101, sun397, food101, imagenette)
+}
+COUNTS = {
+    "flowers102": (6, 3),
+    "oxfordiiitpet": (8, 4),
+    "dtd": (4, 2),
+    "caltech101": (60, 6),
+    "sun397": (100, 6),
+    "food101": (6, 2),
+    "imagenette": (6, 4),
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -138,9 +146,15 @@ def test_the_size_is_that_of_photographs_unless_told(cache):
     assert load_images("dtd", progress=False).images.shape[-1] == 224
 
 
-MODULES = {"flowers102": "flowers102", "oxfordiiitpet": "oxford_iiit_pet", "dtd": "dtd",
-           "caltech101": "caltech", "sun397": "sun397", "food101": "food101",
-           "imagenette": "imagenette"}  # fmt: skip
+MODULES = {
+    "flowers102": "flowers102",
+    "oxfordiiitpet": "oxford_iiit_pet",
+    "dtd": "dtd",
+    "caltech101": "caltech",
+    "sun397": "sun397",
+    "food101": "food101",
+    "imagenette": "imagenette",
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -39,8 +39,10 @@ def report(models, tmp_path_factory):
 def test_the_numbers_are_the_librarys(models, report):
     out, found = report
     assert json.loads((out / "report.json").read_text()) == found
-    train, test = (refiner.load_images("toybox", split=s, n=n, size=16)
-                   for s, n in (("train", 192), ("test", 96)))  # fmt: skip
+    train, test = (
+        refiner.load_images("toybox", split=s, n=n, size=16)
+        for s, n in (("train", 192), ("test", 96))
+    )
     model = refiner.load_model(models[1])
     x, z = (refiner.extract(model, s, progress=False)["patch"] for s in (train, test))
     numbers = found["models"][models[1]]["patch"]
@@ -125,9 +127,7 @@ def test_the_number_of_train_images_is_what_was_asked_for(tmp_path):
     everything, tests = train_and_test(root, None, None, 16)
     train, test = train_and_test(root, 20, 3, 16)
     assert (len(train), len(test)) == (20, 3)
-    kept, held = (
-        {x.numpy().tobytes() for x in part.images} for part in (everything, tests)
-    )  # fmt: skip
+    kept, held = ({x.numpy().tobytes() for x in part.images} for part in (everything, tests))
     assert len(kept | held) == 40
     assert {x.numpy().tobytes() for x in train.images} <= kept
     assert {x.numpy().tobytes() for x in test.images} <= held
@@ -191,8 +191,9 @@ def test_k_above_the_number_of_train_images_is_left_out(k, measured, models, tmp
     found = probe(models[0], root, tmp_path / "out", settings=settings, progress=False)
     assert found["models"][models[0]]["cls"]["knn"]["k"] == measured
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
-        "knn_cls", "knn_patch",
-    }  # fmt: skip
+        "knn_cls",
+        "knn_patch",
+    }
     assert f"k-NN (k = {measured[-1]}), last" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -212,8 +213,23 @@ def test_shots_beyond_the_smallest_class_are_named(models, tmp_path):
 
 
 def test_the_command(models, tmp_path, capsys):
-    code = main(["probe", "--model", models[0], "--n", "64", "--n-test", "32", "--parts", "knn",
-                 "--k", "3", "--out", str(tmp_path / "out")])  # fmt: skip
+    code = main(
+        [
+            "probe",
+            "--model",
+            models[0],
+            "--n",
+            "64",
+            "--n-test",
+            "32",
+            "--parts",
+            "knn",
+            "--k",
+            "3",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == 0 and "index.html" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").exists()
     content = json.loads((tmp_path / "out" / "report.json").read_text())

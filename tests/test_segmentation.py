@@ -32,8 +32,11 @@ def halves(n=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     cut = torch.randint(4, 13, (n, 1, 1), generator=g)
     maps = (torch.arange(16)[None, None] >= cut).expand(n, 16, 16).to(torch.uint8)
-    colour = torch.where(maps[:, None] > 0, torch.tensor([220, 60, 60])[None, :, None, None],
-                         torch.tensor([60, 60, 200])[None, :, None, None])  # fmt: skip
+    colour = torch.where(
+        maps[:, None] > 0,
+        torch.tensor([220, 60, 60])[None, :, None, None],
+        torch.tensor([60, 60, 200])[None, :, None, None],
+    )
     colour = colour + torch.randint(-200, 201, colour.shape, generator=g)
     return DenseSet(
         colour.clamp(0, 255).to(torch.uint8), maps.clone(), ("left", "right"), "halves", 0
@@ -56,8 +59,10 @@ def test_maps_keep_the_patches_in_their_places():
     x = halves(2).images
     changed = x.clone()
     changed[:, :, :4] = 0
-    embedded = [model.patch_embed(preprocess(s, model.refiner_card)).mT.unflatten(2, (4, 4))
-                for s in (x, changed)]  # fmt: skip
+    embedded = [
+        model.patch_embed(preprocess(s, model.refiner_card)).mT.unflatten(2, (4, 4))
+        for s in (x, changed)
+    ]
     moved = (embedded[0] - embedded[1]).abs().sum((0, 1))
     assert (moved[0] > 0).all() and (moved[1:] == 0).all()
     block = model.blocks[0]
@@ -68,8 +73,9 @@ def test_maps_keep_the_patches_in_their_places():
 
 
 def hiera():
-    model = Hiera(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 2, 1), num_classes=0,
-                  q_pool=2).eval()  # fmt: skip
+    model = Hiera(
+        img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 2, 1), num_classes=0, q_pool=2
+    ).eval()
     how = {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
     model.refiner_card = {"name": "hiera", "preprocessing": how}
     return model
@@ -113,9 +119,11 @@ def test_the_whole_protocol_against_scikit_learn_and_loops():
     found = linear_segmentation(model, train, test, pixels=12, penalties=[penalty], seed=seed)
     drawn = np.random.default_rng(seed).integers(0, 16, (2, 10, 12))
     upsampled = [
-        F.interpolate(patch_maps(model, s.images, [3])[0], (16, 16), mode="bilinear",
-                      align_corners=False).numpy() for s in (train, test)
-    ]  # fmt: skip
+        F.interpolate(
+            patch_maps(model, s.images, [3])[0], (16, 16), mode="bilinear", align_corners=False
+        ).numpy()
+        for s in (train, test)
+    ]
     x, y = [], []
     for i in range(10):
         for q in range(12):
@@ -201,8 +209,9 @@ def test_toybox_objects():
     for i in (0, 7):
         assert set(dense.maps[i].unique().tolist()) == {0, int(images.labels[i]) + 1}
     test = object_maps(refiner.load_images("toybox", split="test", n=32, progress=False))
-    found = linear_segmentation(refiner.load_model("mae_toybox"), dense, test, pixels=8,
-                                penalties=[1e-2])  # fmt: skip
+    found = linear_segmentation(
+        refiner.load_model("mae_toybox"), dense, test, pixels=8, penalties=[1e-2]
+    )
     covered = float((test.maps > 0).float().mean())
     assert found.object_iou > covered + 0.2  # what calling everything an object would give
     with pytest.raises(ValueError, match="no masks"):
@@ -249,8 +258,9 @@ def test_a_flat_folder_lends_every_fifth(tmp_path):
 def test_with_one_split_folder_no_file_is_in_both_splits(part, tmp_path):
     write(tmp_path, part, 10)
     write(tmp_path, ".", 5, seed=1)  # files beside it belong to no split
-    train, test = (load_dense(tmp_path, split=s, size=20, progress=False) for s in
-                   ("train", "test"))  # fmt: skip
+    train, test = (
+        load_dense(tmp_path, split=s, size=20, progress=False) for s in ("train", "test")
+    )
     seen = {bytes(x) for x in train.images.numpy()}
     assert (len(train), len(test), len(seen)) == (8, 2, 8)
     assert not seen & {bytes(x) for x in test.images.numpy()}

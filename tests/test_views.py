@@ -69,8 +69,17 @@ def test_crop_is_an_antialiased_resize():
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
 def test_each_jitter_is_torchvisions(kind):
     x = (photos().float() / 255) * 0.6 + 0.2  # far from 0 and 1: nothing is clamped
-    view = View(**{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "gray": 0,
-                   "jitter": 1, kind: 0.2})  # fmt: skip
+    view = View(
+        **{
+            "brightness": 0,
+            "contrast": 0,
+            "saturation": 0,
+            "hue": 0,
+            "gray": 0,
+            "jitter": 1,
+            kind: 0.2,
+        }
+    )
     matrices = views.colour_matrices(len(x), view, torch.Generator().manual_seed(1))
     ours = views._jitter(x, matrices)
     adjust = getattr(TF, f"adjust_{kind}")
@@ -88,8 +97,10 @@ def test_gray_and_hue_keep_luminance():
     x = (photos().float() / 255) * 0.3 + 0.35
     weights = torch.tensor([0.299, 0.587, 0.114])
     luminance = torch.einsum("bchw,c->bhw", x, weights)
-    for view in (View(jitter=0, gray=1), View(jitter=1, hue=0.5, brightness=0, contrast=0,
-                                              saturation=0, gray=0)):  # fmt: skip
+    for view in (
+        View(jitter=0, gray=1),
+        View(jitter=1, hue=0.5, brightness=0, contrast=0, saturation=0, gray=0),
+    ):
         out = views._jitter(x, views.colour_matrices(len(x), view))
         assert torch.allclose(torch.einsum("bchw,c->bhw", out, weights), luminance, atol=2e-3)
         if view.gray == 1:

@@ -95,20 +95,16 @@ def parameters_of(notebook: NotebookNode) -> dict[str, object]:
         statements = ast.parse("\n".join(sources)).body
     except SyntaxError as error:
         raise UserError(f"the parameters cell is no valid Python ({error.msg})") from None
-    assigned = [x for x in statements if isinstance(x, ast.Assign | ast.AnnAssign) and x.value]
-    return {_target(x): _literal(x) for x in assigned}
-
-
-def _target(assigned: ast.Assign | ast.AnnAssign) -> str:
-    return ast.unparse(assigned.targets[0] if isinstance(assigned, ast.Assign) else assigned.target)
-
-
-def _literal(assigned: ast.Assign | ast.AnnAssign) -> object:
-    try:
-        return ast.literal_eval(assigned.value)
-    except ValueError:
-        name = _target(assigned)
-        raise UserError(f"the parameter {name} must be a literal, not computed") from None
+    values = {}
+    for x in statements:
+        if isinstance(x, ast.Assign | ast.AnnAssign) and x.value:
+            name = ast.unparse(x.targets[0] if isinstance(x, ast.Assign) else x.target)
+            try:
+                values[name] = ast.literal_eval(x.value)
+            except ValueError:
+                problem = f"the parameter {name} must be a literal, not computed"
+                raise UserError(problem) from None
+    return values
 
 
 # ---------------------------------------------------------------- running

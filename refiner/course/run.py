@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refiner.base import places
 from refiner.base.errors import MissingPackage, UserError
 from refiner.base.files import write_json
 from refiner.base.places import clock, find_notebooks
@@ -133,18 +134,17 @@ def run_course(
     _need_lab()
     out = Path(out).resolve()
     before = _read_summary(out / "summary.json")
-    jobs = [
-        _job(folder, name, preset=preset, parameters=parameters or {}, before=before)
-        for name in names
-    ]
+    options = {"preset": preset, "parameters": parameters or {}, "before": before}
+    jobs = [_job(folder, name, **options) for name in names]
     allowed = _read_bands(folder, bands)
     _check_places(folder, out, jobs, write_back)
 
     summary = {"machine": machine(), "notebooks": before, "selected": [job.name for job in jobs]}
     progress = _Progress(jobs)
     for job in jobs:
-        entry = before.get(job.name)
-        if resume and _finished(job, entry, out):
+        entry = before.get(job.name, {})
+        done = entry.get("status") == "ok" and entry["fingerprint"] == job.fingerprint
+        if resume and done and (out / f"{job.name}.ipynb").is_file():
             progress.skip(job)
         else:
             progress.start(job)
@@ -245,27 +245,13 @@ def _check_places(folder: Path, out: Path, jobs: list[Job], write_back: bool) ->
             raise type(error)(f"cannot write to {place}: {reason}") from error
 
 
-def _finished(job: Job, entry: dict | None, out: Path) -> bool:
-    return (
-        entry is not None
-        and entry["status"] == "ok"
-        and entry["fingerprint"] == job.fingerprint
-        and (out / f"{job.name}.ipynb").is_file()
-    )
-
-
 def _run(job: Job, out: Path, preset: str, timeout: float, bands: dict, progress) -> dict:
     """Runs one notebook and writes its two files; the entry for the summary says how it went."""
     from refiner.course.execute import execute, save_notebook
     from refiner.course.pages import write_page
 
-    done = execute(
-        job.notebook,
-        cwd=job.path.parent,
-        parameters=job.parameters,
-        timeout=timeout,
-        on_cell=progress.cell,
-    )
+    options = {"cwd": job.path.parent, "parameters": job.parameters, "timeout": timeout}
+    done = execute(job.notebook, **options, on_cell=progress.cell)
     problems = [f"{job.name}, {problem}" for problem in done.problems]
     if not problems and not job.parameters:
         problems = [f"{job.name}: {text}" for text in outside_bands(done.metrics, bands)]
@@ -287,13 +273,12 @@ def _run(job: Job, out: Path, preset: str, timeout: float, bands: dict, progress
 
 
 def _write_back(job: Job, out: Path, entry: dict) -> None:
-    from refiner.base.places import machine as hardware
     from refiner.course.execute import machine_paths, read_notebook, write_back
 
     executed = read_notebook(out / f"{job.name}.ipynb")
     for path in machine_paths(executed):
         print(f"warning: {job.name} shows a path of this machine: {path}", file=sys.stderr)
-    facts = hardware()
+    facts = places.machine()
     cost = {key: entry.get(key) for key in ("seconds", "processor_seconds", "peak_memory_mb")}
     write_back(job.path, executed, cost | {k: facts[k] for k in ("cores", "processor")})
 
@@ -316,7 +301,8 @@ def outside_bands(metrics: dict[str, object], bands: dict[str, dict]) -> list[st
         if name not in metrics:
             problems.append(f"{name} was not recorded")
         elif not _inside(metrics[name], band):
-            wanted = band["equals"] if "equals" in band else _interval(band)
+            wanted = f"{band.get('min', '−∞')} … {band.get('max', '∞')}"
+            wanted = band.get("equals", wanted)
             problems.append(f"{name} is {metrics[name]}, outside its band {wanted}")
     return problems
 
@@ -327,10 +313,6 @@ def _inside(value: object, band: dict) -> bool:
     items = value if isinstance(value, list) else [value]
     low, high = band.get("min", -math.inf), band.get("max", math.inf)
     return bool(items) and all(not isinstance(x, str) and low <= x <= high for x in items)
-
-
-def _interval(band: dict) -> str:
-    return f"{band.get('min', '−∞')} … {band.get('max', '∞')}"
 
 
 def _read_bands(folder: Path, path: str | Path | None) -> dict[str, dict[str, dict]]:
@@ -353,9 +335,7 @@ def _read_summary(path: Path) -> dict[str, dict]:
     """The notebooks' entries of an earlier run in the same place; empty without one."""
     try:
         return json.loads(path.read_text())["notebooks"]
-    except FileNotFoundError:
-        return {}
-    except NotADirectoryError:  # the place is checked, and refused, a little later
+    except (FileNotFoundError, NotADirectoryError):  # the latter is refused a little later
         return {}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
@@ -449,9 +429,8 @@ class _Progress:
         self.done += 1
 
     def _left(self, first: int) -> float:
-        scale = (self.spent + 60) / (
-            self.expected + 60
-        )  # a minute's prior: the first few are noisy
+        # A minute's prior: the first few are noisy.
+        scale = (self.spent + 60) / (self.expected + 60)
         return scale * sum(job.seconds for job in self.jobs[first:])
 
     def _print(self, note: str, end: str = "\n") -> None:
