@@ -154,7 +154,7 @@ def _list_folder(
     others = (class_folders(other) for other in splits if other != folder)
     classes = tuple(sorted(set(by_class).union(*others)))
     for problem in _doubts(folder, found, classes):
-        warnings.warn(problem, stacklevel=5)
+        warnings.warn(problem, stacklevel=4)
     paths = [path for files in by_class.values() for path in files]
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[name] for name, files in by_class.items() for _ in files]

@@ -366,7 +366,7 @@ def _read_set(
     rest = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
     warnings.warn(
         f"{len(broken)} of {len(paths)} images cannot be read and are left out: {named}{rest}",
-        stacklevel=4,
+        stacklevel=3,
     )
     good = torch.tensor([path not in broken for path in paths])
     labels = None if labels is None else labels[good]
