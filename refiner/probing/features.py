@@ -40,7 +40,6 @@ from refiner.models.encoders import (
     width,
 )
 
-
 NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
 
 
