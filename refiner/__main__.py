@@ -1,6 +1,8 @@
 """``python -m refiner`` is the command ``refiner``."""
 
+import sys
+
 from refiner.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

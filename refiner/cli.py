@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import refiner
@@ -24,30 +25,63 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+        say("\nInterrupted.")
         return 130
-    except BrokenPipeError:  # `refiner models | head`: the reader has enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if args.command is models_command:  # `refiner models | head`: the reader has enough
+            return 0
+        say("refiner: the output was closed; keep it open, or send it to a file")
+        return 1
     except (UserError, OSError) as error:  # all else is a bug of ours and keeps its traceback
         if args.debug:
             raise
-        print(f"refiner: {sentence(error)}", file=sys.stderr)
+        say(f"refiner: {sentence(error)}")
         return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show where an error arose")
     parser = argparse.ArgumentParser(prog="refiner", description=refiner.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=refiner.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
     for add in (add_course, add_pretrain, add_refine, add_probe, add_evaluate, add_models):
-        add(subparsers, common)
+        add(subparsers)
     return parser
+
+
+def new_command(subparsers, name: str, run: Callable, help: str, description: str) -> Callable:
+    """Adds a subcommand; what it returns adds an option to it."""
+    parser = subparsers.add_parser(name, help=help, description=description)
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
+    parser.set_defaults(command=run)
+
+    def option(flag: str, *names: str, help: str = "", default=None, **more) -> None:
+        if default is not None:
+            more["default"] = default
+            help += f"{'; ' if help else ''}default: {default}"
+        parser.add_argument(flag, *names, help=help, **more)
+
+    return option
+
+
+NAME, FOLDER = {"metavar": "NAME"}, {"metavar": "FOLDER"}
+FLAG = {"action": "store_true"}
+SETTINGS = {"action": "append", "metavar": "NAME=VALUE"}
+DEVICE = {"help": "default: cuda if there is one, else cpu"}
+
+
+def number(metavar: str) -> dict:
+    return {"type": int, "metavar": metavar}
+
+
+def say(text: str) -> None:
+    """To standard error, beside the results."""
+    print(text, file=sys.stderr)
 
 
 def sentence(error: BaseException) -> str:
@@ -60,30 +94,26 @@ def sentence(error: BaseException) -> str:
 # ---------------------------------------------------------------- course
 
 
-def add_course(subparsers, common: argparse.ArgumentParser) -> None:
+def add_course(subparsers) -> None:
     """``refiner course``: runs the notebooks."""
-    parser = subparsers.add_parser(
+    add = new_command(
+        subparsers,
         "course",
-        parents=[common],
-        help="run the course's notebooks and write a report",
-        description="Runs the notebooks, each in a fresh process, and writes a report that opens "
-        "without a network. The exit status is 1 if a notebook failed.",
+        course_command,
+        "run the course's notebooks and write a report",
+        "Runs the notebooks, each in a fresh process, and writes a report that opens without a "
+        "network. The exit status is 1 if a notebook failed.",
     )
-    add = parser.add_argument
     add("--preset", choices=("cpu", "gpu"), default="cpu", help="how big the experiments are")
-    add("--only", action="append", metavar="NAME", help="a notebook's name or number; repeatable")
-    add("--out", default="runs/course", metavar="FOLDER", help="default: %(default)s")
-    add("--resume", action="store_true", help="keep notebooks that finished and did not change")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
-        help="set a notebook's parameter; repeatable")  # fmt: skip
-    add("--timeout", type=float, default=900.0, metavar="SECONDS",
-        help="longest time for one cell; default: %(default)g")  # fmt: skip
-    add("--notebooks", metavar="FOLDER", help="default: notebooks")
-    add("--write-back", action="store_true",
-        help="store the outputs in the notebooks themselves")  # fmt: skip
-    add("--status", action="store_true",
-        help="run nothing; show which exercises you have solved")  # fmt: skip
-    parser.set_defaults(command=course_command)
+    add("--only", action="append", **NAME, help="a notebook's name or number; repeatable")
+    add("--out", default="runs/course", **FOLDER)
+    add("--resume", **FLAG, help="keep notebooks that finished and did not change")
+    add("--set", **SETTINGS, dest="parameters", help="set a notebook's parameter; repeatable")
+    cell = "longest time for one cell"
+    add("--timeout", type=float, default=900.0, metavar="SECONDS", help=cell)
+    add("--notebooks", **FOLDER, help="default: notebooks")
+    add("--write-back", **FLAG, help="store the outputs in the notebooks themselves")
+    add("--status", **FLAG, help="run nothing; show which exercises you have solved")
 
 
 def course_command(args: argparse.Namespace) -> int:
@@ -100,14 +130,13 @@ def course_command(args: argparse.Namespace) -> int:
             args.out,
             preset=args.preset,
             only=args.only,
-            parameters=dict(map(parse_setting, args.parameters)),
+            parameters=dict(map(parse_setting, args.parameters or ())),
             resume=args.resume,
             timeout=args.timeout,
             write_back=args.write_back,
         )
     except KeyboardInterrupt:
-        print("\nFinished notebooks are kept; go on with the same command and --resume.",
-              file=sys.stderr)  # fmt: skip
+        say("\nFinished notebooks are kept; go on with the same command and --resume.")
         raise
     entries = [summary["notebooks"][name] for name in summary["selected"]]
     return int(any(entry["status"] != "ok" for entry in entries))
@@ -116,37 +145,38 @@ def course_command(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- pretrain, refine, models
 
 
-def _add_training(parser: argparse.ArgumentParser, out: str) -> None:
-    add = parser.add_argument
-    add("--data", default="toybox", metavar="NAME",
-        help="an image set or a folder of images; refine also takes tar shards, as "
-        "'shards-{000..010}.tar' in quotes, and hf:NAME of a Hugging Face set")  # fmt: skip
-    add("--n", "--images", type=int, metavar="IMAGES", dest="n",
-        help="how many images; default: all (of a stream: how many it holds, for the plan). Say "
-        "--images under accelerate launch or torchrun, which take --n for their own")  # fmt: skip
-    add("--out", default=out, metavar="FOLDER", help="default: %(default)s")
-    add("--resume", action="store_true", help="go on from the state in --out")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--save-every", type=int, metavar="STEPS",
-        help="steps between saved states; default: 100, if the last was a minute ago")  # fmt: skip
-    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
-        help="change a value of the recipe; repeatable")  # fmt: skip
-
-
-def add_pretrain(subparsers, common: argparse.ArgumentParser) -> None:
-    """``refiner pretrain``: trains a masked autoencoder."""
-    parser = subparsers.add_parser(
-        "pretrain",
-        parents=[common],
-        help="train a masked autoencoder",
-        description="Trains a masked autoencoder with the recipe of the embedded checkpoint. "
-        "Ctrl-C loses a minute or two; go on with --resume.",
+def _add_training(add: Callable, out: str) -> None:
+    data = (
+        "an image set or a folder of images; refine also takes tar shards, as "
+        "'shards-{000..010}.tar' in quotes, and hf:NAME of a Hugging Face set"
     )
-    parser.add_argument("--start", metavar="NAME",
-                        help="a checkpoint to train on: its encoder, and its decoder where it has "
-                        "the recipe's shape")  # fmt: skip
-    _add_training(parser, "runs/mae")
-    parser.set_defaults(command=pretrain_command)
+    n = (
+        "how many images; default: all (of a stream: how many it holds, for the plan). Say "
+        "--images under accelerate launch or torchrun, which take --n for their own"
+    )
+    every = "steps between saved states; default: 100, if the last was a minute ago"
+    add("--data", default="toybox", **NAME, help=data)
+    add("--n", "--images", **number("IMAGES"), dest="n", help=n)
+    add("--out", default=out, **FOLDER)
+    add("--resume", **FLAG, help="go on from the state in --out")
+    add("--device", **DEVICE)
+    add("--save-every", **number("STEPS"), help=every)
+    add("--set", **SETTINGS, dest="settings", help="change a value of the recipe; repeatable")
+
+
+def add_pretrain(subparsers) -> None:
+    """``refiner pretrain``: trains a masked autoencoder."""
+    add = new_command(
+        subparsers,
+        "pretrain",
+        pretrain_command,
+        "train a masked autoencoder",
+        "Trains a masked autoencoder with the recipe of the embedded checkpoint. Ctrl-C loses a "
+        "minute or two; go on with --resume.",
+    )
+    start = "a checkpoint to train on: its encoder, and its decoder where it has the recipe's shape"
+    add("--start", **NAME, help=start)
+    _add_training(add, "runs/mae")
 
 
 def pretrain_command(args: argparse.Namespace) -> int:
@@ -157,7 +187,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
     from refiner.training.pretraining import pretrain, recipe_for, start_from
 
     check_device(args.device)
-    recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings)
+    recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings or [])
     start = start_from(args.start, recipe) if args.start else None
     check_out(args.out)
     images = load_images(args.data, n=args.n, size=recipe.size)
@@ -167,32 +197,28 @@ def pretrain_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_refine(subparsers, common: argparse.ArgumentParser) -> None:
+def add_refine(subparsers) -> None:
     """``refiner refine``: heads and NNA on a masked-image model."""
-    parser = subparsers.add_parser(
+    add = new_command(
+        subparsers,
         "refine",
-        parents=[common],
-        help="refine a masked-image model with ID heads and NNA",
-        description="Refines a model with heads on its last blocks and Nearest Neighbor Alignment. "
-        "First it says what it will do, how long that takes and how much memory it needs. The "
-        "folder that it writes opens with refiner and with timm. Several GPUs: `accelerate launch "
-        "-m refiner refine ...`; several processes without a GPU: `torchrun --nproc-per-node 2 -m "
-        "refiner refine ...`.",
+        refine_command,
+        "refine a masked-image model with ID heads and NNA",
+        "Refines a model with heads on its last blocks and Nearest Neighbor Alignment. First it "
+        "says what it will do, how long that takes and how much memory it needs. The folder that "
+        "it writes opens with refiner and with timm. Several GPUs: `accelerate launch -m refiner "
+        "refine ...`; several processes without a GPU: `torchrun --nproc-per-node 2 -m refiner "
+        "refine ...`.",
     )
-    parser.add_argument("--model", default="mae_toybox", metavar="NAME",
-                        help="a model's name or folder; default: %(default)s")  # fmt: skip
-    parser.add_argument(
-        "--preset", choices=("cpu", "gpu", "fitted", "L/16", "H/14", "2B/14"), default="cpu",
-        help="fitted scales the paper's recipe to model and data; the sizes are the paper's own "
-        "recipes; default: %(default)s",
-    )  # fmt: skip
-    _add_training(parser, "runs/refined")
-    add = parser.add_argument
-    add("--plan", action="store_true", help="only say what would be done")
-    add("--knn-every", type=int, default=0, metavar="STEPS",
-        help="hold a tenth of the labelled images out and follow their k-NN accuracy")  # fmt: skip
-    add("--tensorboard", action="store_true", help="write event files to --out as well")
-    parser.set_defaults(command=refine_command)
+    presets = ("cpu", "gpu", "fitted", "L/16", "H/14", "2B/14")
+    what = "fitted scales the paper's recipe to model and data; the sizes are the paper's recipes"
+    every = "hold a tenth of the labelled images out and follow their k-NN accuracy"
+    add("--model", default="mae_toybox", **NAME, help="a model's name or folder")
+    add("--preset", choices=presets, default="cpu", help=what)
+    _add_training(add, "runs/refined")
+    add("--plan", **FLAG, help="only say what would be done")
+    add("--knn-every", **number("STEPS"), help=every)
+    add("--tensorboard", **FLAG, help="write event files to --out as well")
 
 
 def refine_command(args: argparse.Namespace) -> int:
@@ -207,7 +233,7 @@ def refine_command(args: argparse.Namespace) -> int:
     parallel.join(args.device)
     model = load_model(args.model)
     size = model.refiner_card["preprocessing"]["size"]
-    first = refine_preset(args.preset, model, size, 10**7, args.settings)  # errors come first
+    first = refine_preset(args.preset, model, size, 10**7, args.settings or [])  # errors come first
     check_out(args.out)
     options = training_options(args)
     images = refinable_images(args, size, min(view.size for view in first.views))
@@ -215,7 +241,7 @@ def refine_command(args: argparse.Namespace) -> int:
         images, held_out = images.holdout(0.1)
         options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
         options["evaluate_every"] = args.knn_every
-    recipe = refine_preset(args.preset, model, size, images, args.settings)
+    recipe = refine_preset(args.preset, model, size, images, args.settings or [])
     if args.plan or not args.resume:
         ahead = str(plan(model, images, recipe=recipe, device=args.device))
         if parallel.rank() == 0:
@@ -270,39 +296,36 @@ def check_sides(folder: str, size: int, smallest: int) -> None:
             f"most images of {folder} have {side} pixels a side, fewer than a view of {smallest}; "
             "give larger images, or a model and a recipe for small ones"
         )
-    print(f"Most images of {folder} have {side} pixels a side and are enlarged to {size}.",
-          file=sys.stderr)  # fmt: skip
+    say(f"Most images of {folder} have {side} pixels a side and are enlarged to {size}.")
 
 
-def add_probe(subparsers, common: argparse.ArgumentParser) -> None:
+def add_probe(subparsers) -> None:
     """``refiner probe``: what every block of a model knows."""
-    parser = subparsers.add_parser(
+    add = new_command(
+        subparsers,
         "probe",
-        parents=[common],
-        help="measure every block of one or several models",
-        description="Measures every block: k-NN, linear probes, probes with few labels, clusters, "
-        "measures without labels and, where they are known, factors of the images. Writes "
-        "report.json, figures and index.html, a page that opens without a network.",
+        probe_command,
+        "measure every block of one or several models",
+        "Measures every block: k-NN, linear probes, probes with few labels, clusters, measures "
+        "without labels and, where they are known, factors of the images. Writes report.json, "
+        "figures and index.html, a page that opens without a network.",
     )
-    add = parser.add_argument
-    add("--model", action="append", metavar="NAME", dest="models",
-        help="a model's name or folder; repeat it to compare; default: mae_toybox")  # fmt: skip
-    add("--data", default="toybox", metavar="NAME",
-        help="an image set or a folder; default: %(default)s")  # fmt: skip
-    add("--out", default="runs/probe", metavar="FOLDER", help="default: %(default)s")
-    add("--n", type=int, metavar="IMAGES", help="how many train images; default: all")
-    add("--n-test", type=int, metavar="IMAGES", help="how many test images; default: all")
-    add("--parts", nargs="+", metavar="PART",
-        help="only these of knn, linear, low_shot, clustering, measures, factors")  # fmt: skip
-    add("--k", type=int, nargs="+", metavar="K", help="neighbors that vote; default: 1 10 20")
-    add("--shots", type=int, nargs="+", metavar="N", help="labels a class; default: 1 2 5 10")
-    add("--fractions", type=float, nargs="+", metavar="SHARE",
-        help="shares of the labels, such as 0.01 0.1; default: none")  # fmt: skip
-    add("--draws", type=int, metavar="N", help="random sets of few labels; default: 10")
-    add("--seed", type=int, metavar="N", help="default: 0")
-    add("--resume", action="store_true", help="keep the parts that are done in --out")
-    add("--device", help="default: cuda if there is one, else cpu")
-    parser.set_defaults(command=probe_command)
+    model = "a model's name or folder; repeat it to compare; default: mae_toybox"
+    parts = "only these of knn, linear, low_shot, clustering, measures, factors"
+    shares = "shares of the labels, such as 0.01 0.1; default: none"
+    add("--model", action="append", **NAME, dest="models", help=model)
+    add("--data", default="toybox", **NAME, help="an image set or a folder")
+    add("--out", default="runs/probe", **FOLDER)
+    add("--n", **number("IMAGES"), help="how many train images; default: all")
+    add("--n-test", **number("IMAGES"), help="how many test images; default: all")
+    add("--parts", nargs="+", metavar="PART", help=parts)
+    add("--k", **number("K"), nargs="+", help="neighbors that vote; default: 1 10 20")
+    add("--shots", **number("N"), nargs="+", help="labels a class; default: 1 2 5 10")
+    add("--fractions", type=float, nargs="+", metavar="SHARE", help=shares)
+    add("--draws", **number("N"), help="random sets of few labels; default: 10")
+    add("--seed", **number("N"), help="default: 0")
+    add("--resume", **FLAG, help="keep the parts that are done in --out")
+    add("--device", **DEVICE)
 
 
 def probe_command(args: argparse.Namespace) -> int:
@@ -316,46 +339,52 @@ def probe_command(args: argparse.Namespace) -> int:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     check_out(args.out)
     report = resumable(
-        probe, args.models or ["mae_toybox"], args.data, out=args.out, n=args.n,
-        n_test=args.n_test, settings=Settings(**given), resume=args.resume, device=args.device,
-    )  # fmt: skip
+        probe,
+        args.models or ["mae_toybox"],
+        args.data,
+        out=args.out,
+        n=args.n,
+        n_test=args.n_test,
+        settings=Settings(**given),
+        resume=args.resume,
+        device=args.device,
+    )
     for sentence in report["left_out"]:
         print(f"left out: {sentence}")
     print(f"{Path(args.out) / 'index.html'}: the report")
     return 0
 
 
-def add_evaluate(subparsers, common: argparse.ArgumentParser) -> None:
+def add_evaluate(subparsers) -> None:
     """``refiner evaluate``: before and after under every protocol."""
-    parser = subparsers.add_parser(
+    add = new_command(
+        subparsers,
         "evaluate",
-        parents=[common],
-        help="measure one or two models under every protocol of the paper",
-        description="k-NN, linear probes, few labels, clusters, corrupted images, shifted factors, "
-        "dense labels, fine-tuning and transfer. Every row is written to report.json as soon as it "
-        "is done; at the end index.html shows tables and figures. The exit status is 1 if a row "
+        evaluate_command,
+        "measure one or two models under every protocol of the paper",
+        "k-NN, linear probes, few labels, clusters, corrupted images, shifted factors, dense "
+        "labels, fine-tuning and transfer. Every row is written to report.json as soon as it is "
+        "done; at the end index.html shows tables and figures. The exit status is 1 if a row "
         "failed; --resume tries it again.",
     )
-    add = parser.add_argument
-    add("--before", default="mae_toybox", metavar="NAME",
-        help="a model's name or folder; default: %(default)s")  # fmt: skip
-    add("--after", metavar="NAME", help="another to compare with it")
-    add("--data", default="toybox", metavar="NAME",
-        help="an image set or a folder, with labels; default: %(default)s")  # fmt: skip
-    add("--transfer", nargs="+", default=[], metavar="NAME", help="more image sets or folders")
-    add("--dense", metavar="FOLDER",
-        help="images and annotations in ADE20K's form; default: Toybox's own masks")  # fmt: skip
-    add("--out", default="runs/evaluate", metavar="FOLDER", help="default: %(default)s")
-    add("--preset", choices=("cpu", "gpu"),
-        help="how much is measured; default: gpu where there is one, else cpu")  # fmt: skip
-    add("--rows", nargs="+", metavar="ROW",
-        help="only these of knn, linear, few, clusters, corruptions, shifts, segmentation, "
-        "finetune, finetune_few, transfer")  # fmt: skip
-    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
-        help="change a value of the preset, such as n=1000; repeatable")  # fmt: skip
-    add("--resume", action="store_true", help="keep the rows that are done in --out")
-    add("--device", help="default: cuda if there is one, else cpu")
-    parser.set_defaults(command=evaluate_command)
+    dense = "images and annotations in ADE20K's form; default: Toybox's own masks"
+    much = "how much is measured; default: gpu where there is one, else cpu"
+    rows = (
+        "only these of knn, linear, few, clusters, corruptions, shifts, segmentation, finetune, "
+        "finetune_few, transfer"
+    )
+    change = "change a value of the preset, such as n=1000; repeatable"
+    add("--before", default="mae_toybox", **NAME, help="a model's name or folder")
+    add("--after", **NAME, help="another to compare with it")
+    add("--data", default="toybox", **NAME, help="an image set or a folder, with labels")
+    add("--transfer", nargs="+", **NAME, help="more image sets or folders")
+    add("--dense", **FOLDER, help=dense)
+    add("--out", default="runs/evaluate", **FOLDER)
+    add("--preset", choices=("cpu", "gpu"), help=much)
+    add("--rows", nargs="+", metavar="ROW", help=rows)
+    add("--set", **SETTINGS, dest="settings", help=change)
+    add("--resume", **FLAG, help="keep the rows that are done in --out")
+    add("--device", **DEVICE)
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -370,38 +399,45 @@ def evaluate_command(args: argparse.Namespace) -> int:
     check_device(args.device)
     on_gpu = (args.device or "cuda").startswith("cuda") and torch.cuda.is_available()
     preset = getattr(EvaluationSettings, args.preset or ("gpu" if on_gpu else "cpu"))()
-    settings = changed(preset, args.settings)
+    settings = changed(preset, args.settings or [])
     check_out(args.out)
     report = resumable(
-        evaluate, args.before, args.after, args.data, out=args.out, transfers=args.transfer,
-        dense=args.dense, rows=args.rows, settings=settings, resume=args.resume,
+        evaluate,
+        args.before,
+        args.after,
+        args.data,
+        out=args.out,
+        transfers=args.transfer or [],
+        dense=args.dense,
+        rows=args.rows,
+        settings=settings,
+        resume=args.resume,
         device=args.device,
-    )  # fmt: skip
+    )
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
     for name, sides in report["failed"].items():
         for side, reason in sides.items():
-            print(f"failed: {name}, {side}: {reason}", file=sys.stderr)
+            say(f"failed: {name}, {side}: {reason}")
     print("\n".join(findings(report)))
     print(f"{Path(args.out) / 'index.html'}: the report")
     return int(bool(report["failed"]))
 
 
-def add_models(subparsers, common: argparse.ArgumentParser) -> None:
+def add_models(subparsers) -> None:
     """``refiner models``: what load_model takes."""
-    parser = subparsers.add_parser(
+    add = new_command(
+        subparsers,
         "models",
-        parents=[common],
-        help="list the models that can be named",
-        description="Lists the embedded checkpoints and the catalogue of masked-image models. Any "
-        "of these names works where a model is asked for; so do other names of timm, folders, "
-        "files in the formats of the listed repositories, and their addresses.",
+        models_command,
+        "list the models that can be named",
+        "Lists the embedded checkpoints and the catalogue of masked-image models. Any of these "
+        "names works where a model is asked for; so do other names of timm, folders, files in the "
+        "formats of the listed repositories, and their addresses.",
     )
-    add = parser.add_argument
-    add("filter", nargs="*", metavar="WORD",
-        help="only models whose name, method, class or source holds every word")  # fmt: skip
-    add("--json", action="store_true", help="all that is known of each, as JSON")
-    parser.set_defaults(command=models_command)
+    words = "only models whose name, method, class or source holds every word"
+    add("filter", nargs="*", metavar="WORD", help=words)
+    add("--json", **FLAG, help="all that is known of each, as JSON")
 
 
 def models_command(args: argparse.Namespace) -> int:
@@ -479,8 +515,8 @@ def resumable(train, *args, **kwargs):
     try:
         return train(*args, **kwargs)
     except KeyboardInterrupt:
-        print(f"\nThe last saved state is in {kwargs['out']}; go on with the same command and "
-              "--resume.", file=sys.stderr)  # fmt: skip
+        out = kwargs["out"]
+        say(f"\nThe last saved state is in {out}; go on with the same command and --resume.")
         raise
 
 

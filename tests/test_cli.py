@@ -47,6 +47,11 @@ def test_nothing_heavy_is_imported_for_help(arguments):
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_the_status_of_a_command_is_the_process_own():
+    done = python("-m", "refiner", "course", "--notebooks", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("refiner: ")
+
+
 def test_version_is_the_packages():
     assert python("-m", "refiner", "--version").stdout.strip() == refiner.__version__
 
@@ -170,6 +175,18 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(error, monkeypatch, capsy
     assert capsys.readouterr().err == "refiner: seven\n"
     with pytest.raises(type(error)):
         cli.main(["course", "--debug"])
+
+
+@pytest.mark.parametrize(("command", "status"), [(["models"], 0), (["course", "--status"], 1)])
+def test_a_closed_pipe_is_no_success(command, status):
+    """`refiner course | true` has not said what it found; `refiner models | head` has."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "refiner", *command]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert ("refiner: the output was closed; " in done.stderr) == bool(status)
 
 
 def test_the_errors_keep_the_kinds_that_python_has_for_them():
