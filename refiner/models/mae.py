@@ -280,7 +280,12 @@ def _built(
 
 @torch.no_grad()
 def reconstruct(
-    mae: MaskedAutoencoder, images: Tensor, *, mask_ratio: float = 0.75, seed: int = 0
+    mae: MaskedAutoencoder,
+    images: Tensor,
+    *,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Hides patches and lets the autoencoder paint them.
 
@@ -290,6 +295,7 @@ def reconstruct(
     Args:
         mae: on any device.
         images: uint8 [B, 3, H, W], on any device; the results lie beside them.
+        mask: bool [B, N], equally many hidden in each image; default random by share and seed.
 
     Returns:
         ``original``, ``masked`` (hidden patches gray) and ``painted`` (hidden patches predicted),
@@ -300,7 +306,10 @@ def reconstruct(
     home, device = images.device, mae.mask_token.device
     x = preprocess(images.to(device), card)
     generator = torch.Generator().manual_seed(seed)  # the same masks on every device
-    visible, mask = random_masking(len(x), mae.patches, mask_ratio, generator)
+    if mask is None:
+        visible, mask = random_masking(len(x), mae.patches, mask_ratio, generator)
+    else:
+        visible = (~mask).nonzero()[:, 1].view(len(x), -1)
     loss, prediction = mae(x, visible.to(device), mask.to(device))
     _, mean, std = mae.targets(x)
     hidden = mask[:, :, None].to(device)

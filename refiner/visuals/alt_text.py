@@ -80,9 +80,8 @@ def _list(names: list[str]) -> str:
 
 def _value(axis: Axis, value: float) -> str:
     formatter = axis.get_major_formatter()
-    if isinstance(formatter, PercentFormatter):
-        return f"{value / formatter.xmax:.0%}"
-    return f"{value:.3g}"
+    percent = isinstance(formatter, PercentFormatter)
+    return f"{value / formatter.xmax:.0%}" if percent else f"{value:.3g}"
 
 
 def _images(ax: Axes) -> list[str]:
@@ -104,10 +103,8 @@ def _lines(ax: Axes) -> list[str]:
         if len(y) == 2 and y[0] == y[1] and line.get_transform() != ax.transData:
             told.append(f"level “{name}” at {_value(ax.yaxis, y[0])}")
         else:
-            ends = " to ".join(
-                f"{_value(ax.yaxis, y[i])} at {_value(ax.xaxis, float(x[i]))}" for i in (0, -1)
-            )
-            told.append(f"curve “{name}” from {ends}")
+            ends = [(_value(ax.yaxis, y[i]), _value(ax.xaxis, float(x[i]))) for i in (0, -1)]
+            told.append(f"curve “{name}” from {' to '.join(f'{v} at {u}' for v, u in ends)}")
     return told if len(told) <= MOST else [f"{len(told)} curves", *told[:MOST]]
 
 
@@ -133,24 +130,19 @@ def _points(ax: Axes) -> list[str]:
     return [f"{count} points" + (f" in the groups {_list(names)}" if names else "")]
 
 
-def accompany_figures() -> bool:
-    """Lets every figure that this IPython session shows carry its description as alt text.
-
-    Returns:
-        Whether there is such a session.
-    """
+def accompany_figures() -> None:
+    """Lets every figure that this IPython session shows carry its description as alt text."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     formatter = getattr(shell, "display_formatter", None)
     if formatter is None or getattr(shell, "kernel", None) is None:
-        return False
+        return
     import matplotlib_inline.backend_inline  # noqa: F401, its import registers how figures show
 
     png = formatter.formatters["image/png"]
     draw = png.type_printers.get(Figure)
     if draw is not None and not hasattr(draw, "tells"):
         png.for_type(Figure, _telling(draw))
-    return True
 
 
 def _telling(draw: Callable) -> Callable:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -69,9 +70,8 @@ def explore(
     """
     if layout not in (None, "pca", "umap"):
         raise UserError(f"layout must be 'pca' or 'umap', not {layout!r}")
-    explored = prepare(
-        images, features, labels=labels, classes=classes, kind=kind, k=k, progress=progress
-    )
+    how = {"labels": labels, "classes": classes, "kind": kind, "k": k, "progress": progress}
+    explored = prepare(images, features, **how)
     if layout == "umap" and explored.start().layout != "umap":
         explored.add_umap(progress=progress)
     start = explored.start()
@@ -129,8 +129,6 @@ class Explorer:
 
     def save_png(self, path: str | Path = "explorer.png") -> Path:
         """Writes :meth:`figure`; returns the path."""
-        from matplotlib import pyplot as plt
-
         drawn = self.figure()
         drawn.savefig(path, dpi=150)
         plt.close(drawn)
@@ -140,9 +138,6 @@ class Explorer:
         """Writes the group, the selected image and its neighbors, one row an image.
 
         Columns: image, class, how it was chosen, place on both maps, the factors.
-
-        Raises:
-            ValueError: when nothing is chosen.
         """
         rows = self._chosen()
         if not rows:
@@ -321,7 +316,6 @@ class Explorer:
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
-        from matplotlib import pyplot as plt
 
         display(self.panel)
         drawn = self.figure()
@@ -442,7 +436,6 @@ class _Map:
     def _colour(self, colour: Colour) -> None:
         """Sets the colours; the points that carry them are sent when they are moved."""
         import pandas as pd
-        from matplotlib import pyplot as plt
 
         if colour.names is None:
             table = plt.get_cmap(explorer_html.colour_map(colour))

@@ -318,7 +318,7 @@ class Exploration:
 
     # ------------------------------------------------------------ UMAP
 
-    def add_umap(self, *, seed: int = 0, progress: bool = True, report=lambda *_: None) -> None:
+    def add_umap(self, *, progress: bool = True, report=lambda *_: None) -> None:
         """Makes the layout "umap" for every block of every model, or reads it from the cache."""
         if not self.complete:
             raise UserError(
@@ -330,7 +330,7 @@ class Exploration:
         features = {name: t.features for name, t in self.tables.items()}
         graphs = {name: t.graph for name, t in self.tables.items()}
         start = {name: t.xy["pca"][0] for name, t in self.tables.items()}
-        how = {"seed": seed, "progress": progress, "report": report}
+        how = {"progress": progress, "report": report}
         for name, xy in maps.umap_maps(features, graphs, start, **how).items():
             self.tables[name].xy["umap"] = xy
 
@@ -430,13 +430,11 @@ def _table(x_LND: Tensor, blocks, axes_D2: Tensor, labels, sample, k: int, bar) 
         bar.update()
     last = graphs[-1].indices[:, :k].numpy()
     kept = [_common(g.indices[:, :k].numpy(), last).mean() for g in graphs]
-    parts = (
-        torch.stack([g.indices for g in graphs]),
-        torch.stack([g.similarities for g in graphs]),
-    )
+    indices, similarities = zip(*((g.indices, g.similarities) for g in graphs), strict=True)
+    graph = Graph(torch.stack(indices), torch.stack(similarities))
     accuracy = np.asarray(accuracy or np.full(len(blocks), np.nan))
-    found = Graph(*parts), accuracy, np.asarray(kept), np.asarray(own), scaling
-    return Table(x_LND, blocks, *found, {"pca": np.stack(points)})
+    known = accuracy, np.asarray(kept), np.asarray(own), scaling
+    return Table(x_LND, blocks, graph, *known, {"pca": np.stack(points)})
 
 
 def _others(graph: Graph, themselves) -> Graph:

@@ -28,10 +28,12 @@ from refiner.models.encoders import (
     preprocessing_card,
     walk,
 )
-from refiner.models.mae import MaskedAutoencoder, patchify, random_masking, unpatchify
+from refiner.models.mae import MaskedAutoencoder, random_masking, reconstruct
 from refiner.training.heads import IDHeads, NeighborQueue
 from refiner.visuals.pictures import contact_sheet
 from refiner.visuals.style import RIGHT, WRONG, name_of
+
+CHANCES = ("gray", "blur", "solarize")  # of a view, each with a slider from 0 to 1
 
 
 class Panel:
@@ -107,12 +109,11 @@ def _image_slider(images):
 # ---------------------------------------------------------------- masks
 
 
-@torch.no_grad()
 def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
     """Lets an autoencoder paint chosen patches of one image.
 
     Args:
-        mae: in eval mode, on any device, where the results will be too.
+        mae: in eval mode, on any device.
         image: uint8 [3, H, W].
         hidden: bool [N], row by row; at least one patch hidden and one visible.
 
@@ -120,28 +121,14 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
         ``original``, ``masked`` and ``painted``, float [3, H, W] in 0…1; ``error``, the mean
         squared error over hidden patches in the units of the target, a scalar.
     """
-    n = mae.patches
     hidden = torch.as_tensor(hidden, dtype=torch.bool).cpu()
-    if hidden.shape != (n,):
-        raise UserError(f"hidden must be bool [{n}], not {list(hidden.shape)}")
+    if hidden.shape != (mae.patches,):
+        raise UserError(f"hidden must be bool [{mae.patches}], not {list(hidden.shape)}")
     if hidden.all() or not hidden.any():
         raise UserError("hide at least one patch and leave at least one visible")
-    card = mae.encoder.refiner_card
-    x = preprocess(image[None].to(mae.mask_token.device), card)
-    visible = (~hidden).nonzero()[:, 0][None].to(x.device)
-    mask = hidden[None].to(x.device)
-    error, prediction = mae(x, visible, mask)
-    _, mean, std = mae.targets(x)
-    true = patchify(x, mae.patch)
-    key = card["preprocessing"]
-    scale, shift = (torch.tensor(key[k])[:, None, None].to(x) for k in ("std", "mean"))
-    picture = lambda patches: (unpatchify(patches, mae.patch)[0] * scale + shift).clamp(0, 1)  # noqa: E731
-    return {
-        "original": picture(true),
-        "masked": picture(torch.where(mask[..., None], 0.0, true)),
-        "painted": picture(torch.where(mask[..., None], prediction * std + mean, true)),
-        "error": error,
-    }
+    found = reconstruct(mae, image[None], mask=hidden[None])
+    shown = {name: found[name][0] for name in ("original", "masked", "painted")}
+    return shown | {"error": found["loss"]}
 
 
 def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: int = 0) -> Panel:
@@ -317,8 +304,9 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
             known.clear()
             known[image] = attention_maps(model, pixels[int(image)])
         maps_ATT = known[image][block - 1]
-        row = {"cls": 0}.get(token, prefix + token if isinstance(token, int) else None)
-        maps_AT = maps_ATT[:, prefix:].mean(1) if row is None else maps_ATT[:, row]
+        rows = {"cls": slice(1), "mean": slice(prefix, None)}
+        some = rows[token] if token in rows else slice(prefix + token, prefix + token + 1)
+        maps_AT = maps_ATT[:, some].mean(1)
         name = next(label for label, value in tokens if value == token)
         title = f"block {block}, from the {name}"
         return attention_figure(pixels[int(image)], maps_AT, prefix=prefix, title=title)
@@ -367,9 +355,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
         "scale": w.FloatRangeSlider(value=view.scale, min=0.02, max=1, step=0.02, **look),
         "strength": _slider("colour jitter", max(view.brightness, view.contrast), 0.0, 1.0, 0.05),
         "hue": _slider("hue, turns", view.hue, 0.0, 0.5, 0.05),
-        "gray": _slider("gray", view.gray, 0.0, 1.0, 0.05),
-        "blur": _slider("blur", view.blur, 0.0, 1.0, 0.05),
-        "solarize": _slider("solarize", view.solarize, 0.0, 1.0, 0.05),
+        **{name: _slider(name, getattr(view, name), 0.0, 1.0, 0.05) for name in CHANCES},
         "seed": _slider("draw", seed, 0, 99),
     }
 
@@ -412,20 +398,14 @@ def project(
 
 
 def queue_candidates(
-    queue: NeighborQueue,
-    z_LO: Tensor,
-    sample_id: int,
-    *,
-    k: int = 20,
-    head: int = -1,
-    seed: int = 0,
+    queue: NeighborQueue, z_LO: Tensor, own_id: int, *, k: int = 20, head: int = -1, seed: int = 0
 ) -> dict[str, Tensor]:
     """A query's nearest entries in the queue, and the one that a lookup draws among them.
 
     Args:
         queue: filled.
         z_LO: the query's projections, [L, O].
-        sample_id: the query's own, which is never found.
+        own_id: the query's sample, which is never found.
         k: candidates.
         head: whose projection is compared.
         seed: of the draw.
@@ -436,13 +416,13 @@ def queue_candidates(
     """
     vectors_QO = queue.vectors[head]
     similarity_Q = vectors_QO @ F.normalize(z_LO[head], dim=-1)
-    similarity_Q = similarity_Q.masked_fill((queue.ids == sample_id) | (queue.ids < 0), -torch.inf)
+    similarity_Q = similarity_Q.masked_fill((queue.ids == own_id) | (queue.ids < 0), -torch.inf)
     usable = int(similarity_Q.isfinite().sum())
     if not usable:
         raise UserError("the queue holds no other sample: push some first")
     values, where = similarity_Q.topk(min(k, usable))
     generator = torch.Generator().manual_seed(seed)
-    found = queue.lookup(z_LO[:, None], torch.tensor([sample_id]), k, generator)
+    found = queue.lookup(z_LO[:, None], torch.tensor([own_id]), k, generator)
     drawn = (where == found.positions[head, 0]).nonzero()[0, 0]
     return {"ids": queue.ids[where], "similarities": values, "drawn": drawn}
 
@@ -504,8 +484,8 @@ def _queue_figure(pixels, image: int, found, labels, classes, name: str) -> Figu
         _show(ax, pixels[i], text, colour=colour, frame=place == drawn)
     about = "" if right is None else f", {right} of its class"
     figure.suptitle(f"{name}: the {len(ids)} nearest in the queue{about}")
-    words = "A query image and the images whose views are nearest, number"
-    figure.set_label(f"{words} {drawn + 1} drawn")
+    words = f"A query image and the images whose views are nearest, number {drawn + 1} drawn"
+    figure.set_label(words)
     return figure
 
 
