@@ -32,18 +32,33 @@ CPU = torch.device("cpu")
 
 def smoke(job) -> None:
     """Whether the device computes what the CPU does, and what the card can do at most."""
+    job.note(limits=limits(job))
     checks = {}
     for name, check in CHECKS.items():
-        took = time.monotonic()
-        checks[name] = {**check(job), "seconds": round(time.monotonic() - took, 1)}
-        job.note(checks=checks, green=all(c["ok"] for c in checks.values()))
-    job.note(limits=limits(job))
+        checks[name] = attempt(lambda: check(job))  # noqa: B023
+        job.note(checks=checks, green=all(c.get("ok") for c in checks.values()))
+
+
+def attempt(work) -> dict:
+    """What a function finds and its seconds, or the error, which shall not cost what follows."""
+    began = time.monotonic()
+    try:
+        found = work()
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"[:500]}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {**found, "seconds": round(time.monotonic() - began, 1)}
 
 
 def close(value: float, wanted: float, tolerance: float) -> dict:
     """A figure beside the CPU's; the tolerance is a share of the CPU's."""
-    return {"value": value, "cpu": wanted, "tolerance": tolerance,
-            "ok": abs(value - wanted) <= tolerance * max(abs(wanted), 1e-6)}  # fmt: skip
+    return {
+        "value": value,
+        "cpu": wanted,
+        "tolerance": tolerance,
+        "ok": abs(value - wanted) <= tolerance * max(abs(wanted), 1e-6),
+    }
 
 
 def some_features(job, n: int, seed: int, blocks: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,8 +76,12 @@ def same_neighbors(job) -> dict:
     # Neighbors whose similarities differ by a rounding may change places.
     apart = float((there.similarities.cpu() - here.similarities).abs().max())
     places = here.indices.numel()
-    return {"places": places, "differ": differ, "similarities_apart": apart,
-            "ok": apart < 1e-5 and differ < 1e-3 * places}  # fmt: skip
+    return {
+        "places": places,
+        "differ": differ,
+        "similarities_apart": apart,
+        "ok": apart < 1e-5 and differ < 1e-3 * places,
+    }
 
 
 def same_probe(job) -> dict:
@@ -95,8 +114,10 @@ def same_features(job) -> dict:
     extract = partial(refiner.extract, model, images, progress=False)
     plain = extract(device=CPU)["patch"]
     found = {}
-    for name, dtype, least in (("bfloat16", torch.bfloat16, 0.995), ("float32", torch.float32,
-                                                                       0.9999)):  # fmt: skip
+    for name, dtype, least in (
+        ("bfloat16", torch.bfloat16, 0.995),
+        ("float32", torch.float32, 0.9999),
+    ):
         other = extract(device=job.device, dtype=dtype)["patch"]
         cosine = torch.nn.functional.cosine_similarity(other, plain, dim=-1).mean(1).min()
         found[name] = {"least_cosine": float(cosine), "ok": float(cosine) >= least}
@@ -123,8 +144,15 @@ def training_falls_and_resumes(job) -> dict:
     """Some steps; the loss falls; stopped in the middle and resumed, it ends at the same loss."""
     model = refiner.load_model("mae_toybox")
     images = refiner.load_images("toybox", n=64 if job.tiny else 1024, progress=False)
-    run = partial(refiner.refine, model, images, recipe=short_recipe(job), device=job.device,
-                  log_every=1, progress=False)  # fmt: skip
+    run = partial(
+        refiner.refine,
+        model,
+        images,
+        recipe=short_recipe(job),
+        device=job.device,
+        log_every=1,
+        progress=False,
+    )
     whole = [sum(entry["loss"]) for entry in run().history]
     half, asked = len(whole) // 2, []
     run(out=job.scratch / "resumed", stop=lambda: asked.append(1) or len(asked) > half + 2)
@@ -143,8 +171,9 @@ def compiled_blocks(job) -> dict:
     for compiled in (False, True):
         began = time.monotonic()
         recipe = short_recipe(job, head_steps=0, steps=3, compile=compiled)
-        run = refiner.refine(model, images, recipe=recipe, device=job.device, log_every=1,
-                             progress=False)  # fmt: skip
+        run = refiner.refine(
+            model, images, recipe=recipe, device=job.device, log_every=1, progress=False
+        )
         losses.append(sum(run.history[-1]["loss"]))
         seconds.append(round(time.monotonic() - began, 2))
     return {**close(losses[1], losses[0], 0.02), "seconds_plain_and_compiled": seconds}
@@ -200,14 +229,16 @@ def utilisation(job) -> None:
                 return
             kind = f"{name}, compiled" if compiled else name
             options = {"compile": True} if compiled else {}
-            cells[kind] = utilising.utilisation(name, batch, job.device.type, rounds, **options)
+            cells[kind] = attempt(
+                partial(utilising.utilisation, name, batch, job.device.type, rounds, **options)
+            )
             job.note(cells=cells)
     if job.device.type == "cuda" and job.left > 40:
         card = torch.cuda.mem_get_info()[1]
         told = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["largest_batch"]
         near = min(told, key=lambda c: (c["way"] != "plain", abs(c["GB"] - card / 1e9)))
         room = float(torch.cuda.mem_get_info()[0])
-        job.note(largest=utilising.largest_batch("L", room), simulated=near)
+        job.note(simulated=near, largest=attempt(lambda: utilising.largest_batch("L", room)))
 
 
 # ---------------------------------------------------------------- probing
@@ -225,8 +256,15 @@ def probing(job) -> None:
             sides["refiner, CPU"] = knn_sides(*data)["refiner"]
         seconds = {n: wall(call, once="CPU" in n) for n, call in sides.items()}
         same = bool((sides["refiner"]() == sides["torch"]()).float().mean() > 0.999)
-        rows.append({"queries": queries, "keys": keys, "dim": dim, "seconds": seconds,
-                     "same_predictions": same})  # fmt: skip
+        rows.append(
+            {
+                "queries": queries,
+                "keys": keys,
+                "dim": dim,
+                "seconds": seconds,
+                "same_predictions": same,
+            }
+        )
         job.note(knn=rows)
     job.note(probe=probe_times(job))
 
@@ -267,8 +305,13 @@ def notebook04(job) -> None:
     """Runs the notebook's code at the gpu preset, without Jupyter; its trainings stop in time."""
     path = next((ROOT / "notebooks").glob("04_*.ipynb"))
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    names = {"__name__": "notebook", "preset": "gpu", "data": "toybox",
-             "model_name": "mae_toybox", "seed": 0}  # fmt: skip
+    names = {
+        "__name__": "notebook",
+        "preset": "gpu",
+        "data": "toybox",
+        "model_name": "mae_toybox",
+        "seed": 0,
+    }
     with ExitStack() as stack:
         for what, changed in stand_ins(job).items():
             stack.enter_context(mock.patch.object(refiner, what, changed))
@@ -279,8 +322,11 @@ def notebook04(job) -> None:
             place = f"<cell {number} of {path.name}>"
             linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
             exec(compile(source, place, "exec"), names)
-    job.note(recorded=dict(RECORDED), refine_steps=names["refined"].steps,
-             planned_steps=names["recipe"].head_steps + names["recipe"].steps)  # fmt: skip
+    job.note(
+        recorded=dict(RECORDED),
+        refine_steps=names["refined"].steps,
+        planned_steps=names["recipe"].head_steps + names["recipe"].steps,
+    )
     for number in plt.get_fignums():
         job.draw(f"notebook04-{number}", plt.figure(number))
 

@@ -8,6 +8,7 @@ import statistics
 import tarfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise, product
 
 import torch
@@ -20,25 +21,72 @@ from refiner.models.mae import MAERecipe
 from refiner.training.recipe import recipe_dict, recipe_from
 from refiner.visuals import plots
 
-COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
-          "gray": 0.2}  # fmt: skip
+COLOUR = {
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "gray": 0.2,
+}
 LARGE = View(size=32, scale=(0.2, 1.0), keep=0.5, **COLOUR)
 SMALL = View(size=16, scale=(0.08, 0.35), **COLOUR)
 MAE = MAERecipe(
-    dim=256, depth=12, heads=4, decoder_dim=128, decoder_depth=2, decoder_heads=4,
-    normalize_targets=True, crop=(0.3, 1.0), flip=True, batch=1024, lr=1.5e-3, ema=0.998,
+    dim=256,
+    depth=12,
+    heads=4,
+    decoder_dim=128,
+    decoder_depth=2,
+    decoder_heads=4,
+    normalize_targets=True,
+    crop=(0.3, 1.0),
+    flip=True,
+    batch=1024,
+    lr=1.5e-3,
+    ema=0.998,
     compile=True,
-)  # fmt: skip
+)
 REFINE = refiner.Recipe(
-    blocks=(-4, -3, -2, -1), hidden=1024, predictor_hidden=2048, views=(LARGE,) * 2 + (SMALL,) * 4,
-    batch=512, head_steps=150, head_lr=1e-3, lr=7.5e-4, layer_decay=0.9, clip=3.0, warmup=0.1,
-    queue=16_384, top_k=5, swap_from=0.3, swap_full=0.9, ema=0.998, compile=True,
-)  # fmt: skip
-DEEP = MAERecipe(dim=192, depth=24, heads=3, decoder_dim=96, decoder_depth=1, decoder_heads=3,
-                 batch=512, lr=1.5e-3, ema=0.998, compile=True)  # fmt: skip
+    blocks=(-4, -3, -2, -1),
+    hidden=1024,
+    predictor_hidden=2048,
+    views=(LARGE,) * 2 + (SMALL,) * 4,
+    batch=512,
+    head_steps=150,
+    head_lr=1e-3,
+    lr=7.5e-4,
+    layer_decay=0.9,
+    clip=3.0,
+    warmup=0.1,
+    queue=16_384,
+    top_k=5,
+    swap_from=0.3,
+    swap_full=0.9,
+    ema=0.998,
+    compile=True,
+)
+DEEP = MAERecipe(
+    dim=192,
+    depth=24,
+    heads=3,
+    decoder_dim=96,
+    decoder_depth=1,
+    decoder_heads=3,
+    batch=512,
+    lr=1.5e-3,
+    ema=0.998,
+    compile=True,
+)
 TINY = {"dim": 24, "depth": 4, "heads": 2, "decoder_dim": 16, "decoder_heads": 2, "batch": 8}
-TINY_REFINE = {"hidden": 16, "predictor_hidden": 16, "out": 8, "batch": 8, "queue": 32,
-               "head_steps": 2, "blocks": (-2, -1)}  # fmt: skip
+TINY_REFINE = {
+    "hidden": 16,
+    "predictor_hidden": 16,
+    "out": 8,
+    "batch": 8,
+    "queue": 32,
+    "head_steps": 2,
+    "blocks": (-2, -1),
+}
 UNLIMITED = (600.0, 1500.0)  # seconds of the two trainings where no time is given
 AFTERWARDS = 50.0  # seconds to measure what was trained
 WARM = 24  # steps that tell the pace
@@ -53,17 +101,35 @@ def pace(history: list[dict]) -> float:
     return max(statistics.median(gaps), 1e-4)
 
 
+def paced(train, recipe, counts: tuple[str, ...], job):
+    """The recipe, and the seconds of a step by a few that are thrown away.
+
+    Args:
+        train: :func:`refiner.pretrain` or :func:`refiner.refine` without recipe.
+        recipe: compiled no more where a machine cannot compile.
+        counts: the recipe's number of steps to time, then those to leave out.
+    """
+    warm = 4 if job.tiny else WARM
+    few = {counts[0]: warm, **dict.fromkeys(counts[1:], 0)}
+    try:
+        timed = train(recipe=replace(recipe, **few), log_every=warm // 4)
+    except Exception as error:
+        if not recipe.compile:
+            raise
+        job.note(not_compiled=f"{type(error).__name__}: {error}"[:500])
+        return paced(train, replace(recipe, compile=False), counts, job)
+    return recipe, pace(timed.history)
+
+
 def pretrained_in(seconds: float, images, recipe: MAERecipe, job, start=None):
     """An autoencoder that was trained for so many seconds, the measuring of the pace included."""
     end, quiet = time.monotonic() + seconds, {"progress": False, "device": job.device}
-    warm = 4 if job.tiny else WARM
-    timed = refiner.pretrain(images, recipe=replace(recipe, steps=warm), log_every=warm // 4,
-                             **quiet)  # fmt: skip
-    took = pace(timed.history)
+    train = partial(refiner.pretrain, images, **quiet)
+    recipe, took = paced(train, recipe, ("steps",), job)
     steps = max(1, int(0.97 * (end - time.monotonic()) / took))
     recipe = replace(recipe, steps=min(steps, 6) if job.tiny else steps)
     job.note(mae={"planned_steps": recipe.steps, "seconds_a_step": took, "recipe": asdict(recipe)})
-    run = refiner.pretrain(images, recipe=recipe, start=start, stop=end, log_every=20, **quiet)
+    run = train(recipe=recipe, start=start, stop=end, log_every=20)
     done = {"steps": run.steps, "history": thinned(run.history)}
     job.note(mae=job.found["mae"] | done)
     return run.mae
@@ -72,23 +138,18 @@ def pretrained_in(seconds: float, images, recipe: MAERecipe, job, start=None):
 def refined_in(seconds: float, model, images, recipe, job, **begin):
     """A refinement of so many seconds, the measuring of both stages' paces included."""
     end, quiet = time.monotonic() + seconds, {"progress": False, "device": job.device}
-    warm = 4 if job.tiny else WARM
-    few = {"log_every": warm // 4, **quiet}
-    paces = {}
-    stages = {2: {"head_steps": warm, "steps": 0}, 3: {"head_steps": 0, "steps": warm}}
-    for stage, steps in stages.items():
-        if stage == 2 and not recipe.head_steps:
-            continue
-        timed = refiner.refine(model, images, recipe=replace(recipe, **steps), **few)
-        paces[stage] = pace(timed.history)
+    train, heads_took = partial(refiner.refine, model, images, **quiet), 0.0
+    if recipe.head_steps:
+        recipe, heads_took = paced(train, recipe, ("head_steps", "steps"), job)
+    recipe, took = paced(train, recipe, ("steps", "head_steps"), job)
     left = 0.97 * (end - time.monotonic())
-    heads = min(recipe.head_steps, int(left / 5 / paces.get(2, 1.0)))
-    steps = max(1, int((left - heads * paces.get(2, 0.0)) / paces[3]))
+    heads = min(recipe.head_steps, int(left / 5 / max(heads_took, 1e-4)))
+    steps = max(1, int((left - heads * heads_took) / took))
     if job.tiny:
         heads, steps = min(heads, 2), min(steps, 4)
     recipe = replace(recipe, head_steps=heads, steps=steps)
-    job.note(refine={"planned_steps": [heads, steps], "seconds_a_step": list(paces.values())})
-    run = refiner.refine(model, images, recipe=recipe, stop=end, log_every=20, **quiet, **begin)
+    job.note(refine={"planned_steps": [heads, steps], "seconds_a_step": [heads_took, took]})
+    run = train(recipe=recipe, stop=end, log_every=20, **begin)
     done = {"steps": run.steps, "recipe": recipe_dict(run.recipe), "history": thinned(run.history)}
     job.note(refine=job.found["refine"] | done)
     return run
@@ -127,10 +188,11 @@ def report(model, bank, choosing, test, job) -> dict:
         data = keys[pooling], labels[0], asked[pooling], labels[2]
         at = {"device": job.device}
         found[pooling] = {
-            "k200": rounded(refiner.knn_accuracy(*data, k=k, temperature=0.1, standardize=False,
-                                                 **at)),
+            "k200": rounded(
+                refiner.knn_accuracy(*data, k=k, temperature=0.1, standardize=False, **at)
+            ),
             "k10": rounded(refiner.knn_accuracy(*data, k=10, **at)),
-        }  # fmt: skip
+        }
     found["reading"] = best_reading(keys, chosen, asked, labels, k, job.device)
     some = slice(0, 64 if job.tiny else 10_000)
     for pooling in ("cls", "patch"):
@@ -154,17 +216,22 @@ def best_reading(keys, chosen, asked, labels, k: int, device) -> dict:
         x, y = (pooled(f, block, pooling).to(device) for f in (keys, queries))
         change = whitening(x, power)
         bank, other = ((v - x.mean(0)) @ change for v in (x, y))
-        score = refiner.knn_accuracy(bank, labels[0], other, truth, k=k, standardize=False,
-                                     device=device)  # fmt: skip
+        score = refiner.knn_accuracy(
+            bank, labels[0], other, truth, k=k, standardize=False, device=device
+        )
         return round(float(score), 4)
 
     choices = product(range(len(keys["cls"])), ("cls", "patch", "both"), (0.0, 0.5, 0.75, 1.0))
     scores = {choice: accuracy(choice, chosen, labels[1], 10) for choice in choices}
     best = max(scores, key=scores.get)
     return {
-        "block": best[0] + 1, "pooling": best[1], "power": best[2], "chosen_by": scores[best],
-        "k10": accuracy(best, asked, labels[2], 10), "k200": accuracy(best, asked, labels[2], k),
-    }  # fmt: skip
+        "block": best[0] + 1,
+        "pooling": best[1],
+        "power": best[2],
+        "chosen_by": scores[best],
+        "k10": accuracy(best, asked, labels[2], 10),
+        "k200": accuracy(best, asked, labels[2], k),
+    }
 
 
 def pooled(features, block: int, pooling: str) -> torch.Tensor:
@@ -262,9 +329,12 @@ def gone_on(job):
     model, recipe = copy_model(mae.encoder), recipe_from(told["refine"]["recipe"])
     model.load_state_dict(parts["refined"])
     heads = refiner.IDHeads(
-        len(recipe.blocks), model.embed_dim, hidden=recipe.hidden,
-        predictor_hidden=recipe.predictor_hidden, out=recipe.out,
-    )  # fmt: skip
+        len(recipe.blocks),
+        model.embed_dim,
+        hidden=recipe.hidden,
+        predictor_hidden=recipe.predictor_hidden,
+        out=recipe.out,
+    )
     heads.load_state_dict(parts["heads"])
     return mae, model, {"heads": heads}, parts
 
@@ -275,8 +345,9 @@ def drawn(reports: dict[str, dict]):
 
     with plots.style():
         figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-        for ax, (pooling, name) in zip(axes, (("cls", "class token"), ("patch", "patch mean")),
-                                       strict=True):  # fmt: skip
+        for ax, (pooling, name) in zip(
+            axes, (("cls", "class token"), ("patch", "patch mean")), strict=True
+        ):
             curves = {name: found[pooling]["k200"] for name, found in reports.items()}
             plots.block_curve(curves, ylabel="k-NN accuracy (k = 200)", title=name, ax=ax)
     return figure
@@ -296,14 +367,19 @@ def deep(job) -> None:
     for name, depth in (("decoder", 1), ("no decoder", 0)):
         base = replace(DEEP, **TINY) if job.tiny else DEEP
         mae = pretrained_in(0.3 * room, train, replace(base, decoder_depth=depth), job)
-        recipe = refiner.Recipe.gpu(size=32, patch=4, blocks=tuple(range(-8, 0)), head_steps=100,
-                                    ema=0.998, compile=True)  # fmt: skip
+        recipe = refiner.Recipe.gpu(
+            size=32, patch=4, blocks=tuple(range(-8, 0)), head_steps=100, ema=0.998, compile=True
+        )
         if job.tiny:
             recipe = replace(recipe, **TINY_REFINE)
         before = knn_curves(mae.encoder, bank, test)
         run = refined_in(0.18 * room, mae.encoder, train, recipe, job)
-        arms[name] = {"before": before, "after": knn_curves(run.model, bank, test),
-                      "mae": job.found.pop("mae"), "refine": job.found.pop("refine")}  # fmt: skip
+        arms[name] = {
+            "before": before,
+            "after": knn_curves(run.model, bank, test),
+            "mae": job.found.pop("mae"),
+            "refine": job.found.pop("refine"),
+        }
         curves |= {f"{name}, {when}": arms[name][when] for when in ("before", "after")}
         job.note(arms=arms)
     job.draw("deep", drawn({n: {p: {"k200": v[p]} for p in v} for n, v in curves.items()}))

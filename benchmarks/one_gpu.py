@@ -168,7 +168,7 @@ def parts() -> dict[str, Part]:
     import gpu_training
 
     return {
-        "smoke": Part(45, gpu_parts.smoke),
+        "smoke": Part(60, gpu_parts.smoke),
         "cifar": Part(180, gpu_training.cifar),
         "utilisation": Part(100, gpu_parts.utilisation),
         "probing": Part(60, gpu_parts.probing),
@@ -229,8 +229,11 @@ def one_part(job: Job, part: Part, write: Callable[[], None]) -> dict:
         status = {"status": "done"}
     except Exception as error:  # whatever it is, the other parts must not be lost
         lines = traceback.format_exc().splitlines()
-        status = {"status": "failed", "error": f"{type(error).__name__}: {error}",
-                  "trace": lines[-12:]}  # fmt: skip
+        status = {
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "trace": lines[-12:],
+        }
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {**status, "seconds": round(time.monotonic() - began, 1), **job.found}
@@ -268,8 +271,15 @@ def main() -> int:
     command = "python benchmarks/one_gpu.py --parts " + " ".join(chosen)
     command += f" --budget {args.budget:.0f}" if args.budget else ""
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(device, args.tiny, args.cifar, args.earlier, args.out, Path(scratch),
-                  tuple(args.seconds) if args.seconds else None)  # fmt: skip
+        job = Job(
+            device,
+            args.tiny,
+            args.cifar,
+            args.earlier,
+            args.out,
+            Path(scratch),
+            tuple(args.seconds) if args.seconds else None,
+        )
         end = began + args.budget if args.budget else math.inf
         results = run(job, chosen, command, end)
     print(f"wrote {args.out}")

@@ -62,8 +62,9 @@ class Shape:
     queue: int = 4096
 
 
-FULL = Shape(heads=8, views=12, batch=512, hidden=2048, predictor_hidden=4096, out=256,
-             queue=65_536)  # fmt: skip
+FULL = Shape(
+    heads=8, views=12, batch=512, hidden=2048, predictor_hidden=4096, out=256, queue=65_536
+)
 
 
 class Loop:
@@ -130,10 +131,23 @@ class RawQueue(NeighborQueue):
 class Stacked:
     """The library's heads, queue and loss."""
 
-    def __init__(self, dim: int, shape: Shape, device: str, *, queue=NeighborQueue,
-                 compiled=False, fused=False):  # fmt: skip
-        self.heads = IDHeads(shape.heads, dim, hidden=shape.hidden, out=shape.out,
-                             predictor_hidden=shape.predictor_hidden).to(device)  # fmt: skip
+    def __init__(
+        self,
+        dim: int,
+        shape: Shape,
+        device: str,
+        *,
+        queue=NeighborQueue,
+        compiled=False,
+        fused=False,
+    ):
+        self.heads = IDHeads(
+            shape.heads,
+            dim,
+            hidden=shape.hidden,
+            out=shape.out,
+            predictor_hidden=shape.predictor_hidden,
+        ).to(device)
         self.queue = queue(shape.queue, shape.out, heads=shape.heads).to(device)
         stored = torch.randn(shape.heads, shape.queue, shape.out, device=device)
         self.queue.push(stored, torch.arange(10**6, 10**6 + shape.queue, device=device))
@@ -159,8 +173,13 @@ class Products:
     """The floor: all matrix products of a step, forward and backward, without what is between."""
 
     def __init__(self, dim: int, shape: Shape, device: str):
-        heads = IDHeads(shape.heads, dim, hidden=shape.hidden, out=shape.out,
-                        predictor_hidden=shape.predictor_hidden).to(device)  # fmt: skip
+        heads = IDHeads(
+            shape.heads,
+            dim,
+            hidden=shape.hidden,
+            out=shape.out,
+            predictor_hidden=shape.predictor_hidden,
+        ).to(device)
         self.weights = [m.weight for m in heads.modules() if isinstance(m, StackedLinear)]
         self.queue = torch.randn(shape.heads, shape.queue, shape.out, device=device)
         self.targets = GLOBAL * shape.batch
@@ -312,7 +331,7 @@ def parts_of_the_cpu_preset(device: str, rounds: int) -> dict:
         "loss, both ways": lambda: nna_loss(p_TVBO, targets, targets).backward(),
         "optimiser": training.stages[3].optimizer.step,
         "average": lambda: training.ema.update(run.model, 10**6),
-    }  # fmt: skip
+    }
     seconds = {name: [] for name in work}
     for turn in range(rounds + 1):  # the first is thrown away
         for name, part in work.items():
@@ -327,8 +346,16 @@ def save(args: argparse.Namespace, device: str, shape: Shape, **found) -> Path:
     command = "python benchmarks/refine_step.py" + (" --full" if args.full else "")
     command += " --no-compile" if args.no_compile else ""
     out = args.out or RESULTS / f"refine_step-{device}.json"
-    write_json(out, {**header(command), "rounds": args.rounds, "shape": vars(shape),
-                     "global_views": GLOBAL, **found})  # fmt: skip
+    write_json(
+        out,
+        {
+            **header(command),
+            "rounds": args.rounds,
+            "shape": vars(shape),
+            "global_views": GLOBAL,
+            **found,
+        },
+    )
     return out
 
 

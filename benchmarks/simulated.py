@@ -85,8 +85,9 @@ class Waits(TorchDispatchMode):
             source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
             waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             if waits and source.device.type != result.device.type:
-                self.found.append((f"{source.device.type} to {result.device.type}",
-                                   list(source.shape)))  # fmt: skip
+                self.found.append(
+                    (f"{source.device.type} to {result.device.type}", list(source.shape))
+                )
         return result
 
 

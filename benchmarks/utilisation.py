@@ -101,8 +101,9 @@ def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> d
     training = training_of(name, batch, device, **changes)
     planned = planned_memory(name, device, **changes)(batch)
     side = SIDE[device]
-    x = torch.randn(side, side, device=device,
-                    dtype=torch.bfloat16 if device == "cuda" else torch.float32)  # fmt: skip
+    x = torch.randn(
+        side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+    )
     # Counted without checkpointing: what is computed twice is no work of the model's.
     flops = arithmetic(name, batch, device, **changes | {"checkpoint": False, "compile": False})
     seconds, ceiling = [], []
@@ -117,13 +118,17 @@ def utilisation(name: str, batch: int, device: str, rounds: int, **changes) -> d
     training.source.close()
     took, limit = statistics.median(seconds), statistics.median(ceiling)
     return {
-        "batch": batch, **changes, "gigaflop_a_step": round(flops / 1e9, 1),
-        "seconds_a_step": round(took, 4), "images_a_second": round(batch / took, 1),
+        "batch": batch,
+        **changes,
+        "gigaflop_a_step": round(flops / 1e9, 1),
+        "seconds_a_step": round(took, 4),
+        "images_a_second": round(batch / took, 1),
         "gigaflop_a_second": round(flops / took / 1e9, 1),
         "ceiling_gigaflop_a_second": round(limit / 1e9, 1),
         "utilisation": round(flops / took / limit, 3),
-        "planned_GB": round(planned / GB, 2), "measured_GB": peak_GB(device),
-    }  # fmt: skip
+        "planned_GB": round(planned / GB, 2),
+        "measured_GB": peak_GB(device),
+    }
 
 
 def planned_memory(name: str, device: str, **changes) -> Callable[[int], float]:
@@ -167,8 +172,11 @@ def largest_batch(name: str, room: float, **changes) -> dict:
     planned = planned_memory(name, "cuda", **changes)
     foretold = largest(lambda n: planned(n) <= room)
     tried = {n: fits(name, n, **changes) for n in (foretold, foretold * 7 // 96 * 16) if n}
-    return {"room_GB": round(room / GB, 1), "foretold": foretold,
-            "held_GB": {str(n): held for n, held in tried.items()}}  # fmt: skip
+    return {
+        "room_GB": round(room / GB, 1),
+        "foretold": foretold,
+        "held_GB": {str(n): held for n, held in tried.items()},
+    }
 
 
 def largest(works, start: int = 32, grain: int = 16) -> int:
@@ -211,8 +219,9 @@ def main() -> None:
     command += f" --largest {' '.join(args.largest)}" if args.largest else ""
     command += " --compile" if args.compile else ""
     out = args.out or RESULTS / f"utilisation-{device}.json"
-    write_json(out, {**header(command), "rounds": args.rounds, "cells": cells,
-                     "largest_batch": batches})  # fmt: skip
+    write_json(
+        out, {**header(command), "rounds": args.rounds, "cells": cells, "largest_batch": batches}
+    )
     print(f"wrote {out}")
 
 

@@ -132,8 +132,10 @@ def measure(case: dict, device: str, rounds: int) -> dict:
     found = {}
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds["refiner"], strict=True)]
-        found[name] = {"milliseconds": round(1000 * statistics.median(values), 1),
-                       "times_ours": round(statistics.median(ratios), 2)}  # fmt: skip
+        found[name] = {
+            "milliseconds": round(1000 * statistics.median(values), 1),
+            "times_ours": round(statistics.median(ratios), 2),
+        }
     return found
 
 
@@ -148,11 +150,17 @@ def main() -> None:
     for name, case in CASES.items():
         measured = measure(case, device, args.rounds)
         sizes = [v.size for v in case["views"]]
-        cases[name] = {"images": case["images"], "size": case["size"], "views": sizes,
-                       "sides": measured}  # fmt: skip
+        cases[name] = {
+            "images": case["images"],
+            "size": case["size"],
+            "views": sizes,
+            "sides": measured,
+        }
         for side, cell in measured.items():
-            print(f"{name:11} {side:30} {cell['milliseconds']:8.1f} ms  {cell['times_ours']} times",
-                  flush=True)  # fmt: skip
+            print(
+                f"{name:11} {side:30} {cell['milliseconds']:8.1f} ms  {cell['times_ours']} times",
+                flush=True,
+            )
     out = args.out or RESULTS / f"views-{device}.json"
     write_json(out, {**header("python benchmarks/views.py"), "rounds": args.rounds, "cases": cases})
     print(f"wrote {out}")

@@ -10,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,8 +49,11 @@ def bare(tmp_path_factory):
     """Environment variables of a Python without this package and without its optional ones."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(BLOCKER)
-    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
-                         "REFINER_CACHE": str(folder / "cache")}  # fmt: skip
+    return os.environ | {
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "REFINER_CACHE": str(folder / "cache"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +74,13 @@ def archive(tmp_path_factory):
 
 def started(bare, *arguments):
     command = [sys.executable, BENCHMARKS / "one_gpu.py", "--tiny", *map(str, arguments)]
-    done = subprocess.run(command, env=bare, cwd=bare["REFINER_CACHE"].rsplit("/", 1)[0],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=bare,
+        cwd=bare["REFINER_CACHE"].rsplit("/", 1)[0],
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -94,6 +103,8 @@ def test_every_part_is_done_and_tells_what_it_found(rehearsal):
     assert found["rehearsal"] and tuple(found["parts"]) == PARTS
     assert all(p["status"] == "done" and p["seconds"] > 0 for p in found["parts"].values())
     assert found["parts"]["smoke"]["green"], found["parts"]["smoke"]["checks"]
+    assert '"error"' not in (rehearsal / "results.json").read_text()
+    assert '"not_compiled"' not in (rehearsal / "results.json").read_text()
     cifar = found["parts"]["cifar"]
     for when in ("before", "after"):
         assert len(cifar[when]["cls"]["k200"]) == len(cifar[when]["patch"]["linear"]) == 4
@@ -115,8 +126,9 @@ def test_what_comes_home_is_eight_small_files_side_by_side(rehearsal):
 
 
 def test_a_chain_goes_on_from_what_came_home(rehearsal, bare, archive, tmp_path):
-    code, text = started(bare, "--parts", "cifar", "--continue", rehearsal, "--cifar", archive,
-                         "--out", tmp_path)  # fmt: skip
+    code, text = started(
+        bare, "--parts", "cifar", "--continue", rehearsal, "--cifar", archive, "--out", tmp_path
+    )
     assert code == 0, text
     first, second = (results(folder)["parts"]["cifar"] for folder in (rehearsal, tmp_path))
     assert second["went_on_from"] == rehearsal.name and second["mae"] == first["mae"]
@@ -189,6 +201,21 @@ def test_weights_come_home_in_files_that_are_small_enough(script, tmp_path, monk
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="more than may come home"):
         script.keep_weights(tmp_path, {str(i): state for i in range(9)})
+
+
+def test_a_machine_that_cannot_compile_trains_without(job, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    training = importlib.import_module("gpu_training")
+
+    def train(recipe, log_every):
+        if recipe.compile:
+            raise RuntimeError("no compiler")
+        entries = [{"step": s, "seconds": 0.5 * s} for s in range(log_every, recipe.steps + 1)]
+        return SimpleNamespace(history=entries)
+
+    recipe, seconds = training.paced(train, training.MAE, ("steps",), job)
+    assert not recipe.compile and recipe.steps == training.MAE.steps and seconds == 0.5
+    assert job.found["not_compiled"] == "RuntimeError: no compiler"
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])

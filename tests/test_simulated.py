@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch knows no CUDA devices"
 )
 CPU = torch.device("cpu")
-NAMES = ("simulated", "memory", "refine_step")
+NAMES = ("simulated", "memory", "refine_step", "probing", "gpu_training")
 SHAPE = {"size": 32, "patch": 4, "dim": 48, "depth": 4, "heads": 3}
 VIEWS = (View(size=32, blur=1.0, solarize=0.2), View(size=32, blur=0.1), View(size=16, keep=0.5))
 
@@ -89,12 +89,16 @@ def test_the_peak_is_that_of_all_tensors_alive_at_once(tools):
 # ---------------------------------------------------------------- what a GPU would run
 
 
-@pytest.mark.parametrize("changes", [
-    {"swap_from": 0.3, "swap_full": 0.9},
-    {"swap": "both", "frozen_blocks": 2, "pooling": "patch"},
-    {"swap": "none", "checkpoint": True},
-    {"cached_views": 1, "loss_weights": "staggered"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swap_from": 0.3, "swap_full": 0.9},
+        {"swap": "both", "frozen_blocks": 2, "pooling": "patch"},
+        {"swap": "none", "checkpoint": True},
+        {"cached_views": 1, "loss_weights": "staggered"},
+    ],
+    ids=str,
+)
 def test_a_step_of_refining_never_makes_the_host_wait(tools, changes):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -172,28 +176,56 @@ def classes(*shape: int, device="cpu") -> torch.Tensor:
 
 
 PROBING = {  # what it gives, and where that has to lie
-    "neighbors": lambda at: (nearest_neighbors(
-        features(2, 50, 16, device=at), features(2, 300, 16, device=at), k=5).indices, at),
-    "from the host": lambda at: (nearest_neighbors(
-        features(50, 16, device="cpu"), features(300, 16, device="cpu"), k=5, device=at
-    ).similarities, CPU),
-    "leave one out": lambda at: (nearest_neighbors(
-        *[features(200, 16, device=at)] * 2, k=5, exclude_self=True
-    ).indices, at),
-    "k-NN": lambda at: (knn_accuracy(
-        features(2, 300, 16, device=at), classes(300), features(2, 50, 16, device=at),
-        classes(50), k=[1, 5]), CPU),
-    "votes": lambda at: (knn_predict(
-        features(300, 16, device=at), classes(300), features(50, 16, device=at), k=5)[0], CPU),
-    "linear probes": lambda at: (fit_logistic(
-        features(2, 300, 17, device=at), classes(2, 300, device=at),
-        torch.empty(3, 2, dtype=torch.float64, device=at), classes=4).weights, at),
-    "k-means": lambda at: (clusters.kmeans(
-        features(2, 300, 16, device="cpu"), 4, restarts=2, max_iter=3, device=at).inertia, CPU),
-    "CKA": lambda at: (measures.linear_cka(
-        *[features(3, 60, 16, device=at)] * 2), CPU),
+    "neighbors": lambda at: (
+        nearest_neighbors(
+            features(2, 50, 16, device=at), features(2, 300, 16, device=at), k=5
+        ).indices,
+        at,
+    ),
+    "from the host": lambda at: (
+        nearest_neighbors(
+            features(50, 16, device="cpu"), features(300, 16, device="cpu"), k=5, device=at
+        ).similarities,
+        CPU,
+    ),
+    "leave one out": lambda at: (
+        nearest_neighbors(*[features(200, 16, device=at)] * 2, k=5, exclude_self=True).indices,
+        at,
+    ),
+    "k-NN": lambda at: (
+        knn_accuracy(
+            features(2, 300, 16, device=at),
+            classes(300),
+            features(2, 50, 16, device=at),
+            classes(50),
+            k=[1, 5],
+        ),
+        CPU,
+    ),
+    "votes": lambda at: (
+        knn_predict(features(300, 16, device=at), classes(300), features(50, 16, device=at), k=5)[
+            0
+        ],
+        CPU,
+    ),
+    "linear probes": lambda at: (
+        fit_logistic(
+            features(2, 300, 17, device=at),
+            classes(2, 300, device=at),
+            torch.empty(3, 2, dtype=torch.float64, device=at),
+            classes=4,
+        ).weights,
+        at,
+    ),
+    "k-means": lambda at: (
+        clusters.kmeans(
+            features(2, 300, 16, device="cpu"), 4, restarts=2, max_iter=3, device=at
+        ).inertia,
+        CPU,
+    ),
+    "CKA": lambda at: (measures.linear_cka(*[features(3, 60, 16, device=at)] * 2), CPU),
     "LiDAR": lambda at: (measures.lidar(features(2, 60, 5, 16, device=at)), CPU),
-}  # fmt: skip
+}
 
 
 LOOKING = {  # what notebooks ask of a model on the GPU, about images on the host
@@ -202,21 +234,32 @@ LOOKING = {  # what notebooks ask of a model on the GPU, about images on the hos
     "attention": lambda t: widgets.attention_maps(t["model"], t["images"][0]).cpu(),
     "project": lambda t: widgets.project(t["model"], t["heads"], t["recipe"], t["images"]),
     "online k-NN": lambda t: online_knn(t["set"], t["set"], k=3)(t["model"]),
-}  # fmt: skip
+    "plain k-NN": lambda t: t["probing"].knn_sides(
+        *(t["x"][0], t["y"]) * 2, ks=[1, 5], device=t["at"]
+    )["torch"](),
+    "our k-NN": lambda t: t["probing"].knn_sides(
+        *(t["x"][0], t["y"]) * 2, ks=[1, 5], device=t["at"]
+    )["refiner"](),
+    "the best reading": lambda t: t["gpu_training"].best_reading(
+        *[{"cls": t["x"], "patch": t["x"]}] * 3, [t["y"]] * 3, 5, t["at"]
+    ),
+}
 
 
 @pytest.mark.parametrize("what", LOOKING)
-def test_what_notebooks_look_at_comes_back_to_the_images(tools, what):
+def test_what_notebooks_look_at_comes_back_to_the_images(tools, scripts, what):
     mae = MAERecipe(dim=48, depth=4, decoder_dim=24, decoder_heads=2).build().eval()
     recipe = Recipe.gpu(size=32, patch=4, batch=4, blocks=(3, 4), pooling="cls", views=VIEWS)
     pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     run = begin(mae.encoder, complete_recipe(recipe, mae.encoder, pixels), CPU)
     things = {"mae": mae, "model": mae.encoder, "heads": run.heads.eval(), "recipe": recipe}
-    with tools.answering(), tools.simulated(tools.GPU), tools.no_backward(mae):
+    with tools.answering(2000), tools.simulated(tools.GPU):
         tools.hollow(mae, run.heads, device=tools.GPU)
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
         labelled = ImageSet(images, torch.empty(8, dtype=torch.int64), ("a", "b"))
-        found = LOOKING[what](things | {"images": images, "set": labelled, "at": tools.GPU})
+        things |= {"images": images, "set": labelled, "at": tools.GPU, **scripts}
+        things |= {"x": torch.empty(2, 60, 16), "y": torch.empty(60, dtype=torch.int64)}
+        found = LOOKING[what](things)
         assert not isinstance(found, torch.Tensor) or found.device == CPU
 
 
