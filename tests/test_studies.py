@@ -191,7 +191,7 @@ def test_two_plans_tell_the_memory_of_every_batch(scripts):
 def test_every_result_tells_its_command_and_machine():
     results = sorted((BENCHMARKS / "results").glob("*.json"))
     assert results
-    cli = (BENCHMARKS.parent / "refiner" / "__main__.py").read_text()
+    cli = (BENCHMARKS.parent / "refiner" / "cli.py").read_text()
     for path in results:
         content = json.loads(path.read_text())
         parts = [content] if "command" in content else list(content.values())
