@@ -90,7 +90,9 @@ def main() -> None:
     name = arguments.pop("model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(__file__).parent / "results"
-    write_json(folder / f"extract-{device}-{name}.json", compare(name, device=device, **arguments))
+    command = {"command": f"python benchmarks/extract.py --model {name}"}
+    found = compare(name, device=device, **arguments)
+    write_json(folder / f"extract-{device}-{name}.json", command | found)
 
 
 if __name__ == "__main__":
