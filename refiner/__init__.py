@@ -73,11 +73,11 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.training.finetuning import finetune as finetune
     from refiner.training.heads import IDHeads as IDHeads
     from refiner.training.heads import NeighborQueue as NeighborQueue
+    from refiner.training.heads import load_heads as load_heads
     from refiner.training.heads import nna_loss as nna_loss
     from refiner.training.planning import plan as plan
     from refiner.training.pretraining import pretrain as pretrain
     from refiner.training.recipe import Recipe as Recipe
-    from refiner.training.refining import load_heads as load_heads
     from refiner.training.refining import refine as refine
     from refiner.training.watch import TensorBoard as TensorBoard
     from refiner.training.watch import online_knn as online_knn
@@ -130,7 +130,7 @@ _HOME = {
     "pretrain": "training.pretraining",
     "Recipe": "training.recipe",
     "refine": "training.refining",
-    "load_heads": "training.refining",
+    "load_heads": "training.heads",
     "TensorBoard": "training.watch",
     "online_knn": "training.watch",
     "explore": "visuals.explorer",

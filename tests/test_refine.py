@@ -142,7 +142,7 @@ def test_layer_decay_is_a_power_of_the_depth(model, images, decay_last):
     heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
     run = R.Refined(model, heads, R.NeighborQueue(8, 8, heads=2), recipe)
     scale = {}
-    for group in R._full_optimizer(run).param_groups:
+    for group in R._optimizer(run, 3).param_groups:
         for parameter in group["params"]:
             scale[id(parameter)] = group.get("lr_scale", 1.0)
     names = dict(model.named_parameters())

@@ -463,8 +463,14 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
         mode = how.get("interpolation", "bicubic")
         x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
         x = x.clamp(0, 1)  # bicubic overshoots at edges
-    mean, std = (constant(tuple(how[key]), x.device, dtype) for key in ("mean", "std"))
-    return (x - mean[:, None, None]) / std[:, None, None]
+    return normalize(x, card)
+
+
+def normalize(x_BCHW: Tensor, card: dict) -> Tensor:
+    """Brightness from 0 to 1, less a card's mean and by its deviation, channel by channel."""
+    how, device, dtype = card["preprocessing"], x_BCHW.device, x_BCHW.dtype
+    mean, std = (constant(tuple(how[key]), device, dtype)[:, None, None] for key in ("mean", "std"))
+    return (x_BCHW - mean) / std
 
 
 def preprocessing_card(model: Encoder) -> dict:

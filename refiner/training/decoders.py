@@ -50,8 +50,17 @@ class Decoder(nn.Module):
         dim, depth, heads: of the decoder.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int], prefix: int, values: int, *, dim: int,
-                 depth: int, heads: int):  # fmt: skip
+    def __init__(
+        self,
+        width: int,
+        grid: tuple[int, int],
+        prefix: int,
+        values: int,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+    ):
         super().__init__()
         self.prefix = prefix
         self.embed = nn.Linear(width, dim)
@@ -205,8 +214,13 @@ class _Frozen:
         patch, grid = self.model.patch_embed.patch_size[0], self.model.patch_embed.grid_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Decoder(self.model.num_features, tuple(grid), prefix_tokens(self.model),
-                           patch**2 * 3, **sizes)  # fmt: skip
+            return Decoder(
+                self.model.num_features,
+                tuple(grid),
+                prefix_tokens(self.model),
+                patch**2 * 3,
+                **sizes,
+            )
 
     def target(self, x: Tensor) -> Tensor:
         """What is painted, [B, N, P]."""

@@ -24,7 +24,6 @@ import torch
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from refiner.base import parallel
@@ -40,7 +39,7 @@ from refiner.base.settings import (
     checked,
     settings_from,
 )
-from refiner.base.tensors import constant, step_generator
+from refiner.base.tensors import step_generator
 from refiner.images.sets import ImageSet
 from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
@@ -49,6 +48,7 @@ from refiner.models.encoders import (
     final_pooling,
     has_class_token,
     head_features,
+    normalize,
     preprocess,
     preprocessing_card,
     width,
@@ -56,7 +56,7 @@ from refiner.models.encoders import (
 from refiner.models.load import copy_model
 from refiner.probing.logistic import PENALTIES
 from refiner.probing.probes import linear_probe, shuffled_by_class
-from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, batch_indices
+from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, batch_indices, layer_groups
 from refiner.training.states import origin
 
 
@@ -111,8 +111,19 @@ class FinetuneRecipe:
     @classmethod
     def cpu(cls, **changes) -> FinetuneRecipe:
         """A run of seconds to minutes on two cores: small steps, little augmentation."""
-        small = cls(epochs=2, batch=32, lr=2e-3, mixup=0.0, cutmix=0.0, drop_path=0.0, ema=0.99,
-                    crop=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.1, head="probe")  # fmt: skip
+        small = cls(
+            epochs=2,
+            batch=32,
+            lr=2e-3,
+            mixup=0.0,
+            cutmix=0.0,
+            drop_path=0.0,
+            ema=0.99,
+            crop=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            jitter=0.1,
+            head="probe",
+        )
         return replace(small, **changes)
 
     @classmethod
@@ -175,8 +186,9 @@ class Classifier(nn.Module):
         self.head.bias.copy_(probe.bias)
 
 
-def _over_batches(function, encoder: Encoder, pixels, device: torch.device,
-                  batch: int = 256) -> Tensor:  # fmt: skip
+def _over_batches(
+    function, encoder: Encoder, pixels, device: torch.device, batch: int = 256
+) -> Tensor:
     """A function of normalised images, batch by batch under autocast, joined."""
     card, found = preprocessing_card(encoder), []
     for start in range(0, len(pixels), batch):
@@ -205,8 +217,9 @@ class Finetuned:
         """Labels, int64 [N] on the CPU, of an ImageSet or uint8 [N, 3, H, W]."""
         pixels = images.images if isinstance(images, ImageSet) else images
         device = self.model.head.weight.device
-        place = _over_batches(lambda x: self.model(x).argmax(1), self.model.encoder, pixels,
-                              device, batch)  # fmt: skip
+        place = _over_batches(
+            lambda x: self.model(x).argmax(1), self.model.encoder, pixels, device, batch
+        )
         return self.model.classes[place].cpu()
 
     def accuracy(self, images: ImageSet) -> float:
@@ -342,8 +355,8 @@ class Steps:
             device=device,
         )
         self.labels = y_N.to(device)
-        self.how = preprocessing_card(model.encoder)["preprocessing"]
-        self.view = _view(self.how["size"], recipe)
+        self.card = preprocessing_card(model.encoder)
+        self.view = _view(self.card["preprocessing"]["size"], recipe)
         self.mix = Mixup(
             recipe.mixup,
             recipe.cutmix,
@@ -366,8 +379,7 @@ class Steps:
         generator = step_generator(self.recipe.seed, step, self.device)
         pixels, ids = self.source.batch(step)
         x = make_view(pixels, self.view, generator)
-        mean, std = (constant(tuple(self.how[k]), x.device)[:, None, None] for k in ("mean", "std"))
-        return self.mix((x - mean) / std, self.labels[ids])
+        return self.mix(normalize(x, self.card), self.labels[ids])
 
 
 def _classes(images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -389,9 +401,18 @@ def _pooling(model: Encoder, recipe: FinetuneRecipe) -> str:
 
 def _view(size: int, recipe: FinetuneRecipe) -> View:
     strength = recipe.jitter
-    return View(size=size, scale=recipe.crop, ratio=recipe.ratio, flip=recipe.flip,
-                jitter=float(strength > 0), brightness=strength, contrast=strength,
-                saturation=strength, hue=0.0, gray=0.0)  # fmt: skip
+    return View(
+        size=size,
+        scale=recipe.crop,
+        ratio=recipe.ratio,
+        flip=recipe.flip,
+        jitter=float(strength > 0),
+        brightness=strength,
+        contrast=strength,
+        saturation=strength,
+        hue=0.0,
+        gray=0.0,
+    )
 
 
 @contextmanager
@@ -427,25 +448,14 @@ def set_drop_path(model: Encoder, rate: float) -> None:
 
 
 def parameter_groups(model: Classifier, recipe: FinetuneRecipe) -> list[dict]:
-    """AdamW's groups with layer-wise decay: the head at the full rate, the last block below it.
-
-    timm gives the last block of an encoder without a head the full rate, so its scales are taken
-    one step down. It counts the final norm to the last block.
-    """
-    encoder = model.encoder
-    groups = param_groups_layer_decay(
-        encoder, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
-        no_weight_decay_list=encoder.no_weight_decay(),
-    )  # fmt: skip
+    """AdamW's groups with layer-wise decay: the head at the full rate, the last block below it."""
+    decay = recipe.layer_decay
+    groups = layer_groups(model.encoder, recipe.weight_decay, decay)
+    below = [group | {"lr_scale": group["lr_scale"] * decay} for group in groups]
     head = [
         {"params": [model.head.weight], "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
         {"params": [model.head.bias], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    below = [
-        {"params": g["params"], "weight_decay": g["weight_decay"],
-         "lr_scale": g["lr_scale"] * recipe.layer_decay}
-        for g in groups
-    ]  # fmt: skip
     return below + head
 
 

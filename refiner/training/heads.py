@@ -12,15 +12,21 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
+from refiner.base.places import data_folder
 from refiner.base.tensors import draw, largest
+from refiner.models.load import read_checkpoint
+from refiner.training.recipe import Recipe, recipe_from
+from refiner.training.states import load_state, save_state
 
 # ---------------------------------------------------------------- the loss
 
@@ -332,3 +338,77 @@ class IDHeads(nn.Module):
         z_LMO = self.projector(x_LVBD.reshape(l, v * b, d))
         p_LMO = self.predictor(z_LMO)
         return z_LMO.reshape(l, v, b, -1), p_LMO.reshape(l, v, b, -1)
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def fresh_heads(recipe: Recipe, dim: int) -> tuple[IDHeads, NeighborQueue]:
+    """Heads with new weights and an empty queue, of a recipe's sizes, for an encoder's width."""
+    heads = IDHeads(
+        len(recipe.blocks),
+        dim,
+        hidden=recipe.hidden,
+        predictor_hidden=recipe.predictor_hidden,
+        out=recipe.out,
+    )
+    return heads, NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+
+
+def copy_weights(name: str, given: nn.Module, new: nn.Module) -> None:
+    """Weights and averages of the heads or the queue, if they have the recipe's sizes."""
+    theirs, ours = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (given, new))
+    if theirs != ours:
+        key = next(k for k in ours if theirs.get(k) != ours[k])
+        raise UserError(
+            f"the {name} given do not fit the recipe and the model: {key} is {theirs.get(key)}, "
+            f"not {ours[key]}; use the recipe that they were made with"
+        )
+    new.load_state_dict(given.state_dict())
+
+
+def check_ids(queue: NeighborQueue, images) -> None:
+    """Refuses a queue of other images, whose ids would have no labels here.
+
+    Raises:
+        ValueError: for an id that no image has.
+    """
+    labels, largest = getattr(images, "labels", None), int(queue.ids.max())
+    if labels is not None and largest >= len(labels):
+        raise UserError(
+            f"the queue given holds image {largest}, but there are only {len(labels)} images; "
+            "give the images that it was filled with, or no queue"
+        )
+
+
+def save_heads(file: Path, heads: IDHeads, queue: NeighborQueue) -> None:
+    """Writes heads and queue, for :func:`load_heads`."""
+    parts = {"heads": heads, "queue": queue}
+    save_state(file, {f"{n}.{k}": v for n, m in parts.items() for k, v in m.state_dict().items()})
+
+
+def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, NeighborQueue, Recipe]:
+    """The ID heads and the filled queue that a refined encoder was trained with.
+
+    Args:
+        name: an embedded refined checkpoint, or a folder that :func:`refiner.refine` wrote.
+
+    Returns:
+        The heads in eval mode, the queue, and the recipe that made them.
+
+    Raises:
+        FileNotFoundError: when the checkpoint has no heads.
+    """
+    embedded, saved = data_folder() / "heads" / f"{name}.safetensors", Path(name) / "heads.pt"
+    if not (embedded.is_file() or saved.is_file()):
+        raise FileNotFoundError(
+            f"{name} has no heads: give a folder that refine wrote, or 'mae_toybox_refined'"
+        )
+    state = load_file(embedded) if embedded.is_file() else load_state(saved)
+    card, encoder, _ = read_checkpoint(name)
+    recipe = recipe_from(card["refine_recipe"])
+    heads, queue = fresh_heads(recipe, encoder["patch_embed.proj.weight"].shape[0])
+    for part, module in (("heads.", heads), ("queue.", queue)):
+        own = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+        module.load_state_dict(own)  # half precision becomes float32
+    return heads.eval(), queue, recipe

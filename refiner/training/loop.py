@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -87,6 +88,45 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def autocast(device: torch.device):
     """bf16 products on a GPU, nothing on a CPU, where they would be slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def layer_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, *, decay_last: bool = False
+) -> list[dict]:
+    """AdamW's groups of an encoder with layer-wise decay of the rate, as timm makes them.
+
+    Vectors, positions and tokens have no weight decay.
+
+    Args:
+        model: the encoder.
+        weight_decay: of all else.
+        layer_decay: each block's rate is this share of the next one's.
+        decay_last: the last block's is below the final norm's. MIM-Refiner's authors count the norm
+            as a layer (``LayerwiseLrDecayModifier``, after BEiT), timm counts it to that block.
+    """
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+    )
+    kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
+    return _below_the_norm(model, kept, layer_decay) if decay_last else kept
+
+
+def _below_the_norm(model: nn.Module, groups: list[dict], decay: float) -> list[dict]:
+    """Everything but the final norm one decay lower."""
+    final = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+    ids = {id(p) for module in final if module is not None for p in module.parameters()}
+    found = []
+    for group in groups:
+        norm = [p for p in group["params"] if id(p) in ids]
+        below = [p for p in group["params"] if id(p) not in ids]
+        if norm:
+            found.append(group | {"params": norm, "lr_scale": 1.0})
+        if below:
+            found.append(group | {"params": below, "lr_scale": group["lr_scale"] * decay})
+    return found
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

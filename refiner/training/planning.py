@@ -88,9 +88,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: Encoder, images, *, recipe: Recipe | None = None,
-         device: str | torch.device | None = None,
-         available: float | None = None) -> Plan:  # fmt: skip
+def plan(
+    model: Encoder,
+    images,
+    *,
+    recipe: Recipe | None = None,
+    device: str | torch.device | None = None,
+    available: float | None = None,
+) -> Plan:
     """Says what :func:`refiner.training.refining.refine` with the same arguments will do and need.
 
     Takes a few steps on copies; nothing of what it is given changes. They are not compiled: a
@@ -124,10 +129,14 @@ def plan(model: Encoder, images, *, recipe: Recipe | None = None,
     if too_large:
         changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
     return Plan(
-        recipe=recipe, images=n,
-        step_seconds=_step_seconds(model, images, recipe, device, fits=fits), memory=memory,
-        available=available, changes=changes, what=what,
-    )  # fmt: skip
+        recipe=recipe,
+        images=n,
+        step_seconds=_step_seconds(model, images, recipe, device, fits=fits),
+        memory=memory,
+        available=available,
+        changes=changes,
+        what=what,
+    )
 
 
 def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
@@ -282,9 +291,16 @@ def saved_bytes(run: Refined, images, device: torch.device, n: int) -> float:
     ids = torch.arange(n * parallel.world(), device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device):
         refine_step(
-            run.model.train(), run.heads, run.queue, pixels, ids, run.recipe, stage=3,
-            swap_chance=1.0, generator=step_generator(0, 0, device),
-        )  # fmt: skip
+            run.model.train(),
+            run.heads,
+            run.queue,
+            pixels,
+            ids,
+            run.recipe,
+            stage=3,
+            swap_chance=1.0,
+            generator=step_generator(0, 0, device),
+        )
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 
@@ -297,9 +313,15 @@ def _available(device: torch.device) -> float:
 # ---------------------------------------------------------------- time
 
 
-def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device, *,
-                  fits: Callable[[int], bool] = lambda batch: True,
-                  patience: float = 4.0) -> tuple[float, float]:  # fmt: skip
+def _step_seconds(
+    model: Encoder,
+    images,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    fits: Callable[[int], bool] = lambda batch: True,
+    patience: float = 4.0,
+) -> tuple[float, float]:
     """Seconds of a step of each stage; NaN if not even the smallest batch fits.
 
     Batches grow fourfold until they are whole, take too long or would not fit; a straight line
@@ -308,8 +330,9 @@ def _step_seconds(model: Encoder, images, recipe: Recipe, device: torch.device, 
     batch = min(recipe.batch, 4 * parallel.world())
     points: list[tuple[int, torch.Tensor]] = []
     while True:
-        took = _timed_if_it_fits(model, images, replace(recipe, batch=batch), device,
-                                 rounds=1 if points else 2)  # fmt: skip
+        took = _timed_if_it_fits(
+            model, images, replace(recipe, batch=batch), device, rounds=1 if points else 2
+        )
         if took is None:
             break
         points.append((batch, took))

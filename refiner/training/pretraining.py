@@ -16,10 +16,10 @@ from refiner.base.errors import UserError
 from refiner.base.files import write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
-from refiner.base.tensors import constant, step_generator
+from refiner.base.tensors import step_generator
 from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
-from refiner.models.encoders import preprocess
+from refiner.models.encoders import normalize, preprocess
 from refiner.models.load import read_checkpoint
 from refiner.models.mae import MAERecipe, MaskedAutoencoder, decoder_state, random_masking
 from refiner.models.save import check_savable, save_model
@@ -197,9 +197,7 @@ def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Gener
         jitter=0.0,
         gray=0.0,
     )
-    how = card["preprocessing"]
-    mean, std = (constant(tuple(how[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
-    return (make_view(pixels, view, generator) - mean) / std
+    return normalize(make_view(pixels, view, generator), card)
 
 
 def _checked(recipe: MAERecipe) -> MAERecipe:

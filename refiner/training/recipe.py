@@ -148,10 +148,23 @@ class Recipe:
             **changes: other values for any attribute.
         """
         base = cls(
-            blocks=(9, 10, 11, 12), hidden=256, predictor_hidden=512, out=128,
-            views=_toy_views(size, keep=0.5), batch=128, head_steps=20, steps=160, head_lr=4e-3,
-            lr=6e-3, layer_decay=0.75, frozen_blocks=6, queue=4096, top_k=5, ema=0.98, warmup=0.1,
-        )  # fmt: skip
+            blocks=(9, 10, 11, 12),
+            hidden=256,
+            predictor_hidden=512,
+            out=128,
+            views=_toy_views(size, keep=0.5),
+            batch=128,
+            head_steps=20,
+            steps=160,
+            head_lr=4e-3,
+            lr=6e-3,
+            layer_decay=0.75,
+            frozen_blocks=6,
+            queue=4096,
+            top_k=5,
+            ema=0.98,
+            warmup=0.1,
+        )
         return replace(base, **changes)
 
     @classmethod
@@ -165,8 +178,17 @@ class Recipe:
             patch: and its patch size, which small views are a multiple of.
             **changes: other values for any attribute.
         """
-        base = cls(hidden=1024, predictor_hidden=2048, batch=512, head_steps=500, steps=6000,
-                   head_lr=1e-3, lr=1e-3, queue=8192, ema=0.999)  # fmt: skip
+        base = cls(
+            hidden=1024,
+            predictor_hidden=2048,
+            batch=512,
+            head_steps=500,
+            steps=6000,
+            head_lr=1e-3,
+            lr=1e-3,
+            queue=8192,
+            ema=0.999,
+        )
         if size <= 64:
             base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)
         else:
@@ -198,8 +220,15 @@ class Recipe:
             raise UserError(f"{_count(images)} images are fewer than one batch of {batch}")
         local = 96 if name.endswith("/16") else 98  # a multiple of the patch
         views = tuple(replace(v, size=local) if v.size == 96 else v for v in cls().views)
-        base = cls(views=views, head_steps=20 * per_epoch, steps=epochs * per_epoch,
-                   head_warmup=4 / 20, warmup=4 / epochs, decay_last=True, **facts)  # fmt: skip
+        base = cls(
+            views=views,
+            head_steps=20 * per_epoch,
+            steps=epochs * per_epoch,
+            head_warmup=4 / 20,
+            warmup=4 / epochs,
+            decay_last=True,
+            **facts,
+        )
         return replace(base, **changes)
 
     @classmethod
@@ -233,13 +262,20 @@ class Recipe:
         per_epoch = max(1, n // batch)
         base = cls(
             blocks=_last_third(depth),
-            hidden=min(2048, 2 * width), predictor_hidden=min(4096, 4 * width),
-            views=_fitted_views(size, model.patch_embed.patch_size[0]), batch=batch, queue=queue,
-            head_steps=20 * per_epoch, steps=30 * per_epoch, head_warmup=4 / 20, warmup=4 / 30,
+            hidden=min(2048, 2 * width),
+            predictor_hidden=min(4096, 4 * width),
+            views=_fitted_views(size, model.patch_embed.patch_size[0]),
+            batch=batch,
+            queue=queue,
+            head_steps=20 * per_epoch,
+            steps=30 * per_epoch,
+            head_warmup=4 / 20,
+            warmup=4 / 30,
             top_k=max(1, round(20 * math.sqrt(queue / 65_536))),
-            temperature=_temperature(width), ema=min(0.9999, 1 - 4 / (30 * per_epoch)),
+            temperature=_temperature(width),
+            ema=min(0.9999, 1 - 4 / (30 * per_epoch)),
             decay_last=True,
-        )  # fmt: skip
+        )
         return replace(base, **changes)
 
 
@@ -247,9 +283,14 @@ class Recipe:
 _PAPER = {
     "L/16": {"blocks": tuple(range(17, 25)), "temperature": 0.2, "batch": 1024},
     "H/14": {"blocks": tuple(range(21, 33)), "temperature": 0.3, "batch": 512},
-    "2B/14": {"blocks": tuple(range(17, 25)), "temperature": 0.35, "batch": 512,
-              "frozen_blocks": 6, "epochs": 20},
-}  # fmt: skip
+    "2B/14": {
+        "blocks": tuple(range(17, 25)),
+        "temperature": 0.35,
+        "batch": 512,
+        "frozen_blocks": 6,
+        "epochs": 20,
+    },
+}
 
 
 def _count(images) -> int:
@@ -271,8 +312,14 @@ def _temperature(width: int) -> float:
 
 def _toy_views(size: int, *, keep: float = 1.0) -> tuple[View, ...]:
     """Two large and two small views whose colours say nothing."""
-    colour = {"jitter": 0.95, "brightness": 0.6, "contrast": 0.6, "saturation": 0.8, "hue": 0.5,
-              "gray": 0.4}  # fmt: skip
+    colour = {
+        "jitter": 0.95,
+        "brightness": 0.6,
+        "contrast": 0.6,
+        "saturation": 0.8,
+        "hue": 0.5,
+        "gray": 0.4,
+    }
     large = View(size=size, scale=(0.6, 1.0), keep=keep, **colour)
     small = View(size=size // 2, scale=(0.3, 0.6), **colour)
     return large, large, small, small

@@ -18,21 +18,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.files import write_json
-from refiner.base.places import data_folder, machine
-from refiner.base.tensors import constant, draw, step_generator
+from refiner.base.places import machine
+from refiner.base.tensors import draw, step_generator
 from refiner.images.sources import count, open_source
 from refiner.images.views import make_views
-from refiner.models.encoders import Encoder, allow_any_size, freeze_first, head_features
-from refiner.models.load import copy_model, read_checkpoint
+from refiner.models.encoders import (
+    Encoder,
+    allow_any_size,
+    freeze_first,
+    head_features,
+    normalize,
+)
+from refiner.models.load import copy_model
 from refiner.models.save import check_savable, save_model
-from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.training.heads import (
+    IDHeads,
+    NeighborQueue,
+    check_ids,
+    copy_weights,
+    fresh_heads,
+    nna_loss,
+    save_heads,
+)
 from refiner.training.loop import (
     EMA,
     Loop,
@@ -41,6 +53,7 @@ from refiner.training.loop import (
     autocast,
     batch_indices,
     compile_blocks,
+    layer_groups,
     repeated_indices,
 )
 from refiner.training.recipe import (
@@ -51,21 +64,21 @@ from refiner.training.recipe import (
     recipe_from,
     swap_chance,
 )
-from refiner.training.states import load_state, origin, save_state
+from refiner.training.states import origin
 from refiner.training.watch import CollapseGuard
 
 # What a resumed run may do otherwise than before, as after a loss that was not finite.
 CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
 
 
-def draw_patches(views: int, batch: int, patches: int, keep: float, *,
-                 generator: torch.Generator | None = None, rows: tuple[int, int] | None = None,
-                 device: torch.device | None = None) -> Tensor:  # fmt: skip
+def draw_patches(
+    views: int, batch: int, patches: int, keep: float, generator=None, rows=None
+) -> Tensor:
     """Random patches that stay, int64 [views * B, K], other ones for each view and sample."""
     first, total = rows or (0, batch)
     chance_VBN = draw(views, total, patches, generator=generator)[:, first : first + batch]
-    count = max(1, round(patches * keep))
-    return chance_VBN.flatten(0, 1).argsort(dim=1)[:, :count].to(device)
+    kept = max(1, round(patches * keep))
+    return chance_VBN.flatten(0, 1).argsort(dim=1)[:, :kept]
 
 
 def view_features(
@@ -87,12 +100,17 @@ def view_features(
         kept_BK = None
         if keep < 1:
             patches = (size // model.patch_embed.patch_size[0]) ** 2
-            kept_BK = draw_patches(len(members), len(views[0]), patches, keep,
-                                   generator=generator, rows=rows, device=batch.device)  # fmt: skip
+            kept_BK = draw_patches(len(members), len(views[0]), patches, keep, generator, rows)
+            kept_BK = kept_BK.to(batch.device)
         out_LMD = head_features(
-            model, batch, recipe.blocks, pooling=recipe.pooling, kept_BK=kept_BK,
-            frozen_blocks=frozen_blocks, recompute=recipe.checkpoint,
-        )  # fmt: skip
+            model,
+            batch,
+            recipe.blocks,
+            pooling=recipe.pooling,
+            kept_BK=kept_BK,
+            frozen_blocks=frozen_blocks,
+            recompute=recipe.checkpoint,
+        )
         for member, chunk in zip(members, out_LMD.chunk(len(members), dim=1), strict=True):
             features[member] = chunk
     return torch.stack(features, dim=1)
@@ -121,8 +139,9 @@ class Step:
     spread: Tensor
 
 
-def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int,
-                   generator: torch.Generator) -> Tensor:  # fmt: skip
+def batch_features(
+    model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int, generator: torch.Generator
+) -> Tensor:
     """Pooled features of the views of one batch, [L, V, b, D].
 
     Args:
@@ -132,9 +151,8 @@ def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: 
         generator: of views and dropped patches.
     """
     rows = parallel.rows(total)[0], total
-    pre = model.refiner_card["preprocessing"]
-    mean, std = (constant(tuple(pre[k]), pixels.device)[:, None, None] for k in ("mean", "std"))
-    views = [(v - mean) / std for v in make_views(pixels, recipe.views, generator, rows=rows)]
+    views = make_views(pixels, recipe.views, generator, rows=rows)
+    views = [normalize(view, model.refiner_card) for view in views]
     frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
     with torch.no_grad() if stage == 2 else nullcontext():
         return view_features(
@@ -142,9 +160,20 @@ def batch_features(model, pixels: Tensor, recipe: Recipe, *, stage: int, total: 
         )
 
 
-def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | None, ids: Tensor,
-                recipe: Recipe, *, stage: int, swap_chance: float, generator: torch.Generator,
-                labels: Tensor | None = None, features: Tensor | None = None) -> Step:  # fmt: skip
+def refine_step(
+    model,
+    heads: IDHeads,
+    queue: NeighborQueue,
+    pixels: Tensor | None,
+    ids: Tensor,
+    recipe: Recipe,
+    *,
+    stage: int,
+    swap_chance: float,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+    features: Tensor | None = None,
+) -> Step:
     """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
 
     With several processes each hands in its rows of the batch and the ids of the whole one. The
@@ -170,26 +199,48 @@ def refine_step(model, heads: IDHeads, queue: NeighborQueue, pixels: Tensor | No
     # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
     with torch.autocast(z_LVBO.device.type, enabled=False):
         found, targets, loss_L = _aligned(
-            z_LVBO.detach().float(), p_LVBO, queue, ids, recipe, swap_chance,
-            k=1 if stage == 2 else recipe.top_k, generator=generator,
-        )  # fmt: skip
-    step = Step(loss_L, found.similarity.mean(dim=1),
-                _right(found, queue, labels, own, recipe.global_views),
-                _age(found, queue), _spread(targets[:, 0]))  # fmt: skip
+            z_LVBO.detach().float(),
+            p_LVBO,
+            queue,
+            ids,
+            recipe,
+            swap_chance,
+            k=1 if stage == 2 else recipe.top_k,
+            generator=generator,
+        )
+    step = Step(
+        loss_L,
+        found.similarity.mean(dim=1),
+        _right(found, queue, labels, own, recipe.global_views),
+        _age(found, queue),
+        _spread(targets[:, 0]),
+    )
     queue.push(parallel.gather(targets[:, 0], dim=1), ids)
     return step
 
 
-def _aligned(z_LVBO: Tensor, p_LVBO: Tensor, queue: NeighborQueue, ids: Tensor, recipe: Recipe,
-             swap_chance: float, *, k: int, generator: torch.Generator):  # fmt: skip
+def _aligned(
+    z_LVBO: Tensor,
+    p_LVBO: Tensor,
+    queue: NeighborQueue,
+    ids: Tensor,
+    recipe: Recipe,
+    swap_chance: float,
+    *,
+    k: int,
+    generator: torch.Generator,
+):
     """Projections and predictions → neighbors of the global views, these views, NNA loss [L]."""
     l, _, b, o = z_LVBO.shape
     g, (first, _) = recipe.global_views, parallel.rows(len(ids))
     targets = z_LVBO[:, :g]
     found = queue.lookup(
-        targets.reshape(l, g * b, o), ids[first : first + b], k=k, generator=generator,
+        targets.reshape(l, g * b, o),
+        ids[first : first + b],
+        k=k,
+        generator=generator,
         rows=(first, len(ids)),
-    )  # fmt: skip
+    )
     neighbors = found.vectors.reshape(l, g, b, o)
     if recipe.swap == "none":
         swap_chance = 0.0
@@ -198,10 +249,14 @@ def _aligned(z_LVBO: Tensor, p_LVBO: Tensor, queue: NeighborQueue, ids: Tensor, 
         swapped = chance[:, :, first : first + b] < swap_chance
         neighbors = torch.where(swapped, neighbors, targets)
     loss_L = nna_loss(
-        parallel.gather(p_LVBO, dim=2).float(), targets, neighbors, first=first, per_head=True,
+        parallel.gather(p_LVBO, dim=2).float(),
+        targets,
+        neighbors,
+        first=first,
+        per_head=True,
         temperature=recipe.temperature,
         swap_negatives=neighbors if recipe.swap == "both" else None,
-    )  # fmt: skip
+    )
     return found, targets, loss_L
 
 
@@ -279,27 +334,23 @@ def refine(
         images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.images.streams`).
             Labels are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
-        out: folder for the refined model, heads, ``history.json`` and the training state, of which
-            the last two are kept. The state of an earlier run there becomes
-            ``state.old.pt``.
+        out: folder for the refined model, heads, ``history.json`` and the last two training
+            states. The state of an earlier run there becomes ``state.old.pt``.
         resume: go on from the state in ``out``, with the same model and images; ``lr``,
             ``head_lr``, ``clip``, ``checkpoint`` and ``compile`` may be others than before.
         evaluate: called with the averaged encoder; its dict of numbers goes into the history
             (:func:`refiner.training.watch.online_knn` makes one), with None for what is not finite.
-        evaluate_every: steps of stage 3 between evaluations, which are logged too; 0 evaluates
-            never.
+        evaluate_every: steps of stage 3 between evaluations, which are logged too; 0: never.
         watch: each is called with the history after every logged step
             (:class:`refiner.visuals.live.LiveFigure`, :class:`refiner.training.watch.TensorBoard`).
         save_every: steps between saved states; by default every 100th, if the last was a minute
-            ago: a state is large, and a GPU waits while it is written. The last step is always
-            saved.
+            ago. The last step is always saved.
         log_every: steps.
-        stop: ends the run before its last step: a function that is asked before each step and says
-            True to stop, or a moment of ``time.monotonic()``. What is returned and saved then is
-            the average of that moment; ``resume`` goes on from there. Of several processes the
-            first is asked.
-        heads, queue: trained ones to go on from, such as :func:`load_heads` gives, instead of fresh
-            heads and an empty queue; they are copied.
+        stop: ends the run early: a function that is asked before each step (True stops), or a
+            moment of ``time.monotonic()``. The average of that moment is returned and saved;
+            ``resume`` goes on from there. Of several processes the first is asked.
+        heads, queue: trained ones to go on from, such as :func:`refiner.load_heads`
+            gives, instead of fresh heads and an empty queue; they are copied.
         device: default CUDA if there is one, else CPU.
         progress: show a bar with the loss, the neighbors' accuracy and the remaining time.
 
@@ -363,46 +414,13 @@ def begin(
     student = allow_any_size(copy_model(model)).to(device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        new_heads = IDHeads(
-            len(recipe.blocks),
-            student.embed_dim,
-            hidden=recipe.hidden,
-            predictor_hidden=recipe.predictor_hidden,
-            out=recipe.out,
-        )
-    new_queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+        new_heads, new_queue = fresh_heads(recipe, student.embed_dim)
     for name, new, given in (("heads", new_heads, heads), ("queue", new_queue, queue)):
         if given is not None:
-            _copy_weights(name, given, new)
+            copy_weights(name, given, new)
     if recipe.compile:
         compile_blocks(student.blocks)
     return Refined(student, new_heads.to(device).train(), new_queue.to(device), recipe)
-
-
-def _copy_weights(name: str, given: nn.Module, new: nn.Module) -> None:
-    """Weights and averages of the heads or the queue, if they have the recipe's sizes."""
-    theirs, ours = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (given, new))
-    if theirs != ours:
-        key = next(k for k in ours if theirs.get(k) != ours[k])
-        raise UserError(
-            f"the {name} given do not fit the recipe and the model: {key} is {theirs.get(key)}, "
-            f"not {ours[key]}; use the recipe that they were made with"
-        )
-    new.load_state_dict(given.state_dict())
-
-
-def check_ids(queue: NeighborQueue, images) -> None:
-    """Refuses a queue of other images, whose ids would have no labels here.
-
-    Raises:
-        ValueError: for an id that no image has.
-    """
-    labels, largest = getattr(images, "labels", None), int(queue.ids.max())
-    if labels is not None and largest >= len(labels):
-        raise UserError(
-            f"the queue given holds image {largest}, but there are only {len(labels)} images; "
-            "give the images that it was filled with, or no queue"
-        )
 
 
 def loop_of(steps: Steps, **options) -> Loop:
@@ -413,26 +431,23 @@ def loop_of(steps: Steps, **options) -> Loop:
         **options: others of :class:`refiner.training.loop.Loop`.
     """
     run, recipe = steps.run, steps.run.recipe
-    head_warmup = recipe.warmup if recipe.head_warmup is None else recipe.head_warmup
-    scale = recipe.batch / 256
-    heads = Stage(
-        recipe.head_steps,
-        partial(steps.take, 2),
-        _head_optimizer(run),
-        peak=recipe.head_lr * scale,
-        warmup=_share_of(recipe.head_steps, head_warmup),
-        averaged=False,
-    )
-    everything = Stage(
-        recipe.steps,
-        partial(steps.take, 3),
-        _full_optimizer(run),
-        peak=recipe.lr * scale,
-        warmup=_share_of(recipe.steps, recipe.warmup),
-    )
+
+    def stage(number: int, count: int, optimizer, lr: float, warmup: float) -> Stage:
+        return Stage(
+            count,
+            partial(steps.take, number),
+            optimizer,
+            peak=lr * (recipe.batch / 256),
+            warmup=int(warmup * count + 1e-6),  # 4 / 30 of 30 epochs are 4, rounding or not
+            averaged=number == 3,
+        )
+
+    early = recipe.warmup if recipe.head_warmup is None else recipe.head_warmup
+    heads = stage(2, recipe.head_steps, _optimizer(run, 2), recipe.head_lr, early)
+    whole = stage(3, recipe.steps, _optimizer(run, 3), recipe.lr, recipe.warmup)
     return Loop(
         {"model": run.model, "heads": run.heads, "queue": run.queue},
-        {2: heads, 3: everything},
+        {2: heads, 3: whole},
         steps.source,
         steps.device,
         recipe,
@@ -445,11 +460,6 @@ def loop_of(steps: Steps, **options) -> Loop:
         shown=_shown,
         **options,
     )
-
-
-def _share_of(steps: int, share: float) -> int:
-    """4 / 30 of 30 epochs' steps are those of 4 epochs, rounding or not."""
-    return int(share * steps + 1e-6)
 
 
 def _shown(entry: dict) -> dict:
@@ -488,45 +498,34 @@ class Steps:
 
     def take(self, stage: int, step: int) -> tuple[Tensor, dict[str, Tensor | None]]:
         """A step of a stage: its loss, summed over the heads, and a :class:`Step` to be logged."""
-        recipe = self.run.recipe
-        self.run.model.train(stage == 3)
+        run, recipe = self.run, self.run.recipe
+        run.model.train(stage == 3)
+        at = step if stage == 2 else recipe.head_steps + step
+        pixels = features = weights = None
         with autocast(self.device):
-            result = self.step_of_heads(step) if stage == 2 else self.step_of_all(step)
+            if stage == 2 and recipe.cached_views:
+                features, ids = self.kept_features(at)
+            else:
+                pixels, ids = self.source.batch(at)
+            result = refine_step(
+                run.model,
+                run.heads,
+                run.queue,
+                pixels,
+                ids,
+                recipe,
+                stage=stage,
+                swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
+                generator=self.generator(at),
+                labels=self.labels,
+                features=features,
+            )
         loss_L = result.loss
-        weights = None if stage == 2 else head_loss_weights(recipe, step)
+        if stage == 3:
+            self.kept_KNLVD, weights = None, head_loss_weights(recipe, step)
         if weights is not None:
             loss_L = loss_L * torch.tensor(weights).to(loss_L.device, non_blocking=True)
         return loss_L.sum(), vars(result)
-
-    def step_of_heads(self, step: int) -> Step:
-        """Stage 2: from pixels, or from features that earlier epochs have left."""
-        if not self.run.recipe.cached_views:
-            pixels, ids = self.source.batch(step)
-            return self.forward(step, pixels, ids, stage=2, swap_chance=1.0)
-        features, ids = self.kept_features(step)
-        return self.forward(step, None, ids, stage=2, swap_chance=1.0, features=features)
-
-    def step_of_all(self, step: int) -> Step:
-        """Stage 3, whose steps come after those of stage 2."""
-        self.kept_KNLVD = None
-        recipe = self.run.recipe
-        at = recipe.head_steps + step
-        chance = swap_chance(recipe, step)
-        return self.forward(at, *self.source.batch(at), stage=3, swap_chance=chance)
-
-    def forward(self, at: int, pixels: Tensor | None, ids: Tensor, **options) -> Step:
-        run = self.run
-        return refine_step(
-            run.model,
-            run.heads,
-            run.queue,
-            pixels,
-            ids,
-            run.recipe,
-            generator=self.generator(at),
-            labels=self.labels,
-            **options,
-        )
 
     def generator(self, step: int) -> torch.Generator:
         return step_generator(self.run.recipe.seed, step, self.device)
@@ -564,53 +563,22 @@ class Steps:
 def _indices(recipe: Recipe, n: int, step: int) -> Tensor:
     """Which of n images are the batch of a step."""
     if recipe.cached_views and step < recipe.head_steps:
-        return repeated_indices(n, recipe.batch, seed=recipe.seed, step=step,
-                                epochs=recipe.cached_views)  # fmt: skip
+        return repeated_indices(
+            n, recipe.batch, seed=recipe.seed, step=step, epochs=recipe.cached_views
+        )
     return batch_indices(n, recipe.batch, seed=recipe.seed, step=step)
 
 
-def _head_optimizer(run: Refined) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        run.heads.parameters(), lr=run.recipe.head_lr, betas=(0.9, 0.95),
-        weight_decay=run.recipe.head_weight_decay, fused=True,
-    )  # fmt: skip
-
-
-def _full_optimizer(run: Refined) -> torch.optim.Optimizer:
-    """Encoder with layer-wise decay (timm's groups) and heads at full rate."""
-    recipe, model = run.recipe, run.model
-    freeze_first(model, recipe.frozen_blocks)
-    groups = param_groups_layer_decay(
-        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
-        no_weight_decay_list=model.no_weight_decay(),
-    )  # fmt: skip
-    kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
-    if recipe.decay_last:
-        kept = _below_the_norm(model, kept, recipe.layer_decay)
+def _optimizer(run: Refined, stage: int) -> torch.optim.Optimizer:
+    """The heads' and, in stage 3, the encoder's with layer-wise decay below them."""
+    recipe, model, groups = run.recipe, run.model, []
+    if stage == 3:
+        freeze_first(model, recipe.frozen_blocks)
+        groups = layer_groups(
+            model, recipe.weight_decay, recipe.layer_decay, decay_last=recipe.decay_last
+        )
     heads = {"params": list(run.heads.parameters()), "weight_decay": recipe.head_weight_decay}
-    return torch.optim.AdamW([*kept, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-
-
-def _below_the_norm(model: Encoder, groups: list[dict], decay: float) -> list[dict]:
-    """Everything but the final norm one decay lower.
-
-    The authors count the final norm as the last layer (``LayerwiseLrDecayModifier`` in
-    ml-jku/MIM-Refiner, after BEiT); timm counts it to the last block.
-    """
-    final = [getattr(model, name, None) for name in ("norm", "fc_norm")]
-    ids = {id(p) for module in final if module is not None for p in module.parameters()}
-    found = []
-    for group in groups:
-        norm = [p for p in group["params"] if id(p) in ids]
-        below = [p for p in group["params"] if id(p) not in ids]
-        if norm:
-            found.append(group | {"params": norm, "lr_scale": 1.0})
-        if below:
-            found.append(group | {"params": below, "lr_scale": group["lr_scale"] * decay})
-    return found
-
-
-# ---------------------------------------------------------------- saving and loading
+    return torch.optim.AdamW([*groups, heads], lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 
 
 def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
@@ -624,44 +592,9 @@ def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
         "machine": machine(),
         "seconds": run.history[-1]["seconds"] if run.history else 0.0,
     }
+    card.pop("stopped_after_steps", None)
     if run.steps < run.recipe.head_steps + run.recipe.steps:
         card["stopped_after_steps"] = run.steps
     save_model(run.model, out)
-    state = {f"heads.{k}": v for k, v in run.heads.state_dict().items()}
-    state |= {f"queue.{k}": v for k, v in run.queue.state_dict().items()}
-    save_state(out / "heads.pt", state)
+    save_heads(out / "heads.pt", run.heads, run.queue)
     write_json(out / "history.json", run.history)
-
-
-def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, NeighborQueue, Recipe]:
-    """The ID heads and the filled queue that a refined encoder was trained with.
-
-    Args:
-        name: an embedded refined checkpoint, or a folder that :func:`refine` wrote.
-
-    Returns:
-        The heads in eval mode, the queue, and the recipe that made them.
-
-    Raises:
-        FileNotFoundError: when the checkpoint has no heads.
-    """
-    embedded, saved = data_folder() / "heads" / f"{name}.safetensors", Path(name) / "heads.pt"
-    if not (embedded.is_file() or saved.is_file()):
-        raise FileNotFoundError(
-            f"{name} has no heads: give a folder that refine wrote, or 'mae_toybox_refined'"
-        )
-    state = load_file(embedded) if embedded.is_file() else load_state(saved)
-    card, encoder, _ = read_checkpoint(name)
-    recipe = recipe_from(card["refine_recipe"])
-    parts: dict[str, dict] = {"heads": {}, "queue": {}}
-    for key, value in state.items():
-        part, _, rest = key.partition(".")
-        parts[part][rest] = value.float() if value.is_floating_point() else value
-    heads = IDHeads(
-        len(recipe.blocks), encoder["patch_embed.proj.weight"].shape[0], hidden=recipe.hidden,
-        predictor_hidden=recipe.predictor_hidden, out=recipe.out,
-    )  # fmt: skip
-    heads.load_state_dict(parts["heads"])
-    queue = NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
-    queue.load_state_dict(parts["queue"])
-    return heads.eval(), queue, recipe
