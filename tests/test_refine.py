@@ -16,6 +16,7 @@ from refiner.images.toybox import render
 from refiner.images.views import View
 from refiner.models.encoders import allow_any_size, keep_patches
 from refiner.models.load import build_vit, copy_model, load_model
+from refiner.training.heads import load_heads
 
 R = importlib.import_module(
     "refiner.training.refining"
@@ -288,7 +289,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(
 
 def test_heads_come_back_with_their_queue(model, images, tmp_path):
     run = R.refine(model, images, recipe=TINY, out=tmp_path, progress=False)
-    heads, queue, recipe = R.load_heads(tmp_path)
+    heads, queue, recipe = load_heads(tmp_path)
     assert recipe == run.recipe
     x_LVBD = torch.randn(2, 2, 8, 16)
     run.heads.eval()
@@ -296,7 +297,7 @@ def test_heads_come_back_with_their_queue(model, images, tmp_path):
         assert torch.equal(ours, theirs)
     assert all(torch.equal(v, run.queue.state_dict()[k]) for k, v in queue.state_dict().items())
     with pytest.raises(FileNotFoundError, match="no heads"):
-        R.load_heads("mae_toybox")
+        load_heads("mae_toybox")
 
 
 def test_a_run_goes_on_from_given_heads_and_queue(model, images):
@@ -359,7 +360,7 @@ def test_a_folder_from_when_blocks_counted_from_0_is_converted(model, images, tm
     run = R.refine(model, images, **options)
     card = json.loads((tmp_path / "card.json").read_text())
     (tmp_path / "card.json").write_text(json.dumps(card | {"refine_recipe": older(card)}))
-    heads, _, recipe = R.load_heads(tmp_path)
+    heads, _, recipe = load_heads(tmp_path)
     assert recipe == run.recipe and recipe.blocks == (2, 3)
     assert_same_state(heads, run.heads)
     state = torch.load(tmp_path / "state.previous.pt")
@@ -382,7 +383,7 @@ def assert_same_state(one, other):
 
 def test_embedded_heads_know_the_embedded_encoder():
     """An image's projection lies close to that of the same image in the queue, mirrored or not."""
-    heads, queue, recipe = R.load_heads("mae_toybox_refined")
+    heads, queue, recipe = load_heads("mae_toybox_refined")
     model = allow_any_size(load_model("mae_toybox_refined"))
     newest = queue.ids[(queue.pushed - 1 - torch.arange(64)) % recipe.queue]
     assert len(newest.unique()) == 64
