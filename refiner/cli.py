@@ -14,7 +14,7 @@ from pathlib import Path
 
 import refiner
 from refiner.base.errors import UserError
-from refiner.base.settings import changed, parse_setting
+from refiner.base.settings import Count, Whole, changed, in_range, parse_setting
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -485,13 +485,8 @@ def training_options(args: argparse.Namespace) -> dict:
         ValueError: for a number of steps below 1.
     """
     options = {"out": args.out, "resume": args.resume, "device": args.device}
-    for option, least in (("save_every", 1), ("knn_every", 0)):
-        value = getattr(args, option, None)
-        if value is not None and value < least:
-            name = option.replace("_", "-")
-            raise UserError(f"--{name} is {value}; it needs to be {least} or more")
-    if args.save_every is not None:
-        options["save_every"] = args.save_every
+    in_range("--knn-every", getattr(args, "knn_every", None), Whole | None)
+    options["save_every"] = in_range("--save-every", args.save_every, Count | None)
     return options
 
 

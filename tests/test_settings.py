@@ -6,12 +6,14 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 import numpy as np
 import pytest
+import torch
 
 import refiner
 from refiner.base.settings import Count, Entries, Range, Share, changed, checked, settings_from
 from refiner.evaluation.probe import Settings
 from refiner.evaluation.protocols import EvaluationSettings
 from refiner.images.views import View
+from refiner.models.load import build_vit
 from refiner.models.mae import MAERecipe
 from refiner.training.finetuning import FinetuneRecipe
 from refiner.training.recipe import Recipe
@@ -115,3 +117,19 @@ def test_what_lies_in_a_card_is_checked_and_the_rest_has_its_default():
         settings_from(Some, {"m": 1})
     with pytest.raises(refiner.UserError, match="Some is .*; it needs to be a Some"):
         settings_from(Some, [1])
+
+
+@pytest.mark.parametrize("name", ["size", "patch", "dim", "depth", "heads"])
+@pytest.mark.parametrize("value", [0, -4, 2.5, "many", 1e12])
+def test_an_encoder_of_no_size_is_refused(name, value):
+    with pytest.raises(refiner.UserError, match=f"{name} is "):
+        build_vit(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("log_every", 0), ("save_every", 0), ("save_every", -5),
+                                         ("log_every", 2.5)])  # fmt: skip
+def test_steps_between_entries_and_states_are_counts(name, value):
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    recipe = MAERecipe(size=8, depth=1, batch=4, steps=1)
+    with pytest.raises(refiner.UserError, match=f"{name} is "):
+        refiner.pretrain(images, recipe=recipe, progress=False, **{name: value})

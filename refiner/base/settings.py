@@ -78,7 +78,40 @@ def checked(settings: S) -> S:
         UserError: naming the field, its value, and what it needs to be.
     """
     hints = _hints(type(settings))
-    return replace(settings, **{n: _fitted(n, getattr(settings, n), h) for n, h in hints.items()})
+    return replace(settings, **{n: in_range(n, getattr(settings, n), h) for n, h in hints.items()})
+
+
+def in_range(name: str, value: Any, hint: Any) -> Any:
+    """A value as a declared type has it, such as ``in_range("depth", 12, Count)``.
+
+    Raises:
+        UserError: naming the value and what it needs to be.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = in_range(name, value, parts[0])
+        for limits in parts[1:]:
+            if value not in limits:
+                raise UserError(f"{name} is {value!r}; it needs to be {limits}")
+    elif origin in (Union, UnionType):
+        return None if value is None and NoneType in parts else _first(name, value, parts)
+    elif origin is tuple:
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        hints = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(value) != len(hints):
+            raise UserError(f"{name} is {value!r}; it needs {len(hints)} values")
+        value = tuple(in_range(name, v, h) for v, h in zip(value, hints, strict=True))
+    elif origin is Literal:
+        if value not in parts:
+            raise UserError(f"{name} is {value!r}; choose {', '.join(map(repr, parts))}")
+    elif is_dataclass(hint) and isinstance(value, hint | Mapping):
+        if isinstance(value, Mapping):
+            _check_names(hint, value)
+            value = hint(**value)
+        value = checked(value)
+    else:
+        value = _plain(name, value, hint)
+    return value
 
 
 def settings_from(kind: type[S], values: Mapping) -> S:
@@ -87,7 +120,7 @@ def settings_from(kind: type[S], values: Mapping) -> S:
     Raises:
         UserError: for a name that the settings lack, or a value out of its range.
     """
-    return _fitted(kind.__name__, values, kind)
+    return in_range(kind.__name__, values, kind)
 
 
 def changed(settings: S, texts: list[str]) -> S:
@@ -128,44 +161,15 @@ def _check_names(kind: type, values: Mapping) -> None:
             raise UserError(f"there is no setting {name!r}; there are {', '.join(_hints(kind))}")
 
 
-def _fitted(name: str, value: Any, hint: Any) -> Any:
-    """A value as its field's type has it."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        value = _fitted(name, value, parts[0])
-        for limits in parts[1:]:
-            if value not in limits:
-                raise UserError(f"{name} is {value!r}; it needs to be {limits}")
-    elif origin in (Union, UnionType):
-        return None if value is None and NoneType in parts else _first(name, value, parts)
-    elif origin is tuple:
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        hints = parts[:1] * len(value) if parts[-1] is ... else parts
-        if len(value) != len(hints):
-            raise UserError(f"{name} is {value!r}; it needs {len(hints)} values")
-        value = tuple(_fitted(name, v, h) for v, h in zip(value, hints, strict=True))
-    elif origin is Literal:
-        if value not in parts:
-            raise UserError(f"{name} is {value!r}; choose {', '.join(map(repr, parts))}")
-    elif is_dataclass(hint) and isinstance(value, hint | Mapping):
-        if isinstance(value, Mapping):
-            _check_names(hint, value)
-            value = hint(**value)
-        value = checked(value)
-    else:
-        value = _plain(name, value, hint)
-    return value
-
-
 def _first(name: str, value: Any, hints: tuple) -> Any:
     """A value as the first of several types that takes it, or the last one's complaint."""
     *others, last = (hint for hint in hints if hint is not NoneType)
     for hint in others:
         try:
-            return _fitted(name, value, hint)
+            return in_range(name, value, hint)
         except UserError:
             continue
-    return _fitted(name, value, last)
+    return in_range(name, value, last)
 
 
 def _plain(name: str, value: Any, kind: type) -> Any:

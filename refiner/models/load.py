@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from refiner.base.errors import UserError
 from refiner.base.places import data_folder
+from refiner.base.settings import Count, in_range
 from refiner.models.catalogue import Entry, find, nearest
 from refiner.models.convert import DECODER_PREFIXES, Converted, convert, read_file
 from refiner.models.download import download, from_hub
@@ -70,12 +71,12 @@ def build_vit(
     Raises:
         ValueError: when the patch does not divide the size or the heads the width.
     """
+    sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    architecture = {name: in_range(name, value, Count) for name, value in sizes.items()} | details
     if size % patch or dim % heads or dim % 4:
         raise UserError(
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
         )
-    architecture = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
-    architecture |= details
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

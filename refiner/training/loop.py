@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from refiner.base import parallel
+from refiner.base.settings import Count, Whole, in_range
 from refiner.images.sources import Source
 from refiner.training.states import (
     as_now,
@@ -290,6 +291,9 @@ class Loop:
     shown: Callable[[dict], dict] | None = None
 
     def __post_init__(self):
+        self.save_every = in_range("save_every", self.save_every, Count | None)
+        self.log_every = in_range("log_every", self.log_every, Count)
+        self.evaluate_every = in_range("evaluate_every", self.evaluate_every, Whole)
         self.guard = self.guard or Guard(self.file)
         self.is_over = stopper(self.stop)
         self.history: list[dict] = []
