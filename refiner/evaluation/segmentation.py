@@ -6,7 +6,7 @@ Interpolation and the linear map commute, so features are interpolated to a few 
 each train image and the classifier is the exact minimum of :mod:`refiner.probing.probes`' objective
 on them, instead of the end of a schedule.
 
-Shape legend: L blocks, N images, B images of a batch, Q pixels an image, D width, C classes,
+Shape legend: L blocks, N images, B images of a batch, Q pixels an image, D C classes,
 S side of the images, h w grid of patches, E = D + 1 (bias last).
 """
 
@@ -32,7 +32,6 @@ from refiner.models.encoders import (
     default_batch,
     preprocess,
     preprocessing_card,
-    width,
 )
 from refiner.probing.logistic import PENALTIES, PenaltyChoice, Scaling, penalty_grid
 
@@ -58,7 +57,7 @@ def patch_maps(model: Encoder, images: Tensor, blocks: Sequence[int]) -> list[Te
         found = model.forward_intermediates(
             x, indices=[b - 1 for b in blocks], intermediates_only=True, norm=False, **options
         )
-    return [F.pad(f.float(), (0, 0, 0, 0, 0, width(model) - f.shape[1])) for f in found]
+    return [F.pad(f.float(), (0, 0, 0, 0, 0, model.num_features - f.shape[1])) for f in found]
 
 
 def at_pixels(maps_BDhw: Tensor, rows_BQ: Tensor, columns_BQ: Tensor, size: int) -> Tensor:

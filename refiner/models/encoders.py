@@ -162,11 +162,6 @@ def final_pooling(model: Encoder) -> str:
     return "cls" if has_class_token(model) and model.global_pool != "avg" else "patch"
 
 
-def width(model: Encoder) -> int:
-    """Width of the features: of the last block in a Hiera, of every block in the others."""
-    return model.num_features
-
-
 def allow_any_size(model: Encoder) -> Encoder:
     """Lets a model take other image sizes by interpolating its positions; returns the model.
 
@@ -432,7 +427,7 @@ TOKENS_A_BATCH = {"cpu": 2**13, "cuda": 2**17}  # on a CPU, larger batches are n
 # ---------------------------------------------------------------- preprocessing
 
 
-def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def preprocess(images: Tensor, card: dict) -> Tensor:
     """Turns pixels into a model's input, on the images' own device.
 
     Args:
@@ -440,7 +435,6 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
         card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels), "mean" and
             "std" (of brightness 0 to 1), "interpolation" ("bicubic" or "bilinear") and, optional,
             "crop_pct", the share of the shorter side that is kept.
-        dtype: of the result.
 
     Returns:
         Normalised [B, 3, size, size]. If the size differs, images are cropped to their central
@@ -455,7 +449,7 @@ def preprocess(images: Tensor, card: dict, *, dtype: torch.dtype = torch.float32
         )
     how = card["preprocessing"]
     size, (h, w) = how["size"], images.shape[2:]
-    x = images.to(dtype) / 255
+    x = images.float() / 255
     if (h, w) != (size, size):
         side = round(min(h, w) * how.get("crop_pct", 1.0))
         top, left = (h - side) // 2, (w - side) // 2
@@ -549,38 +543,27 @@ def head_features(
     blocks: tuple[int, ...],
     *,
     pooling: str | tuple[str, ...] = "cls",
-    kept_BK: Tensor | None = None,
-    frozen_blocks: int = 0,
-    recompute: bool = False,
+    **how,
 ) -> Tensor:
     """Pooled output of the chosen blocks, [L, B, D], in one pass.
 
     Args:
-        model: an encoder that takes any size (:func:`refiner.models.encoders.allow_any_size`).
+        model: an encoder that takes any size (:func:`allow_any_size`).
         x_BCHW: normalised views of one size.
         blocks: counted from 1, ascending; the last block's is read after the final norm.
         pooling: "cls" or "patch", or one for each of ``blocks``.
-        kept_BK: int64 [B, K], the patches that stay; None keeps all.
-        frozen_blocks: the embedding and this many blocks run without gradient.
-        recompute: run the other blocks again in the backward pass instead of storing activations.
+        **how: ``kept_BK``, ``frozen`` and ``recompute`` of :func:`walk`.
     """
     depth = len(model.blocks)
     numbers = block_numbers(blocks, depth)
     poolings = [pooling] * len(numbers) if isinstance(pooling, str) else pooling
     reads = dict(zip(numbers, poolings, strict=True))
     top, pooled = max(numbers), []
-    for number, x_BND in walk(
-        model,
-        x_BCHW,
-        top=top,
-        kept_BK=kept_BK,
-        frozen=frozen_blocks,
-        recompute=recompute,
-        class_token_only=reads[top] == "cls",
-    ):
+    how |= {"top": top, "class_token_only": reads[top] == "cls"}
+    for number, x_BTD in walk(model, x_BCHW, **how):
         if number in reads:
             take_out = final_features if number == depth else pool
-            pooled.append(take_out(model, x_BND, reads[number]))
+            pooled.append(take_out(model, x_BTD, reads[number]))
     return torch.stack(pooled)
 
 

@@ -256,26 +256,20 @@ def load_mae(
     card, encoder, decoder = found
     if not decoder:
         raise FileNotFoundError(f"{name} has no decoder, so it cannot reconstruct")
-    mae = _built(card, decoder, decoder_heads, normalize_targets)
+    blocks = {key.split(".")[1] for key in decoder if key.startswith("decoder_blocks.")}
+    if "recipe" in card:
+        mae = settings_from(MAERecipe, card["recipe"]).build()
+    else:
+        mae = MaskedAutoencoder(
+            build_vit(**card["architecture"]),
+            decoder_dim=len(decoder["decoder_embed.weight"]),
+            decoder_depth=len(blocks),
+            decoder_heads=decoder_heads,
+            normalize_targets=normalize_targets,
+        )
     mae.load_state_dict({f"encoder.{k}": v for k, v in encoder.items()} | decoder)
     mae.encoder.refiner_card = card
     return mae.eval()
-
-
-def _built(
-    card: dict, decoder: dict[str, Tensor], heads: int, normalize_targets: bool
-) -> MaskedAutoencoder:
-    """A fresh autoencoder of the right shape, by the recipe or else by the decoder's tensors."""
-    if "recipe" in card:
-        return settings_from(MAERecipe, card["recipe"]).build()
-    blocks = {key.split(".")[1] for key in decoder if key.startswith("decoder_blocks.")}
-    return MaskedAutoencoder(
-        build_vit(**card["architecture"]),
-        decoder_dim=len(decoder["decoder_embed.weight"]),
-        decoder_depth=len(blocks),
-        decoder_heads=heads,
-        normalize_targets=normalize_targets,
-    )
 
 
 @torch.no_grad()

@@ -55,11 +55,7 @@ def save_model(
 
 
 def check_savable(model: Encoder) -> None:
-    """Finds out before the work that :func:`save_model` would refuse the result.
-
-    Raises:
-        ValueError: as ``save_model`` does.
-    """
+    """Finds out before the work that :func:`save_model` would refuse the result, as it would."""
     _timm_config(model)
 
 

@@ -37,7 +37,6 @@ from refiner.models.encoders import (
     preprocess,
     preprocessing_card,
     walk,
-    width,
 )
 
 NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
@@ -173,7 +172,7 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str,
             if with_cls:
                 cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
-            patch[number] = F.pad(mean_BD, (0, width(model) - mean_BD.shape[1]))
+            patch[number] = F.pad(mean_BD, (0, model.num_features - mean_BD.shape[1]))
     pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
     pooled["patch"] = torch.stack([patch[i] for i in numbers])
     return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}

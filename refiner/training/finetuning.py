@@ -51,7 +51,6 @@ from refiner.models.encoders import (
     normalize,
     preprocess,
     preprocessing_card,
-    width,
 )
 from refiner.models.load import copy_model
 from refiner.probing.logistic import PENALTIES
@@ -154,7 +153,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, classes: Tensor, pooling: str):
         super().__init__()
         self.encoder, self.pooling = encoder, pooling
-        self.head = nn.Linear(width(encoder), len(classes))
+        self.head = nn.Linear(encoder.num_features, len(classes))
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: all classes start alike
         nn.init.zeros_(self.head.bias)
         self.register_buffer("classes", classes)

@@ -108,7 +108,7 @@ def view_features(
             recipe.blocks,
             pooling=recipe.pooling,
             kept_BK=kept_BK,
-            frozen_blocks=frozen_blocks,
+            frozen=frozen_blocks,
             recompute=recipe.checkpoint,
         )
         for member, chunk in zip(members, out_LMD.chunk(len(members), dim=1), strict=True):
