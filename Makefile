@@ -3,12 +3,14 @@
 # make clean                          removes .venv and the caches; runs/ stays
 #
 # ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
+# SPREAD= (empty) runs the tests one after the other, -n 8 on eight cores
 # PYTHON picks another one:   make test PYTHON=/path/to/python3.12
 # CONSTRAINTS= (empty)        installs the newest versions instead of the tested ones
 
 PYTHON ?=
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+SPREAD ?= -n 2 --dist worksteal
 BIN := .venv/bin
 READY := .venv/.ready
 MEASURING := benchmarks/extract.py benchmarks/probing.py benchmarks/refine_step.py \
@@ -33,7 +35,7 @@ test: $(READY)
 	@echo "Checking style, then running the tests and every notebook of the course"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 lab: $(READY)
 	@echo "Opening JupyterLab; stop it with Ctrl-C"

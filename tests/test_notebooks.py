@@ -32,11 +32,12 @@ def report(tmp_path_factory):
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", NAMES)
-def test_the_notebook_runs_and_its_figures_lie_in_their_bands(name, report, capsys):
+def test_the_notebook_runs_and_its_figures_lie_in_their_bands(name, report, record_property):
     entry = run_course(ROOT / "notebooks", report, only=name)["notebooks"][name]
-    with capsys.disabled():
-        figures = key_figures(entry["metrics"])
-        print(f"\n{name}: {entry['status']} in {clock(entry['seconds'])}, {figures}", flush=True)
+    figures = key_figures(entry["metrics"])
+    record_property(
+        "notebook", f"{name}: {entry['status']} in {clock(entry['seconds'])}, {figures}"
+    )
     assert entry["status"] == "ok", "\n".join(entry["problems"])
 
 

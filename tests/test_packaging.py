@@ -196,7 +196,11 @@ def test_make_sets_up_once_and_again_when_the_packages_change(toy_project):
         assert install in run("course")
         os.utime(toy_project / name, (0, 0))
     commands = [line for line in run("test", "ARGS=-k x").splitlines() if not line[0].isupper()]
-    assert commands == ["ruff check .", "ruff format --check .", "python -m pytest -k x"]
+    assert commands == [
+        "ruff check .",
+        "ruff format --check .",
+        "python -m pytest -n 2 --dist worksteal -k x",
+    ]
     assert run("lab").splitlines()[-1] == "jupyter lab notebooks/00_tour.ipynb"
     benches = run("bench").splitlines()
     scripts = [line.removeprefix("python ") for line in benches if line.startswith("python bench")]
