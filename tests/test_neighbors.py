@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
@@ -452,6 +453,52 @@ def test_labels_of_every_kind_of_integer_give_the_same(kind):
     assert torch.equal(knn_predict(x, kind(y), z)[1], knn_predict(x, y, z)[1])
     alone = [refiner.clustering(x[:, :2], labels, k=3)["acc"] for labels in (y, kind(y))]
     assert alone[0] == alone[1]
+
+
+def test_a_series_with_another_index_is_labels_too():
+    x, y = normal(50, 4), torch.arange(50) % 2
+    series = pandas.Series(y.numpy(), index=range(100, 150))
+    assert torch.equal(knn_report(x, series).predictions, knn_report(x, y).predictions)
+
+
+def test_labels_that_are_no_numbers_of_classes_are_refused_before_anything_is_built():
+    x, y = normal(50, 4), torch.arange(50) % 2
+    for labels, message in (
+        (["cat", "dog"] * 25, "numpy.unique"),
+        (y * 1_300_000, "go up to 1300000"),
+        (y - 1, "one is -1: leave images without a class out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            knn_accuracy(x, labels)
+        with pytest.raises(ValueError, match=message):
+            refiner.linear_probe(x, labels, x, y)
+        with pytest.raises(ValueError, match=message):
+            refiner.clustering(x, labels)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x: x.numpy(),
+        lambda x: [row.numpy() for row in x],
+        lambda x: x.clone().requires_grad_(),
+        lambda x: x.T.contiguous().T,
+    ],
+)
+def test_features_of_every_kind_give_the_same(kind):
+    x, z, y, t = normal(60, 4), normal(30, 4, seed=1), torch.arange(60) % 3, torch.arange(30) % 3
+    expected = knn_report(x, y, z, t, k=[1, 5])
+    found = knn_report(kind(x), y, kind(z), t, k=np.array([1, 5]))
+    assert torch.equal(found.predictions, expected.predictions)
+    assert torch.equal(knn_predict(kind(x), y, kind(z), k=np.int64(5))[1], expected.predictions[1])
+    graph = nearest_neighbors(kind(z), kind(x), k=5)
+    assert torch.equal(graph.indices, nearest_neighbors(z, x, k=5).indices)
+    probes = [refiner.linear_probe(a, y, b, t).accuracy for a, b in ((x, z), (kind(x), kind(z)))]
+    assert probes[0] == probes[1]
+    for measure in (refiner.rankme, refiner.uniformity, refiner.intrinsic_dimension):
+        assert float(measure(kind(x))) == pytest.approx(float(measure(x)), rel=1e-6)
+    kinds = [refiner.clustering(a, y, k=3, restarts=2)["nmi"] for a in (x, kind(x))]
+    assert kinds[0] == kinds[1]
 
 
 def test_yes_and_no_are_classes():

@@ -13,6 +13,7 @@ from torch import Tensor
 from refiner.base.errors import UserError
 
 GROUP = 8  # keys whose maximum stands for them
+MOST_CLASSES = 2**17  # labels beyond are no numbers of classes, and votes would not fit
 GROUPED_KEYS = 4096  # from here on the maxima of groups pay
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
@@ -61,14 +62,30 @@ def full_precision(device: torch.device) -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def check_features(
-    queries: Tensor, keys: Tensor, names: tuple[str, str] = ("queries", "keys")
-) -> None:
-    """Two sets of features that can be compared.
+def as_features(x, name: str) -> Tensor:
+    """Features as a tensor of floats without gradients; they may be an array or a list of arrays.
 
     Raises:
-        ValueError: for shapes that do not match, other types than floats, NaN or infinity.
+        ValueError: for other types than floats, NaN or infinity, or where there are none.
     """
+    x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    if not x.is_floating_point() or 0 in x.shape:
+        raise UserError(
+            f"features must be floats, at least one, but the {name} are {x.dtype} {list(x.shape)}"
+        )
+    # A sum is finite only if everything is, unless it overflows; isfinite needs a copy.
+    if not x.sum().isfinite() and not x.isfinite().all():
+        raise UserError(f"the {name} hold NaN or infinity; look at the model or its precision")
+    return x
+
+
+def feature_pair(queries, keys, names: tuple[str, str] = ("queries", "keys")):
+    """Two sets of features that can be compared, as tensors.
+
+    Raises:
+        ValueError: for shapes that do not match, or as :func:`as_features`.
+    """
+    queries, keys = as_features(queries, names[0]), as_features(keys, names[1])
     match = (
         queries.ndim == keys.ndim
         and queries.ndim in (2, 3)
@@ -80,12 +97,7 @@ def check_features(
             "features must be [N, D] or [L, N, D] with the same D and L, not "
             f"{list(queries.shape)} and {list(keys.shape)}"
         )
-    for name, x in zip(names, (queries, keys), strict=True):
-        if not x.is_floating_point():
-            raise UserError(f"features must be floats, but the {name} are {x.dtype}")
-        # A sum is finite only if everything is, unless it overflows; isfinite needs a copy.
-        if not x.sum().isfinite() and not x.isfinite().all():
-            raise UserError(f"the {name} hold NaN or infinity")
+    return queries, keys
 
 
 @torch.no_grad()
@@ -111,22 +123,39 @@ def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-7 * mean.abs(), 1 / std, 0)
 
 
-def check_labels(labels: Tensor, features: Tensor, name: str) -> Tensor:
-    """Labels as int64, where small integers would overflow; they may be an array or a list.
+def class_labels(labels, features: Tensor, name: str) -> Tensor:
+    """Labels as int64, one for each of the features; they may be an array, a list or a series.
 
     Raises:
-        ValueError: unless they are integers from 0, one a feature.
+        ValueError: unless they are whole numbers from 0 to below MOST_CLASSES.
     """
     if labels is None:
         raise UserError(f"the {name} images have no labels")
-    labels, n = torch.as_tensor(labels), features.shape[-2]
-    if labels.shape != (n,):
+    labels = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    n = features.shape[-2]
+    if tuple(labels.shape) != (n,):
         raise UserError(f"{n} {name} features do not match labels of shape {list(labels.shape)}")
-    if labels.is_floating_point() or (n and int(labels.long().min()) < 0):
+    if not isinstance(labels, Tensor):
+        whole = labels.dtype.kind in "biu"
+        labels = torch.from_numpy(labels.astype(np.int64)) if whole else labels
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
         raise UserError(
-            f"the {name} labels must be whole numbers from 0, integers, not {labels.dtype}"
+            f"the {name} labels must be whole numbers from 0, not {labels.dtype}; "
+            "numpy.unique(labels, return_inverse=True)[1] numbers classes of any kind"
         )
-    return labels.long()
+    labels = labels.long()
+    least, most = (int(labels.min()), int(labels.max())) if n else (0, 0)
+    if least < 0:
+        raise UserError(
+            f"the {name} labels must be whole numbers from 0, and one is {least}: leave images "
+            "without a class out"
+        )
+    if most >= MOST_CLASSES:
+        raise UserError(
+            f"the {name} labels go up to {most}: number the classes from 0, for example by "
+            "numpy.unique(labels, return_inverse=True)[1]"
+        )
+    return labels
 
 
 def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:

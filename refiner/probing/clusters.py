@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import (
-    check_labels,
     chunk_rows,
+    class_labels,
     device_for,
     full_precision,
     standardized,
@@ -76,7 +76,7 @@ def kmeans(
     Raises:
         ValueError: as :func:`refiner.rankme`, or for a k that is not from 1 to N.
     """
-    check_sets(x)
+    x = check_sets(x)
     n = x.shape[-2]
     if not 1 <= k <= n:
         raise UserError(f"k={k} clusters asked for, but there are {n} images")
@@ -216,8 +216,8 @@ def clustering(
     Raises:
         ValueError: as :func:`kmeans`, or for labels or assignments that do not match.
     """
-    check_sets(x)
-    labels = check_labels(labels, x, "clustered")
+    x = check_sets(x)
+    labels = class_labels(labels, x, "clustered")
     if assignments is not None and assignments.shape != x.shape[:-1]:
         raise UserError(
             f"assignments of {list(assignments.shape)} do not match features {list(x.shape)}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import full_precision
+from refiner.base.tensors import as_features, full_precision
 from refiner.probing.search import nearest_neighbors
 
 CHUNK_BYTES = 2**26  # of scores held at once
@@ -129,7 +129,6 @@ def lidar(views: Tensor, *, delta: float = 1e-4) -> Tensor:
     Raises:
         ValueError: as :func:`rankme`, or for fewer than two views.
     """
-    _check_views(views)
 
     def rank(x_NVD: Tensor) -> Tensor:
         mean_ND = x_NVD.double().mean(1)
@@ -187,7 +186,6 @@ def alignment(views: Tensor, *, alpha: float = 2.0) -> Tensor:
     Raises:
         ValueError: as :func:`lidar`, or for a zero vector.
     """
-    _check_views(views)
 
     def distance(x_NVD: Tensor) -> Tensor:
         unit = _unit(x_NVD)
@@ -279,8 +277,8 @@ def linear_cka(x: Tensor, y: Tensor | None = None, *, debiased: bool = False) ->
     Raises:
         ValueError: as :func:`rankme`, or for different numbers of images.
     """
-    y = x if y is None else y
-    check_sets(x), check_sets(y)
+    x = check_sets(x)
+    y = x if y is None else check_sets(y)
     n = x.shape[-2]
     if y.shape[-2] != n:
         raise UserError(f"the same images are needed, not {n} and {y.shape[-2]}")
@@ -363,7 +361,6 @@ def intrinsic_dimension(x: Tensor, *, discard: float = 0.1) -> Tensor:
     Raises:
         ValueError: as :func:`rankme`, or for fewer than three images.
     """
-    check_sets(x, least=3)
     if not 0 <= discard < 1:
         raise UserError(f"discard must be from 0 to below 1, not {discard}")
 
@@ -400,28 +397,25 @@ def _two_nearest(x_ND: Tensor) -> Tensor:
 
 def _each(x: Tensor, measure: Callable[[Tensor], Tensor], *, least=2, views=False) -> Tensor:
     """The measure of every block, float32 [L] or scalar on the CPU."""
-    check_sets(x, least=least, views=views)
+    x = check_sets(x, least=least, views=views)
     blocks = x if x.ndim == 3 + views else x[None]
     with torch.no_grad():
         values = torch.stack([measure(a) for a in blocks]).float().cpu()
     return values if x.ndim == 3 + views else values[0]
 
 
-def check_sets(x: Tensor, *, least: int = 2, views: bool = False) -> None:
-    shape = "[L, N, V, D] or [N, V, D]" if views else "[L, N, D] or [N, D]"
-    if x.ndim not in (2 + views, 3 + views) or not x.is_floating_point() or 0 in x.shape:
+def check_sets(x, *, least: int = 2, views: bool = False) -> Tensor:
+    """Features as a tensor [L, N, D] or [N, D], or those of views, with at least so many images."""
+    x = as_features(x, "features")
+    if x.ndim not in (2 + views, 3 + views):
+        shape = "[L, N, V, D] or [N, V, D]" if views else "[L, N, D] or [N, D]"
         raise UserError(f"features must be floats {shape}, not {x.dtype} {list(x.shape)}")
+    if views and x.shape[-2] < 2:
+        raise UserError(f"at least two views of each image are needed, not {x.shape[-2]}")
     n = x.shape[-2 - views]
     if n < least:
         raise UserError(f"at least {least} images are needed, not {n}")
-    # A sum is finite only if everything is, unless it overflows; isfinite would need a copy.
-    if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
-        raise UserError("the features hold NaN or infinity")
-
-
-def _check_views(views: Tensor) -> None:
-    if views.ndim >= 3 and views.shape[-2] < 2:
-        raise UserError(f"at least two views of each image are needed, not {views.shape[-2]}")
+    return x
 
 
 def _defined(value: Tensor, *, where: Tensor) -> Tensor:

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import check_features, check_labels, chunk_rows, device_for, standardized
+from refiner.base.tensors import (
+    as_features,
+    chunk_rows,
+    class_labels,
+    device_for,
+    feature_pair,
+    standardized,
+)
 from refiner.probing.search import Graph, check_k, search
 
 # ---------------------------------------------------------------- k-NN classification
@@ -27,7 +35,8 @@ class KNNReport:
         accuracy: float32 [S, L], share of correct predictions.
         predictions: int64 [S, L, Q].
         votes: float32 [S, L, Q, C], a query's adding up to 1; None if not kept.
-        confusion: int64 [S, L, C, C], test images by class (row) and prediction (column).
+        truth: int64 [Q], the test images' labels.
+        n_classes: C, the largest label plus one.
         graph: the neighbors, [L, Q, largest k], cosines of the standardised features. Of a
             leave-one-out report it goes to :func:`refiner.visuals.maps.umap_embedding` as it is.
 
@@ -37,13 +46,24 @@ class KNNReport:
     accuracy: Tensor
     predictions: Tensor
     votes: Tensor | None
-    confusion: Tensor
+    truth: Tensor
+    n_classes: int
     graph: Graph
+
+    @property
+    def confusion(self) -> Tensor:
+        """Test images by class (row) and prediction (column), int64 [S, L, C, C]."""
+        c = self.n_classes
+        cells = self.truth * c + self.predictions
+        counts = torch.zeros(*cells.shape[:-1], c * c, dtype=torch.int64)
+        counts.scatter_add_(-1, cells, torch.ones_like(cells))
+        return counts.unflatten(-1, (c, c))
 
     @property
     def class_accuracy(self) -> Tensor:
         """Share of correct predictions by class, float32 [S, L, C]; NaN for absent classes."""
-        return (self.confusion.diagonal(dim1=-2, dim2=-1) / self.confusion.sum(-1)).float()
+        confusion = self.confusion
+        return (confusion.diagonal(dim1=-2, dim2=-1) / confusion.sum(-1)).float()
 
 
 def knn_report(
@@ -88,13 +108,17 @@ def knn_report(
     """
     if test_x is None and test_y is not None:
         raise UserError("test labels without test features; leave both out for leave-one-out")
-    test_y = train_y if test_x is None else test_y
-    ks = list(k) if isinstance(k, Sequence) else [k]
+    ks = [int(one) for one in np.atleast_1d(k)]
     if not ks:
         raise UserError("k must be a number or a list of at least one")
     ascending = sorted(set(ks))
-    truth = check_labels(test_y, train_x if test_x is None else test_x, "test").cpu()
-    train_y = check_labels(train_y, train_x, "train")
+    train_x = as_features(train_x, "train features")
+    train_y = class_labels(train_y, train_x, "train")
+    truth = train_y
+    if test_x is not None:
+        test_x = as_features(test_x, "test features")
+        truth = class_labels(test_y, test_x, "test")
+    truth = truth.cpu()
     n_classes = int(max(train_y.max(), truth.max())) + 1
     found = []
     for indices, scores, labels in _block_neighbors(
@@ -107,19 +131,11 @@ def knn_report(
     order = [ascending.index(k) for k in ks]
     predictions = torch.stack([p for p, *_ in found], dim=1)[order]  # [S, L, Q]
     votes = torch.stack([v for _, v, *_ in found], dim=1)[order] if keep_votes else None
-    cells = (truth * n_classes + predictions).flatten(0, 1)  # [S L, Q]
-    confusion = torch.zeros(len(cells), n_classes**2, dtype=torch.int64)
-    confusion.scatter_add_(1, cells, torch.ones_like(cells))
-    confusion = confusion.view(len(ks), len(found), n_classes, n_classes)
     accuracy = (predictions == truth).double().mean(-1).float()
-    parts = [accuracy, predictions, votes, confusion]
-    if not isinstance(k, Sequence):
-        parts = [None if x is None else x[0] for x in parts]
-    if train_x.ndim == 2:
-        axis = 1 if isinstance(k, Sequence) else 0
-        parts = [None if x is None else x.squeeze(axis) for x in parts]
+    asked = (slice(None) if np.ndim(k) else 0, slice(None) if train_x.ndim == 3 else 0)
+    parts = [None if x is None else x[asked] for x in (accuracy, predictions, votes)]
     graph = Graph(torch.stack([i for *_, i, _ in found]), torch.stack([s for *_, s in found]))
-    return KNNReport(*parts, graph[0] if train_x.ndim == 2 else graph)
+    return KNNReport(*parts, truth, n_classes, graph[0] if train_x.ndim == 2 else graph)
 
 
 def knn_accuracy(
@@ -184,7 +200,7 @@ def knn_predict(
         )
     ]
     votes, predictions = (torch.stack(part, dim=1)[0] for part in zip(*found, strict=True))
-    return (votes[0], predictions[0]) if train_x.ndim == 2 else (votes, predictions)
+    return (votes[0], predictions[0]) if np.ndim(train_x) == 2 else (votes, predictions)
 
 
 def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress):
@@ -193,9 +209,10 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress)
     A block at a time, on the device, so that copies and votes of one block only are held.
     """
     alone = test_x is None
-    test_x = train_x if alone else test_x
-    check_features(test_x, train_x, names=("test features", "train features"))
-    train_y = check_labels(train_y, train_x, "train")
+    test_x, train_x = feature_pair(
+        train_x if alone else test_x, train_x, names=("test features", "train features")
+    )
+    train_y = class_labels(train_y, train_x, "train")
     check_k(k, test_x, train_x, alone)
     device = device_for(device, test_x)
     blocks = [(train_x, test_x)] if train_x.ndim == 2 else list(zip(train_x, test_x, strict=True))

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import device_for, full_precision
+from refiner.base.tensors import class_labels, device_for, feature_pair, full_precision
 from refiner.probing.logistic import (
     PENALTIES,
     PenaltyChoice,
@@ -51,36 +51,17 @@ CATEGORICAL = ("pattern", "class")
 
 def _check(train_x, train_y, test_x, test_y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features [L, N, D] and [L, M, D], labels on the CPU; one clear error for what cannot be."""
-    x_LND, z_LMD = _check_features(train_x, test_x)
-    labels = []
-    for name, y, x in (("train", train_y, x_LND), ("test", test_y, z_LMD)):
-        if y is None:
-            raise UserError(f"the {name} images have no labels")
-        y = torch.as_tensor(y).cpu()
-        if y.shape != x.shape[1:2]:
-            raise UserError(f"{list(y.shape)} {name} labels for {x.shape[1]} {name} images")
-        if y.is_floating_point() or len(y) == 0 or int(y.min()) < 0:
-            raise UserError(f"{name} labels must be classes from 0 on, one an image")
-        labels.append(y.long())
-    if len(labels[0].unique()) < 2:
+    x_LND, z_LMD = _blocks(train_x, test_x)
+    y, t = class_labels(train_y, x_LND, "train").cpu(), class_labels(test_y, z_LMD, "test").cpu()
+    if len(y.unique()) < 2:
         raise UserError("a probe needs at least two classes in the train labels")
-    return x_LND, labels[0], z_LMD, labels[1]
+    return x_LND, y, z_LMD, t
 
 
-def _check_features(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
-    for name, x in (("train_x", train_x), ("test_x", test_x)):
-        if x.ndim not in (2, 3) or not x.is_floating_point() or 0 in x.shape:
-            raise UserError(f"{name} must be floats [N, D] or [L, N, D], not {list(x.shape)}")
-        # A sum is finite only if everything is, unless it overflows.
-        if not x.sum(dtype=torch.float64).isfinite() and not x.isfinite().all():
-            raise UserError(
-                f"{name} has NaN or infinite values; look at the model or its precision"
-            )
-    if train_x.shape[:-2] != test_x.shape[:-2] or train_x.shape[-1] != test_x.shape[-1]:
-        raise UserError(
-            f"train and test features do not match: {list(train_x.shape)}, {list(test_x.shape)}"
-        )
-    return (train_x, test_x) if train_x.ndim == 3 else (train_x[None], test_x[None])
+def _blocks(train_x, test_x) -> tuple[Tensor, Tensor]:
+    """Features as [L, N, D] and [L, M, D]."""
+    x, z = feature_pair(train_x, test_x, names=("train features", "test features"))
+    return (x, z) if x.ndim == 3 else (x[None], z[None])
 
 
 def shuffled_by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]:
@@ -185,7 +166,7 @@ def linear_probe(
     """
     x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
     grid = penalty_grid(penalties)
-    device = device_for(device, train_x)
+    device = device_for(device, x_LND)
     classes, y = y.unique(return_inverse=True)
     fit, held = _held_out(y, validation, seed)
     if len(grid) > 1 and not len(held):
@@ -214,9 +195,9 @@ def linear_probe(
             columns.append([part.cpu() for part in column])
             bar.update(len(x_GND))
     parts = [torch.cat(column) for column in zip(*columns, strict=True)]
-    parts = parts if train_x.ndim == 3 else [part[0] for part in parts]
+    parts = parts if np.ndim(train_x) == 3 else [part[0] for part in parts]
     accuracy, penalty, right, weights, bias, objective, gap = parts
-    right = right.T if train_x.ndim == 3 else right
+    right = right.T if np.ndim(train_x) == 3 else right
     return LinearProbe(
         accuracy, penalty, right, grid, weights, bias, classes, objective, gap, gap <= tolerance
     )
@@ -283,7 +264,7 @@ def low_shot(
         ValueError: when a class has fewer images than asked for, or as in :func:`linear_probe`.
     """
     x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
-    (penalty,), device = penalty_grid([penalty]), device_for(device, train_x)
+    (penalty,), device = penalty_grid([penalty]), device_for(device, x_LND)
     classes, y = y.unique(return_inverse=True)
     counts = y.bincount().tolist()
     _check_sizes(shots, fractions, draws, counts)
@@ -308,7 +289,7 @@ def low_shot(
                 z_ME = scaling.of_blocks(torch.tensor([block]))(z_MD[None].to(device))[0]
                 label = classes[(z_ME @ weights_LKCE[block].mT).argmax(-1).cpu()]
                 accuracy[size, :, block] = (label == t).float().mean(1)
-    accuracy = accuracy if train_x.ndim == 3 else accuracy[..., 0]
+    accuracy = accuracy if np.ndim(train_x) == 3 else accuracy[..., 0]
     return LowShot(
         (*shots, *fractions),
         tuple(map(sum, wanted)),
@@ -425,9 +406,9 @@ def factor_probe(
     Raises:
         ValueError: when names or lengths do not match, or a factor is constant or not finite.
     """
-    x_LND, z_LMD = _check_features(train_x, test_x)
+    x_LND, z_LMD = _blocks(train_x, test_x)
     _check_factors(train_factors, test_factors, x_LND.shape[1], z_LMD.shape[1])
-    device, grid = device_for(device, train_x), penalty_grid(penalties)
+    device, grid = device_for(device, x_LND), penalty_grid(penalties)
     common = {"validation": validation, "standardize": standardize, "seed": seed, "device": device}
     found: dict[str, Tensor] = {}
     for name in train_factors:
@@ -457,7 +438,7 @@ def factor_probe(
                     _ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device), held.to(device))
                 )
         found |= dict(zip(plain, torch.tensor(rows).T, strict=True))
-    pick = (lambda scores: scores) if train_x.ndim == 3 else (lambda scores: scores[0])
+    pick = (lambda scores: scores) if np.ndim(train_x) == 3 else (lambda scores: scores[0])
     return {name: pick(found[name]) for name in train_factors}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import check_features, chunk_rows, device_for, full_precision, largest
+from refiner.base.tensors import chunk_rows, device_for, feature_pair, full_precision, largest
 
 FEWEST_ROWS = 256  # a product of fewer queries would spend its time on reading the keys
 
@@ -82,7 +82,7 @@ def nearest_neighbors(
         ValueError: for shapes that do not match, k larger than the number of keys, or features
             that are not finite.
     """
-    check_features(queries, keys)
+    queries, keys = feature_pair(queries, keys)
     check_k(k, queries, keys, exclude_self)
     home, device = queries.device, device_for(device, queries)
     found = []
