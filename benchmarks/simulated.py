@@ -110,7 +110,6 @@ def simulated(device: torch.device) -> Iterator[None]:
     On ``cuda`` everything but the backward pass runs, which needs a driver; on ``cpu`` all of it.
     """
     caches = (tensors.constant, heads._pair_weights)
-    views._yiq()  # a constant, computed once with true numbers
     with ExitStack() as stack:
         put = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
         put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
