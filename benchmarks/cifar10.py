@@ -48,14 +48,25 @@ RUNS = Path("runs/cifar10")
 TIMED = 12  # steps timed of each training
 LONGER = 8  # times the steps, for the rungs named "long"
 EMBEDDED = "mae_cifar10"
-DRAWN = {"mae": "MAE", "long_mae": "MAE, longer (control)", "mae_longer": "MAE, longer (control)",
-         "from_scratch": "NNA without MAE, short (control)", "all_heads": "refined",
-         "long_heads": f"refined, {LONGER} times the steps"}  # fmt: skip
+DRAWN = {
+    "mae": "MAE",
+    "long_mae": "MAE, longer (control)",
+    "mae_longer": "MAE, longer (control)",
+    "from_scratch": "NNA without MAE, short (control)",
+    "all_heads": "refined",
+    "long_heads": f"refined, {LONGER} times the steps",
+}
 LONG_RUNGS = ("long_heads", "long_mae", "long_scratch")
 RUNGS = ("mae", "all_heads", "one_head", "swap_both", "mae_longer", "from_scratch", *LONG_RUNGS)
 
-_COLOUR = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
-           "gray": 0.2}  # fmt: skip
+_COLOUR = {
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "gray": 0.2,
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +90,45 @@ PRESETS = {
         mae=MAERecipe(steps=3000, normalize_targets=True, compile=True),
         # The swap grows late: this short an autoencoder's neighbors are mostly wrong at first.
         refine=Recipe.cpu(views=_views(2, 2, keep=0.5), swap_from=0.3, swap_full=0.9),
-        bank=10_000, queries=2_000,
+        bank=10_000,
+        queries=2_000,
     ),
     "gpu": Preset(
-        mae=MAERecipe(dim=384, heads=6, decoder_dim=192, decoder_depth=2, decoder_heads=3,
-                      batch=1024, steps=16_000, lr=1.5e-3,
-                      normalize_targets=True, compile=True),
-        refine=Recipe(
-            blocks=(8, 9, 10, 11, 12), hidden=1024, predictor_hidden=2048, out=256,
-            views=_views(2, 4), batch=512, head_steps=400, steps=7_000, head_lr=1e-3, lr=1e-3,
-            layer_decay=0.8, queue=16_384, top_k=10, ema=0.999, warmup=0.1,
-            swap_from=0.2, swap_full=0.7,
+        mae=MAERecipe(
+            dim=384,
+            heads=6,
+            decoder_dim=192,
+            decoder_depth=2,
+            decoder_heads=3,
+            batch=1024,
+            steps=16_000,
+            lr=1.5e-3,
+            normalize_targets=True,
+            compile=True,
         ),
-        bank=45_000, queries=10_000,
+        refine=Recipe(
+            blocks=(8, 9, 10, 11, 12),
+            hidden=1024,
+            predictor_hidden=2048,
+            out=256,
+            views=_views(2, 4),
+            batch=512,
+            head_steps=400,
+            steps=7_000,
+            head_lr=1e-3,
+            lr=1e-3,
+            layer_decay=0.8,
+            queue=16_384,
+            top_k=10,
+            ema=0.999,
+            warmup=0.1,
+            swap_from=0.2,
+            swap_full=0.7,
+        ),
+        bank=45_000,
+        queries=10_000,
     ),
-}  # fmt: skip
+}
 
 
 def measure(model, bank, queries) -> dict:
@@ -178,8 +213,12 @@ class Ladder:
         seconds = self.paces()
         more = self._refining_seconds(recipe) / seconds["mae"]
         # A tenth of the rate: the full one would first undo the end of the first cosine.
-        recipe = replace(self.mae_recipe, steps=max(1, round(more)), lr=self.mae_recipe.lr / 10,
-                         seed=self.seed + 1)  # fmt: skip
+        recipe = replace(
+            self.mae_recipe,
+            steps=max(1, round(more)),
+            lr=self.mae_recipe.lr / 10,
+            seed=self.seed + 1,
+        )
         return self._pretrain(out, recipe, start=load_mae(self.mae_name))
 
     def _without_mae(self, out: Path, recipe: Recipe):
@@ -213,13 +252,19 @@ class Ladder:
         model = self.train("mae")[0]
         mae = pretrain(self.images, recipe=replace(self.mae_recipe, steps=TIMED), **few)
         refined = {
-            "heads": refine(model, self.images, recipe=replace(
-                self.recipe, head_steps=TIMED, steps=1), **few),
-            "refine": refine(model, self.images, recipe=replace(
-                self.recipe, head_steps=0, steps=TIMED), **few),
-            "scratch": refine(self._random(), self.images, recipe=replace(
-                self._scratch_recipe(), steps=TIMED), **few),
-        }  # fmt: skip
+            "heads": refine(
+                model, self.images, recipe=replace(self.recipe, head_steps=TIMED, steps=1), **few
+            ),
+            "refine": refine(
+                model, self.images, recipe=replace(self.recipe, head_steps=0, steps=TIMED), **few
+            ),
+            "scratch": refine(
+                self._random(),
+                self.images,
+                recipe=replace(self._scratch_recipe(), steps=TIMED),
+                **few,
+            ),
+        }
         found = {"mae": pace(mae)} | {name: pace(run) for name, run in refined.items()}
         write_json(kept, found)
         return found
@@ -251,12 +296,14 @@ def draw(cells: list[dict], path: Path) -> None:
     shown = [rung for rung in DRAWN if rung in first and rung not in left_out]
     with plots.style():
         fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-        for ax, (pooling, name) in zip(axes, (("cls", "class token"), ("patch", "patch mean")),
-                                       strict=True):  # fmt: skip
+        for ax, (pooling, name) in zip(
+            axes, (("cls", "class token"), ("patch", "patch mean")), strict=True
+        ):
             for i, rung in enumerate(shown):
                 y = torch.tensor(first[rung][pooling]["k10"]) * 100
-                ax.plot(range(1, 1 + len(y)), y, label=DRAWN[rung], markersize=5,
-                        **plots.curve_style(i))  # fmt: skip
+                ax.plot(
+                    range(1, 1 + len(y)), y, label=DRAWN[rung], markersize=5, **plots.curve_style(i)
+                )
             ax.set(title=f"CIFAR-10, {name}", xlabel="block")
         axes[0].set_ylabel("k-NN accuracy, %")
         axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
@@ -292,9 +339,14 @@ def main() -> None:
             kept = ladder.folder / rung / f"scores_{args.split}.json"
             if not kept.is_file():
                 write_json(kept, measure(model, bank, queries))
-            cell = {"rung": rung, "seed": seed, "embedded": args.embedded,
-                    "seconds": seconds, "steps": steps,
-                    **json.loads(kept.read_text())}  # fmt: skip
+            cell = {
+                "rung": rung,
+                "seed": seed,
+                "embedded": args.embedded,
+                "seconds": seconds,
+                "steps": steps,
+                **json.loads(kept.read_text()),
+            }
             cells.append(cell)
             last = {p: [cell[p][k][-1] for k in ("k200", "k10")] for p in ("cls", "patch")}
             print(f"{rung}, seed {seed}, {seconds / 60:.1f} min: last block {last}", flush=True)

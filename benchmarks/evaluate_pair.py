@@ -40,8 +40,12 @@ def figure(report: dict) -> plt.Figure:
         mains = [e for e in comparison(report) if e["before"].get("main")]
         names = [f"{report['titles'][e['row']][0]}: {e['name']}" for e in mains]
         numbers = ([e[key] for e in mains] for key in ("difference", "spread"))
-        plots.differences(names, *numbers, title="Difference, with two spreads either side",
-                          ax=fig.add_subplot(1, 2, 2))  # fmt: skip
+        plots.differences(
+            names,
+            *numbers,
+            title="Difference, with two spreads either side",
+            ax=fig.add_subplot(1, 2, 2),
+        )
     return fig
 
 
@@ -54,13 +58,31 @@ def main() -> None:
     args = parser.parse_args()
     pair = f"mae_{args.set}", f"mae_{args.set}_refined"
     out = Path(args.out or f"runs/evaluate_{args.set}_{args.preset}")
-    report = evaluate(*pair, args.data or args.set, out, transfers=TRANSFERS[args.set],
-                      settings=getattr(EvaluationSettings, args.preset)(), resume=True,
-                      device="cpu" if args.preset == "cpu" else None)  # fmt: skip
+    report = evaluate(
+        *pair,
+        args.data or args.set,
+        out,
+        transfers=TRANSFERS[args.set],
+        settings=getattr(EvaluationSettings, args.preset)(),
+        resume=True,
+        device="cpu" if args.preset == "cpu" else None,
+    )
     # Where the images lie on this machine is nobody else's business.
     report |= {"data": args.set}
-    command = ["refiner", "evaluate", "--before", pair[0], "--after", pair[1], "--data", args.set,
-               "--transfer", *TRANSFERS[args.set], "--preset", args.preset]  # fmt: skip
+    command = [
+        "refiner",
+        "evaluate",
+        "--before",
+        pair[0],
+        "--after",
+        pair[1],
+        "--data",
+        args.set,
+        "--transfer",
+        *TRANSFERS[args.set],
+        "--preset",
+        args.preset,
+    ]
     name = f"evaluate_{args.set}" + ("" if args.preset == "cpu" else "_gpu")
     write_json(RESULTS / f"{name}.json", {"command": shlex.join(command)} | report)
     with replacing(RESULTS / f"{name}.png") as temporary:

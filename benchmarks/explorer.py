@@ -93,8 +93,12 @@ def first_view() -> dict:
 
 def table(result: dict) -> list[str]:
     """The table of docs/results.md."""
-    head = ("images × 12 blocks × 2 models", "a step of the slider, processor ms",
-            "opening, s", "peak memory, MB")  # fmt: skip
+    head = (
+        "images × 12 blocks × 2 models",
+        "a step of the slider, processor ms",
+        "opening, s",
+        "peak memory, MB",
+    )
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]
     for row in result["sizes"]:
         cells = [f"{row['images']:,}", f"{row['step_cpu_milliseconds']:.0f}"]
@@ -121,8 +125,14 @@ def main() -> None:
     if options.one or options.first:
         print(json.dumps(first_view() if options.first else measure(options.one, options.steps)))
         return
-    result = {"command": "python benchmarks/explorer.py", "machine": machine(), "threads": 1,
-              "blocks": BLOCKS, "models": 2, "width": WIDTH}  # fmt: skip
+    result = {
+        "command": "python benchmarks/explorer.py",
+        "machine": machine(),
+        "threads": 1,
+        "blocks": BLOCKS,
+        "models": 2,
+        "width": WIDTH,
+    }
     result["first_view"] = in_fresh_process("--first")
     print(result["first_view"])
     result["sizes"] = []

@@ -47,8 +47,9 @@ def timed(function) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(name: str, *, images: int = 512, batch: int = 128, rounds: int = 16,
-            device: str = "cpu") -> dict:  # fmt: skip
+def compare(
+    name: str, *, images: int = 512, batch: int = 128, rounds: int = 16, device: str = "cpu"
+) -> dict:
     """Medians of both passes over the same images, and their ratio."""
     how = MODELS[name]
     model = build_vit(**how, seed=0).to(device)

@@ -101,8 +101,10 @@ def compare(blocks: list[int], n: int, repeats: int) -> dict:
             print(f"round {turn + 1} of {repeats}: {name} {processor[name][-1]:.2f} s", flush=True)
     f = {name: objective(w, x_LNE, y, penalties) for name, w in solved.items()}
     lowest = torch.stack(list(f.values())).amin(0)
-    medians = {k: {s: round(statistics.median(v), 3) for s, v in d.items()}
-               for k, d in (("seconds", wall), ("processor_seconds", processor))}  # fmt: skip
+    medians = {
+        k: {s: round(statistics.median(v), 3) for s, v in d.items()}
+        for k, d in (("seconds", wall), ("processor_seconds", processor))
+    }
     faster = {
         name: round(
             statistics.median(a / b for a, b in zip(taken, processor["refiner"], strict=True)), 2
@@ -110,14 +112,22 @@ def compare(blocks: list[int], n: int, repeats: int) -> dict:
         for name, taken in processor.items()
     }
     return {
-        "blocks": blocks, "images": n, "width": x_LND.shape[2], "classes": len(images.classes),
-        "penalties": penalties, "repeats": repeats, **medians,
+        "blocks": blocks,
+        "images": n,
+        "width": x_LND.shape[2],
+        "classes": len(images.classes),
+        "penalties": penalties,
+        "repeats": repeats,
+        **medians,
         "times_faster": faster,
         "above_lowest_objective": {
-            s: {"median": float(f"{((v - lowest) / lowest).median():.2g}"),
-                "max": float(f"{((v - lowest) / lowest).max():.2g}")} for s, v in f.items()
+            s: {
+                "median": float(f"{((v - lowest) / lowest).median():.2g}"),
+                "max": float(f"{((v - lowest) / lowest).max():.2g}"),
+            }
+            for s, v in f.items()
         },
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -70,13 +70,15 @@ def measured_rung(steps: int, longer: int, seed: int, images) -> dict:
     before = pretrained(steps, seed, images)
     after, history = refined(steps, longer, seed, images)
     cell = {
-        "steps": steps, "refine_steps": longer, "seed": seed,
+        "steps": steps,
+        "refine_steps": longer,
+        "seed": seed,
         "mae_loss": before.refiner_card["loss"],
         "seconds": {"mae": before.refiner_card["seconds"], "refine": history[-1]["seconds"]},
         "neighbor_accuracy": [h["neighbor_accuracy"][-1] for h in history if h["stage"] == 3],
         "before": block_report(before, *bank_and_test()),
         "after": block_report(after, *bank_and_test()),
-    }  # fmt: skip
+    }
     write_json(done, cell)
     return cell
 
@@ -88,8 +90,12 @@ def last(report: dict, measure: str) -> float:
 
 def draw(cells: list[dict], path: Path) -> None:
     """Before and after against the MAE's steps, one panel a measure."""
-    panels = {"knn": "k-NN", "linear": "linear probe", "1-shot": "one label a class",
-              "kmeans_acc": "k-means accuracy"}  # fmt: skip
+    panels = {
+        "knn": "k-NN",
+        "linear": "linear probe",
+        "1-shot": "one label a class",
+        "kmeans_acc": "k-means accuracy",
+    }
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), sharey=True, layout="constrained")
     first = [c for c in cells if c["seed"] == 0 and c["refine_steps"] == PRESET]
     more = [c for c in cells if c["seed"] == 0 and c["refine_steps"] > PRESET]
@@ -100,8 +106,13 @@ def draw(cells: list[dict], path: Path) -> None:
             axis.plot([c["steps"] for c in first], y, style, color=color, label=f"{when} refining")
         for steps in sorted({c["refine_steps"] for c in more}):
             same = [c for c in more if c["refine_steps"] == steps]
-            axis.plot([c["steps"] for c in same], [last(c["after"], measure) for c in same], "^",
-                      color="C2", label=f"after, {steps:,} steps instead of {PRESET}")  # fmt: skip
+            axis.plot(
+                [c["steps"] for c in same],
+                [last(c["after"], measure) for c in same],
+                "^",
+                color="C2",
+                label=f"after, {steps:,} steps instead of {PRESET}",
+            )
         axis.set(title=title, xlabel="MAE steps before refining", xscale="log", ylim=(0, 100))
         axis.set_xticks([c["steps"] for c in first], [f"{c['steps']:,}" for c in first])
         axis.minorticks_off()
@@ -124,14 +135,20 @@ def main() -> None:
     if args.collect:
         cells = [json.loads(p.read_text()) for p in RUNS.glob("cell-*.json")]
     else:
-        cells = [measured_rung(n, r, s, images)
-                 for s in args.seeds for n in args.steps for r in args.refine]  # fmt: skip
+        cells = [
+            measured_rung(n, r, s, images)
+            for s in args.seeds
+            for n in args.steps
+            for r in args.refine
+        ]
     cells.sort(key=lambda c: (c["seed"], c["steps"], c["refine_steps"]))
     write_json(args.out, {**header("python benchmarks/mae_maturity.py"), "cells": cells})
     draw(cells, args.out.with_suffix(".png"))
     for c in cells:
-        shown = {m: [round(last(c[w], m), 1) for w in ("before", "after")]
-                 for m in ("knn", "linear", "1-shot", "kmeans_acc")}  # fmt: skip
+        shown = {
+            m: [round(last(c[w], m), 1) for w in ("before", "after")]
+            for m in ("knn", "linear", "1-shot", "kmeans_acc")
+        }
         print(f"{c['steps']:>6} + {c['refine_steps']} steps, seed {c['seed']}: {shown}")
     print(f"wrote {args.out}")
 

@@ -93,14 +93,21 @@ def main() -> None:
         for way in WAYS:
             recipe = recipe_of(name, args.batch, way)
             parts, peak = foretold(name, recipe), simulated_peak(name, recipe)
-            cells.append({
-                "model": name, "way": way, "batch": args.batch,
-                "foretold_GB": round(sum(parts.values()) / GB, 2),
-                "simulated_GB": round(peak / GB, 2),
-                "parts_GB": {part: round(size / GB, 3) for part, size in parts.items()},
-            })  # fmt: skip
-            print(f"ViT-{name} {way:13} foretold {cells[-1]['foretold_GB']} GB, "
-                  f"simulated {cells[-1]['simulated_GB']} GB", flush=True)  # fmt: skip
+            cells.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "batch": args.batch,
+                    "foretold_GB": round(sum(parts.values()) / GB, 2),
+                    "simulated_GB": round(peak / GB, 2),
+                    "parts_GB": {part: round(size / GB, 3) for part, size in parts.items()},
+                }
+            )
+            print(
+                f"ViT-{name} {way:13} foretold {cells[-1]['foretold_GB']} GB, "
+                f"simulated {cells[-1]['simulated_GB']} GB",
+                flush=True,
+            )
             gc.collect()
     for way in ("plain", "checkpointing"):
         for card in args.cards:
@@ -108,8 +115,9 @@ def main() -> None:
                 NOT_COUNTED * simulated_peak("L", recipe_of("L", n, way)) <= card * GB  # noqa: B023
             )
             batches.append({"model": "L", "way": way, "GB": card, "batch": largest(fits)})
-            print(f"ViT-L {way}: the largest batch on {card} GB is {batches[-1]['batch']}",
-                  flush=True)  # fmt: skip
+            print(
+                f"ViT-L {way}: the largest batch on {card} GB is {batches[-1]['batch']}", flush=True
+            )
     command = "python benchmarks/memory.py"
     write_json(args.out, {**header(command), "cells": cells, "largest_batch": batches})
     print(f"wrote {args.out}")

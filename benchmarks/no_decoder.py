@@ -79,12 +79,16 @@ def measured_arm(arm: str, steps: int, longer: int, seed: int, images) -> dict:
     after, history = refined(arm, steps, longer, seed, images)
     card = before.refiner_card
     cell = {
-        "arm": arm, "steps": steps, "refine_steps": longer, "seed": seed, "loss": card["loss"],
+        "arm": arm,
+        "steps": steps,
+        "refine_steps": longer,
+        "seed": seed,
+        "loss": card["loss"],
         "recipe": card["recipe"],
         "seconds": {"mae": card["seconds"], "refine": history[-1]["seconds"]},
         "before": block_report(before, *bank_and_test()),
         "after": block_report(after, *bank_and_test()),
-    }  # fmt: skip
+    }
     write_json(done, cell)
     return cell
 
@@ -101,8 +105,9 @@ def draw(start: dict, cells: list[dict], path: Path) -> None:
         lines = [("not trained on", [start], "C7:")]
         for k, (arm, name) in enumerate(names.items()):
             steps = sorted({c["refine_steps"] for c in cells if c["arm"] == arm})
-            groups = [[c for c in cells if (c["arm"], c["refine_steps"]) == (arm, s)]
-                      for s in steps]  # fmt: skip
+            groups = [
+                [c for c in cells if (c["arm"], c["refine_steps"]) == (arm, s)] for s in steps
+            ]
             lines += [(name, [c["before"] for c in group], f"C{k}o--") for group in groups[:1]]
             for count, group, look in zip(steps, groups, ("s-", "^-"), strict=False):
                 label = f"{name}, refined, {count} steps"
@@ -123,8 +128,14 @@ def draw(start: dict, cells: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--refine", type=int, nargs="+", default=[160, 640], metavar="STEPS",
-                        help="the control takes the first")  # fmt: skip
+    parser.add_argument(
+        "--refine",
+        type=int,
+        nargs="+",
+        default=[160, 640],
+        metavar="STEPS",
+        help="the control takes the first",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--collect", action="store_true", help="only arms that were measured")
@@ -134,8 +145,12 @@ def main() -> None:
         cells = [json.loads(p.read_text()) for p in sorted(RUNS.glob("*.json"))]
     else:
         images = refiner.load_images("toybox", split="train")
-        cells = [measured_arm(arm, args.steps, longer, seed, images) for seed in args.seeds
-                 for arm in args.only for longer in args.refine[: 1 + (arm == "none")]]  # fmt: skip
+        cells = [
+            measured_arm(arm, args.steps, longer, seed, images)
+            for seed in args.seeds
+            for arm in args.only
+            for longer in args.refine[: 1 + (arm == "none")]
+        ]
     cells.sort(key=lambda c: (c["seed"], list(ARMS).index(c["arm"]), c["refine_steps"]))
     start = block_report(refiner.load_model(START), *bank_and_test())
     found = {**header("python benchmarks/no_decoder.py"), "start": start, "cells": cells}
@@ -147,8 +162,10 @@ def main() -> None:
                 y = cell[when][pooling]["knn"]
                 best = max(range(len(y)), key=y.__getitem__)
                 name = f"{cell['arm']:>5} seed {cell['seed']}, {when} {cell['refine_steps']} steps"
-                print(f"{name} of refining, {pooling:>5}: last {y[-1]:.1%}, "
-                      f"best {y[best]:.1%} (block {best + 1})")  # fmt: skip
+                print(
+                    f"{name} of refining, {pooling:>5}: last {y[-1]:.1%}, "
+                    f"best {y[best]:.1%} (block {best + 1})"
+                )
     print(f"wrote {args.out}")
 
 

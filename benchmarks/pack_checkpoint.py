@@ -24,8 +24,10 @@ from refiner.training.states import load_state
 
 def measure(model, data: str) -> dict[str, object]:
     """:func:`measured.block_report` with 4,096 images in the bank and 2,048 test images."""
-    bank, test = (refiner.load_images(data, split=s, n=n, size=32)
-                  for s, n in (("train", 4096), ("test", 2048)))  # fmt: skip
+    bank, test = (
+        refiner.load_images(data, split=s, n=n, size=32)
+        for s, n in (("train", 4096), ("test", 2048))
+    )
     return {"bank": len(bank), "test": len(test), **block_report(model, bank, test)}
 
 

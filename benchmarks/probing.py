@@ -141,8 +141,9 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
         return classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, None)[1].cpu()
 
     def refiner():
-        return knn_report(train_x, train_y, test_x, test_y, k=ks, keep_votes=False,
-                          device=device).predictions  # fmt: skip
+        return knn_report(
+            train_x, train_y, test_x, test_y, k=ks, keep_votes=False, device=device
+        ).predictions
 
     def plain_torch():
         """What anyone would write: products, then the largest, some queries at a time."""
@@ -172,14 +173,25 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
 
         keys, queries = unit()
         bank = keys.T.contiguous()
-        return torch.stack([
-            torch.cat([knn_predict(some, bank, train_y, CLASSES, knn_k=k, knn_t=0.07)[:, 0]
-                       for some in queries.split(256)])
-            for k in ks
-        ]).cpu()  # fmt: skip
+        return torch.stack(
+            [
+                torch.cat(
+                    [
+                        knn_predict(some, bank, train_y, CLASSES, knn_k=k, knn_t=0.07)[:, 0]
+                        for some in queries.split(256)
+                    ]
+                )
+                for k in ks
+            ]
+        ).cpu()
 
-    sides = {"refiner": refiner, "torch": plain_torch, "faiss": faiss,
-             "scikit-learn": scikit_learn, "lightly": lightly}  # fmt: skip
+    sides = {
+        "refiner": refiner,
+        "torch": plain_torch,
+        "faiss": faiss,
+        "scikit-learn": scikit_learn,
+        "lightly": lightly,
+    }
     there = {name: side for name, side in sides.items() if name not in PEERS or installed(name)}
     if device == "cuda":  # these search on the CPU
         there = {name: there[name] for name in there if name not in ("faiss", "scikit-learn")}
@@ -237,8 +249,17 @@ def knn(sizes, rounds: int, device: str) -> list[dict]:
                 if device == "cpu"
                 else gpu_megabytes(each[0][name]),
             }
-        rows.append({"blocks": blocks, "queries": queries, "keys": keys, "dim": dim, "k": KS,
-                     "predictions_compared": votes.shape[0] * queries, "sides": taken})  # fmt: skip
+        rows.append(
+            {
+                "blocks": blocks,
+                "queries": queries,
+                "keys": keys,
+                "dim": dim,
+                "k": KS,
+                "predictions_compared": votes.shape[0] * queries,
+                "sides": taken,
+            }
+        )
         print_sides(f"k-NN, {blocks} blocks, {queries} x {keys} x {dim}", taken)
     return rows
 
@@ -266,8 +287,14 @@ def kmeans_part(quick: bool, rounds: int, device: str) -> list[dict]:
 
             faiss.omp_set_num_threads(torch.get_num_threads())
             # Its starts are plain draws; steps until nothing moves, as on the other sides.
-            found = faiss.Kmeans(x.shape[1], k, niter=100, nredo=5, seed=0,  # noqa: B023
-                                 max_points_per_centroid=len(x))  # noqa: B023  # fmt: skip
+            found = faiss.Kmeans(
+                x.shape[1],  # noqa: B023
+                k,  # noqa: B023
+                niter=100,
+                nredo=5,
+                seed=0,
+                max_points_per_centroid=len(x),  # noqa: B023
+            )
             found.train(x.numpy())  # noqa: B023
             inertia["faiss"] = float(found.obj[-1])  # noqa: B023
 
@@ -310,8 +337,11 @@ def umap_part(quick: bool, rounds: int) -> list[dict]:
 
 def extract_part(quick: bool, rounds: int, device: str) -> list[dict]:
     if device == "cuda":
-        return [compare_extraction("base", images=4096, batch=512, rounds=max(rounds, 16),
-                                   device=device)]  # fmt: skip
+        return [
+            compare_extraction(
+                "base", images=4096, batch=512, rounds=max(rounds, 16), device=device
+            )
+        ]
     size = {"images": 32, "batch": 32} if quick else {"images": 512, "batch": 128}
     return [compare_extraction("small", **size, rounds=max(rounds, 16) if not quick else 1)]
 
@@ -323,18 +353,26 @@ def growth(quick: bool, rounds: int) -> list[dict]:
     """k-NN of the refiner, of plain torch and of faiss where one of N, D, L and k changes."""
     base = {"keys": 10_000, "dim": 192, "blocks": 1, "k": 20}
     queries = 100 if quick else 500
-    values = {"keys": [5_000, 10_000, 20_000, 40_000], "dim": [48, 96, 192, 384, 768],
-              "blocks": [1, 2, 4, 8], "k": [1, 10, 50, 200]}  # fmt: skip
+    values = {
+        "keys": [5_000, 10_000, 20_000, 40_000],
+        "dim": [48, 96, 192, 384, 768],
+        "blocks": [1, 2, 4, 8],
+        "k": [1, 10, 50, 200],
+    }
     rows = []
     for name, several in values.items():
         for value in several[:2] if quick else several:
             how = base | {name: value}
-            sides = knn_sides(*features(how["keys"], how["dim"], 0),
-                              *features(queries, how["dim"], 1), ks=[how["k"]])  # fmt: skip
+            sides = knn_sides(
+                *features(how["keys"], how["dim"], 0),
+                *features(queries, how["dim"], 1),
+                ks=[how["k"]],
+            )
             calls = {
                 n: lambda n=n, sides=sides, how=how: [sides[n]() for _ in range(how["blocks"])]
-                for n in ("refiner", "torch", "faiss") if n in sides
-            }  # fmt: skip
+                for n in ("refiner", "torch", "faiss")
+                if n in sides
+            }
             taken = interleaved(calls, rounds)
             rows.append({"grows": name, "queries": queries, **how, "sides": taken})
             print_sides(f"growth, {name} = {value}", taken)
@@ -347,16 +385,23 @@ def draw_growth(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {"keys": "labelled images N", "dim": "width D", "blocks": "blocks L",
-             "k": "neighbors k"}  # fmt: skip
+    names = {
+        "keys": "labelled images N",
+        "dim": "width D",
+        "blocks": "blocks L",
+        "k": "neighbors k",
+    }
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), sharey=True, layout="constrained")
     for ax, (key, label) in zip(axes, names.items(), strict=True):
         some = [row for row in rows if row["grows"] == key]
         for side, marker in (("refiner", "o"), ("torch", "^"), ("faiss", "s")):
             there = [row for row in some if side in row["sides"]]
-            ax.loglog([row[key] for row in there],
-                      [row["sides"][side]["cpu_seconds"] for row in there],
-                      marker=marker, label=side)  # fmt: skip
+            ax.loglog(
+                [row[key] for row in there],
+                [row["sides"][side]["cpu_seconds"] for row in there],
+                marker=marker,
+                label=side,
+            )
         ax.set_xlabel(label)
         ax.set_xticks([row[key] for row in some], [f"{row[key]:,}" for row in some])
         ax.minorticks_off()
@@ -462,10 +507,12 @@ def main() -> None:
             "rounds": rounds,
             "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
             "machine": machine() | {"threads": arguments.threads},
-            "versions": {p: version(p) for p in ("faiss-cpu", "scikit-learn", "lightly",
-                                                 "umap-learn", "timm")},
+            "versions": {
+                p: version(p)
+                for p in ("faiss-cpu", "scikit-learn", "lightly", "umap-learn", "timm")
+            },
             "rows": rows,
-        }  # fmt: skip
+        }
         write_json(path, result)
         if part == "growth":
             draw_growth(rows, path.with_suffix(".png"))

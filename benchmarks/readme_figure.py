@@ -54,9 +54,13 @@ def main() -> None:
     curves["before"] = results["before"]["cls"]
     curves["more MAE training (control)"] = spread(results, "mae_same_steps")
     plots.block_curve(
-        curves, ylabel="k-NN accuracy (class token)", chance=results["chance"],
-        title="Held-out Toybox images, 3 seeds", best=False, ax=axes[0],
-    )  # fmt: skip
+        curves,
+        ylabel="k-NN accuracy (class token)",
+        chance=results["chance"],
+        title="Held-out Toybox images, 3 seeds",
+        best=False,
+        ax=axes[0],
+    )
     axes[0].legend(loc="upper left")
     names = {"mae_toybox": "last block, before", "mae_toybox_refined": "last block, after"}
     found = {names[name]: xy for name, xy in maps(images).items()}

@@ -55,8 +55,9 @@ def main() -> None:
     parser.add_argument("--model", default="mae_toybox")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe changes")
-    parser.add_argument("--time-control", action="store_true",
-                        help="also train the MAE for the same time")  # fmt: skip
+    parser.add_argument(
+        "--time-control", action="store_true", help="also train the MAE for the same time"
+    )
     parser.add_argument(
         "--keep", type=Path, help="keep refined encoders here, and use those that are"
     )

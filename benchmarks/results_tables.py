@@ -16,8 +16,14 @@ from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURES = {"knn": "k-NN", "linear": "linear", "1-shot": "1-shot", "5-shot": "5-shot",
-            "kmeans_acc": "k-means ACC", "kmeans_nmi": "NMI"}  # fmt: skip
+MEASURES = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "1-shot": "1-shot",
+    "5-shot": "5-shot",
+    "kmeans_acc": "k-means ACC",
+    "kmeans_nmi": "NMI",
+}
 SWAPS = {"none": "never", "start": "from the start", "ramp": "growing"}
 CIFAR = {
     "mae": "MAE",
@@ -64,10 +70,17 @@ def ladder() -> str:
     rows = [["unrefined", "", *_pair(result["before"])]]
     for cell in result["cells"]:
         colour, swap, *patch = cell["rung"].split("-")
-        rows.append([colour + (", heads on the patch mean" if patch else ""), SWAPS[swap],
-                     *_pair(cell)])  # fmt: skip
-    head = ["Colour jitter", "Neighbor as positive", "k-NN", "1-shot", "k-means ACC",
-            "k-NN, patch mean"]  # fmt: skip
+        rows.append(
+            [colour + (", heads on the patch mean" if patch else ""), SWAPS[swap], *_pair(cell)]
+        )
+    head = [
+        "Colour jitter",
+        "Neighbor as positive",
+        "k-NN",
+        "1-shot",
+        "k-means ACC",
+        "k-NN, patch mean",
+    ]
     return table(head, rows)
 
 
@@ -80,25 +93,47 @@ def cifar() -> str:
     """CIFAR-10 on two cores, last block."""
     cells = {c["rung"]: c for c in read(RESULTS / "cifar10_cpu.json")["cells"]}
     rows = [
-        [words, f"{cells[rung]['seconds'] / 60:.0f}",
-         *(percent(cells[rung][p][k][-1]) for k in ("k200", "k10") for p in ("cls", "patch"))]
-        for rung, words in CIFAR.items() if rung in cells
-    ]  # fmt: skip
-    head = ["", "minutes", "k=200, class token", "k=200, patch mean", "k=10, class token",
-            "k=10, patch mean"]  # fmt: skip
+        [
+            words,
+            f"{cells[rung]['seconds'] / 60:.0f}",
+            *(percent(cells[rung][p][k][-1]) for k in ("k200", "k10") for p in ("cls", "patch")),
+        ]
+        for rung, words in CIFAR.items()
+        if rung in cells
+    ]
+    head = [
+        "",
+        "minutes",
+        "k=200, class token",
+        "k=200, patch mean",
+        "k=10, class token",
+        "k=10, patch mean",
+    ]
     return table(head, rows)
 
 
 def maturity() -> str:
     """MAEs of different length before → after refining, last block."""
-    head = ["MAE steps", "refining steps", "k-NN", "linear", "1-shot", "k-means ACC",
-            "k-NN, patch mean"]  # fmt: skip
+    head = [
+        "MAE steps",
+        "refining steps",
+        "k-NN",
+        "linear",
+        "1-shot",
+        "k-means ACC",
+        "k-NN, patch mean",
+    ]
     rows = []
     for cell in read(RESULTS / "mae_maturity.json")["cells"]:
         pairs = [("cls", m) for m in ("knn", "linear", "1-shot", "kmeans_acc")] + [("patch", "knn")]
         values = [[cell[w][p][m][-1] for w in ("before", "after")] for p, m in pairs]
-        rows.append([f"{cell['steps']:,}", f"{cell['refine_steps']}",
-                     *(f"{percent(a)} → {percent(b)}" for a, b in values)])  # fmt: skip
+        rows.append(
+            [
+                f"{cell['steps']:,}",
+                f"{cell['refine_steps']}",
+                *(f"{percent(a)} → {percent(b)}" for a, b in values),
+            ]
+        )
     return table(head, rows)
 
 
@@ -133,19 +168,25 @@ def _best_and_last(reports: list[dict]) -> list[str]:
 EVALUATED = {  # row → which of its figures the page shows, and the words for them
     "knn": {"last block, class token": "k-NN", "last block, patch mean": "k-NN, patch mean"},
     "linear": {"chosen probe": "linear probe, chosen on train images"},
-    "few": {"1 label a class, class token": "1 label a class",
-            "5 labels a class, class token": "5 labels a class"},
+    "few": {
+        "1 label a class, class token": "1 label a class",
+        "5 labels a class, class token": "5 labels a class",
+    },
     "clusters": {"ACC, class token": "k-means, ACC", "NMI, class token": "k-means, NMI"},
     "corruptions": {"linear probe": "corrupted images, linear probe"},
     "shifts": {"mean, linear probe": "factors outside of the train range, linear probe"},
     "segmentation": {"mIoU, last block": "linear segmentation, mIoU"},
     "finetune": None,
     "finetune_few": {"5 labels a class": "fine-tuning, 5 labels a class"},
-    "transfer:toybox-new": {"k-NN, class token": "four held-out toys, k-NN",
-                            "linear probe": "four held-out toys, linear probe"},
-    "transfer:digits": {"k-NN, class token": "digits, k-NN",
-                        "linear probe": "digits, linear probe"},
-}  # fmt: skip
+    "transfer:toybox-new": {
+        "k-NN, class token": "four held-out toys, k-NN",
+        "linear probe": "four held-out toys, linear probe",
+    },
+    "transfer:digits": {
+        "k-NN, class token": "digits, k-NN",
+        "linear probe": "digits, linear probe",
+    },
+}
 
 
 def evaluation() -> str:
@@ -168,15 +209,25 @@ def memory() -> str:
     """Memory of a refining step at its peak: foretold by the plan, and simulated."""
     cells = read(RESULTS / "memory.json")["cells"]
     ways = list(dict.fromkeys(cell["way"] for cell in cells))
-    pairs = {(c["model"], c["way"]): f"{c['foretold_GB']:.1f} / {c['simulated_GB']:.1f}"
-             for c in cells}  # fmt: skip
-    rows = [[f"ViT-{m}/16", *(pairs[m, way] for way in ways)]
-            for m in dict.fromkeys(cell["model"] for cell in cells)]  # fmt: skip
+    pairs = {
+        (c["model"], c["way"]): f"{c['foretold_GB']:.1f} / {c['simulated_GB']:.1f}" for c in cells
+    }
+    rows = [
+        [f"ViT-{m}/16", *(pairs[m, way] for way in ways)]
+        for m in dict.fromkeys(cell["model"] for cell in cells)
+    ]
     return table(["GB, planned / simulated", *ways], rows)
 
 
-TABLES = {"cards": cards, "ladder": ladder, "maturity": maturity, "cifar": cifar,
-          "evaluation": evaluation, "no decoder": no_decoder, "memory": memory}  # fmt: skip
+TABLES = {
+    "cards": cards,
+    "ladder": ladder,
+    "maturity": maturity,
+    "cifar": cifar,
+    "evaluation": evaluation,
+    "no decoder": no_decoder,
+    "memory": memory,
+}
 
 
 def filled(text: str) -> str:

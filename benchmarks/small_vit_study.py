@@ -115,10 +115,16 @@ def measured_cell(name: str, preset: str, seed: int) -> dict:
     test = refiner.load_images("toybox", split="test", n=1024)
     last = json.loads((folder / "history.json").read_text())[-1]
     model = refiner.load_model(folder)
-    cell = {"name": name, "seed": seed, "recipe": recipe, "loss": last["loss"],
-            "seconds": last["seconds"], "machine": machine(),
-            "untrained": curves(random_like(model), bank, test),
-            **curves(model, bank, test)}  # fmt: skip
+    cell = {
+        "name": name,
+        "seed": seed,
+        "recipe": recipe,
+        "loss": last["loss"],
+        "seconds": last["seconds"],
+        "machine": machine(),
+        "untrained": curves(random_like(model), bank, test),
+        **curves(model, bank, test),
+    }
     write_json(done, cell)
     return cell
 
@@ -149,28 +155,44 @@ def draw(cells: list[dict], path: Path) -> None:
         axis.set(title=title, xlabel="share of the encoder's blocks")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out Toybox, %")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8,
-               title="encoder depth, decoder;\ndot: best block")  # fmt: skip
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside right center",
+        fontsize=8,
+        title="encoder depth, decoder;\ndot: best block",
+    )
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def collect(preset: str, out: Path) -> None:
     """Measures the trained cells; writes the results file and the figure."""
-    trained = [(name, seed) for name in CELLS for seed in range(10)
-               if (RUNS / preset / f"{name}-seed{seed}" / "history.json").is_file()]  # fmt: skip
+    trained = [
+        (name, seed)
+        for name in CELLS
+        for seed in range(10)
+        if (RUNS / preset / f"{name}-seed{seed}" / "history.json").is_file()
+    ]
     cells = [measured_cell(name, preset, seed) for name, seed in trained]
     budget = multiply_adds(MAERecipe()) * MAERecipe().batch * PRESETS[preset]["steps"]
     cells = sorted(
         cells + kept_cells(out, trained, budget),
         key=lambda c: (list(CELLS).index(c["name"]), c["seed"]),
     )
-    write_json(out, {
-        "command": f"python benchmarks/small_vit_study.py --preset {preset}",
-        "data": {"set": "toybox", "train": PRESETS[preset]["images"], "bank": 2048, "test": 1024},
-        "multiply_adds_forward": budget,
-        "cells": cells,
-    })  # fmt: skip
+    write_json(
+        out,
+        {
+            "command": f"python benchmarks/small_vit_study.py --preset {preset}",
+            "data": {
+                "set": "toybox",
+                "train": PRESETS[preset]["images"],
+                "bank": 2048,
+                "test": 1024,
+            },
+            "multiply_adds_forward": budget,
+            "cells": cells,
+        },
+    )
     draw(cells, out.with_suffix(".png"))
     print(f"wrote {out} with {len(cells)} cells")
     for cell in cells:

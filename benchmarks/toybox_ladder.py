@@ -30,8 +30,14 @@ from refiner.training.refining import refine
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/toybox_ladder")
-MILD = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
-        "gray": 0.2}  # fmt: skip
+MILD = {
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "gray": 0.2,
+}
 SWAPS = {
     "none": {"swap": "none"},
     "start": {"swap_from": 0.0, "swap_full": 0.0},
@@ -75,25 +81,31 @@ def measured_rung(name: str, seed: int) -> dict:
     history = json.loads((folder / "history.json").read_text())
     stage_3 = [h for h in history if h["stage"] == 3]
     cell = {
-        "rung": name, "seed": seed, "recipe": recipe, "seconds": history[-1]["seconds"],
+        "rung": name,
+        "seed": seed,
+        "recipe": recipe,
+        "seconds": history[-1]["seconds"],
         "neighbor_accuracy": [[h["step"], h["neighbor_accuracy"][-1]] for h in stage_3],
         **block_report(refiner.load_model(folder), *bank_and_test()),
-    }  # fmt: skip
+    }
     write_json(done, cell)
     return cell
 
 
 def bank_and_test():
     """The labelled bank (2,048 train images) and 1,024 held-out test images."""
-    return (refiner.load_images("toybox", split="train")[:2048],
-            refiner.load_images("toybox", split="test", n=1024))  # fmt: skip
+    return (
+        refiner.load_images("toybox", split="train")[:2048],
+        refiner.load_images("toybox", split="test", n=1024),
+    )
 
 
 def draw(before: dict, cells: list[dict], path: Path) -> None:
     """k-NN of every block, and what the last block tells about each factor."""
     fig, axes = plt.subplots(1, 3, figsize=(16, 4.2), layout="constrained")
-    for axis, pooling, title in zip(axes, ("cls", "patch"), ("class token", "patch mean"),
-                                    strict=False):  # fmt: skip
+    for axis, pooling, title in zip(
+        axes, ("cls", "patch"), ("class token", "patch mean"), strict=False
+    ):
         rows = [("before", before)] + [(c["rung"], c) for c in cells if c["seed"] == 0]
         for k, (name, cell) in enumerate(rows):
             y = 100 * np.array(cell[pooling]["knn"])
@@ -116,16 +128,22 @@ def draw(before: dict, cells: list[dict], path: Path) -> None:
 
 def collect(model_name: str, out: Path) -> None:
     """Measures the trained rungs; writes the results file and the figure."""
-    trained = [(name, seed) for name in RUNGS for seed in range(10)
-               if (RUNS / f"{name}-seed{seed}" / "history.json").is_file()]  # fmt: skip
+    trained = [
+        (name, seed)
+        for name in RUNGS
+        for seed in range(10)
+        if (RUNS / f"{name}-seed{seed}" / "history.json").is_file()
+    ]
     cells = [measured_rung(name, seed) for name, seed in trained]
     before = block_report(refiner.load_model(model_name), *bank_and_test())
     command = f"python benchmarks/toybox_ladder.py --model {model_name}"
     write_json(out, {**header(command), "before": before, "cells": cells})
     draw(before, cells, out.with_suffix(".png"))
     for name, cell in [("before", before), *((c["rung"], c) for c in cells)]:
-        last = {p: {m: cell[p][m][-1] for m in ("knn", "linear", "1-shot", "5-shot", "kmeans_acc")}
-                for p in ("cls", "patch")}  # fmt: skip
+        last = {
+            p: {m: cell[p][m][-1] for m in ("knn", "linear", "1-shot", "5-shot", "kmeans_acc")}
+            for p in ("cls", "patch")
+        }
         print(f"{name:>18}: {last}")
     print(f"wrote {out}")
 

@@ -227,13 +227,14 @@ def refine_command(args: argparse.Namespace) -> int:
     from refiner.models.load import load_model
     from refiner.training import watch
     from refiner.training.planning import plan
-    from refiner.training.recipe import refine_preset
+    from refiner.training.recipe import IMAGENET, refine_preset
     from refiner.training.refining import refine
 
     parallel.join(args.device)
     model = load_model(args.model)
     size = model.refiner_card["preprocessing"]["size"]
-    first = refine_preset(args.preset, model, size, 10**7, args.settings or [])  # errors come first
+    # Errors of a setting come before the images are read; any large number of them will do.
+    first = refine_preset(args.preset, model, size, IMAGENET, args.settings or [])
     check_out(args.out)
     options = training_options(args)
     images = refinable_images(args, size, min(view.size for view in first.views))

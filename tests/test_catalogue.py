@@ -16,11 +16,15 @@ from refiner.models.encoders import Encoder, check_supported, has_class_token
 TIMM = [entry for entry in CATALOGUE if not entry.address]
 FILES = [entry for entry in CATALOGUE if entry.address]
 REFINED = {
-    "mae_refined_l16": (1024, 24, 16), "mae_refined_h14": (1280, 32, 16),
-    "mae_refined_twob14": (2560, 24, 32), "d2v2_refined_l16": (1024, 24, 16),
-    "d2v2_refined_h14": (1280, 32, 16), "dbot_refined_l16": (1024, 24, 16),
-    "dbot_refined_h14": (1280, 32, 16), "crossmae_refined_l16": (1024, 24, 16),
-}  # fmt: skip
+    "mae_refined_l16": (1024, 24, 16),
+    "mae_refined_h14": (1280, 32, 16),
+    "mae_refined_twob14": (2560, 24, 32),
+    "d2v2_refined_l16": (1024, 24, 16),
+    "d2v2_refined_h14": (1280, 32, 16),
+    "dbot_refined_l16": (1024, 24, 16),
+    "dbot_refined_h14": (1280, 32, 16),
+    "crossmae_refined_l16": (1024, 24, 16),
+}
 
 
 def test_names_and_places_in_the_cache_are_each_used_once():
@@ -49,8 +53,15 @@ def test_the_released_encoders_and_their_originals_are_there():
 
 def test_every_name_of_timm_has_pretrained_weights_there():
     assert {entry.name for entry in TIMM} <= set(timm.list_pretrained())
-    for pattern in ("vit_*.mae", "*ijepa", "eva02_*.mim_in22k", "eva02_*.mim_m38m", "hiera_*.mae",
-                    "beit_*", "beitv2_*"):  # fmt: skip
+    for pattern in (
+        "vit_*.mae",
+        "*ijepa",
+        "eva02_*.mim_in22k",
+        "eva02_*.mim_m38m",
+        "hiera_*.mae",
+        "beit_*",
+        "beitv2_*",
+    ):
         missing = set(timm.list_pretrained(pattern)) - {entry.name for entry in TIMM}
         assert not missing, f"timm also has {missing}"
 

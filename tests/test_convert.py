@@ -101,8 +101,11 @@ def post_norm_block(x, w, name):
 def patches(x, w, name):
     """[B, N, D]: every patch, row by row, times the kernel."""
     cut = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5)
-    return linear(cut.flatten(3).flatten(1, 2), {k: v.flatten(1) if v.ndim == 4 else v
-                                                 for k, v in w.items()}, name)  # fmt: skip
+    return linear(
+        cut.flatten(3).flatten(1, 2),
+        {k: v.flatten(1) if v.ndim == 4 else v for k, v in w.items()},
+        name,
+    )
 
 
 def positions(grid_positions, x):
@@ -199,8 +202,10 @@ def mae_full_file():
     content = {
         "model": w | decoder_weights("decoder_pred", PATCH**2 * 3),
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]},
-        "epoch": 3, "scaler": {"scale": 65536.0}, "args": settings,
-    }  # fmt: skip
+        "epoch": 3,
+        "scaler": {"scale": 65536.0},
+        "args": settings,
+    }
     return content, lambda x: mae_reference(x, w)
 
 
@@ -228,8 +233,11 @@ def crossmae_file():
     """Its encoder has no norm of its own: one norm for each decoder block takes its place."""
     w = encoder_weights(5, final=False)
     decoder = Weights(6)
-    for key, shape in {"mask_token": (1, 1, 16), "decoder_pos_embed": (1, GRID**2 + 1, 16),
-                       "wfm.linear.weight": (1, DEPTH + 1)}.items():  # fmt: skip
+    for key, shape in {
+        "mask_token": (1, 1, 16),
+        "decoder_pos_embed": (1, GRID**2 + 1, 16),
+        "wfm.linear.weight": (1, DEPTH + 1),
+    }.items():
         decoder.add(key, *shape)
     decoder.norm("dec_norms.0")
     decoder.linear("decoder_blocks.0.cross_attn.q", 16, 16)
@@ -243,9 +251,15 @@ def crossmae_file():
 def ijepa_file():
     w = encoder_weights(7, class_token=False)
     student = encoder_weights(8, class_token=False).under("module.")
-    content = {"encoder": student, "predictor": {"module.predictor_norm.bias": torch.zeros(3)},
-               "target_encoder": w.under("module."), "opt": {"state": {}, "param_groups": []},
-               "epoch": 300, "loss": np.float64(0.1), "lr": 1e-3}  # fmt: skip
+    content = {
+        "encoder": student,
+        "predictor": {"module.predictor_norm.bias": torch.zeros(3)},
+        "target_encoder": w.under("module."),
+        "opt": {"state": {}, "param_groups": []},
+        "epoch": 300,
+        "loss": np.float64(0.1),
+        "lr": 1e-3,
+    }
     return content, lambda x: ijepa_reference(x, w)
 
 
@@ -263,12 +277,20 @@ def data2vec_weights():
 
 def data2vec_file():
     w = data2vec_weights()
-    decoder = {"modality_encoders.IMAGE.decoder.blocks.0.0.weight": torch.zeros(3),
-               "modality_encoders.IMAGE.decoder.proj.bias": torch.zeros(3)}  # fmt: skip
+    decoder = {
+        "modality_encoders.IMAGE.decoder.blocks.0.0.weight": torch.zeros(3),
+        "modality_encoders.IMAGE.decoder.proj.bias": torch.zeros(3),
+    }
     model = w | decoder | {"_ema": {"blocks.0.norm1.weight": torch.zeros(DIM)}}
-    content = {"args": None, "cfg": {"model": {"depth": DEPTH}}, "model": model, "criterion": None,
-               "optimizer_history": [{"num_updates": 3}], "task_state": {},
-               "extra_state": {"metrics": [], "previous_training_time": 2.5}}  # fmt: skip
+    content = {
+        "args": None,
+        "cfg": {"model": {"depth": DEPTH}},
+        "model": model,
+        "criterion": None,
+        "optimizer_history": [{"num_updates": 3}],
+        "task_state": {},
+        "extra_state": {"metrics": [], "previous_training_time": 2.5},
+    }
     return content, lambda x: data2vec_reference(x, w)
 
 
@@ -415,9 +437,13 @@ def test_the_decoder_of_a_full_file_paints(tmp_path):
 
 def test_what_an_encoder_has_no_place_for_is_reported():
     assert convert(dbot_file()[0], num_heads=HEADS).left_out == (
-        "mask_token", "decoder_pos_embed", "decoder_embed", "decoder_blocks", "decoder_norm",
+        "mask_token",
+        "decoder_pos_embed",
+        "decoder_embed",
+        "decoder_blocks",
+        "decoder_norm",
         "decoder_predp",
-    )  # fmt: skip
+    )
     assert convert(data2vec_file()[0], num_heads=HEADS).left_out == ("_ema", "modality_encoders")
     assert convert(mae_file()[0], num_heads=HEADS).left_out == ()
 
@@ -443,14 +469,18 @@ def test_missing_extra_and_misshapen_keys_are_listed_at_once(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop("patch_embed.proj.weight"), "missing patch_embed.proj.weight"),
-        (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 1, 8, 8)}),
-         r"is \[24, 1, 8, 8\], expected"),
+        (
+            lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 1, 8, 8)}),
+            r"is \[24, 1, 8, 8\], expected",
+        ),
         (lambda w: w.update({"pos_embed": torch.zeros(1, 19, DIM)}), "19 positions are no square"),
         (lambda w: w.update({"pos_embed": torch.zeros(17, DIM)}), r"pos_embed is \[17, 24\]"),
-        (lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(3)}),
-         "relative or rotary positions.*BEiT"),
+        (
+            lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(3)}),
+            "relative or rotary positions.*BEiT",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_placed(change, message):
     content, _ = mae_file()
     change(content["model"])
@@ -507,8 +537,11 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path):
     torch.save(evil, tmp_path / "zip.pth")
     torch.save(evil, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(evil))
-    wants = {"zip.pth": r"would call \w+\.system", "old.pth": r"would call \w+\.system",
-             "plain.pth": "is a Python pickle, not torch's"}  # fmt: skip
+    wants = {
+        "zip.pth": r"would call \w+\.system",
+        "old.pth": r"would call \w+\.system",
+        "plain.pth": "is a Python pickle, not torch's",
+    }
     for name, message in wants.items():
         with pytest.raises(ValueError, match=f"was refused: .*{message}"):
             load_model(tmp_path / name)
@@ -539,10 +572,19 @@ def original_keys(entry):
     mlp = 6144 if dim == 1408 else 4 * dim
 
     def block(name):
-        sizes = {"norm1": (dim,), "norm2": (dim,), "attn.qkv": (3 * dim, dim),
-                 "attn.proj": (dim, dim), "mlp.fc1": (mlp, dim), "mlp.fc2": (dim, mlp)}  # fmt: skip
-        return {f"{name}.{k}.{part}": shape(*(s if part == "weight" else s[:1]))
-                for k, s in sizes.items() for part in ("weight", "bias")}  # fmt: skip
+        sizes = {
+            "norm1": (dim,),
+            "norm2": (dim,),
+            "attn.qkv": (3 * dim, dim),
+            "attn.proj": (dim, dim),
+            "mlp.fc1": (mlp, dim),
+            "mlp.fc2": (dim, mlp),
+        }
+        return {
+            f"{name}.{k}.{part}": shape(*(s if part == "weight" else s[:1]))
+            for k, s in sizes.items()
+            for part in ("weight", "bias")
+        }
 
     def vector(name):
         return {f"{name}.weight": shape(dim), f"{name}.bias": shape(dim)}
@@ -557,15 +599,23 @@ def original_keys(entry):
         data2vec = f"{image}context_encoder.blocks.{i}" if i < first else f"blocks.{i - first}"
         blocks |= block(data2vec)
     if entry.name.startswith("data2vec2"):
-        return {"model": conv(f"{image}local_encoder.proj") | vector(f"{image}context_encoder.norm")
-                | {f"{image}extra_tokens": shape(1, 1, dim),
-                   f"{image}fixed_positional_encoder.positions": shape(1, grid**2, dim)}
-                | blocks}  # fmt: skip
+        return {
+            "model": conv(f"{image}local_encoder.proj")
+            | vector(f"{image}context_encoder.norm")
+            | {
+                f"{image}extra_tokens": shape(1, 1, dim),
+                f"{image}fixed_positional_encoder.positions": shape(1, grid**2, dim),
+            }
+            | blocks
+        }
     common = conv("patch_embed.proj") | blocks
     if "_refined_" in entry.name:
         last = vector("embed_norm" if entry.post_norm else "norm")
-        return {"state_dict": common | last | {"pos_embed.embed": shape(1, grid, grid, dim),
-                                               "cls_tokens.tokens": shape(1, 1, dim)}}  # fmt: skip
+        return {
+            "state_dict": common
+            | last
+            | {"pos_embed.embed": shape(1, grid, grid, dim), "cls_tokens.tokens": shape(1, 1, dim)}
+        }
     if entry.name.startswith("ijepa"):
         state = common | vector("norm") | {"pos_embed": shape(1, grid**2, dim)}
         return {"target_encoder": {f"module.{k}": v for k, v in state.items()}}

@@ -49,8 +49,13 @@ def test_training_all_together_equals_training_one_alone(model, pixels, block):
 def test_the_decoder_is_that_of_mae_for_the_same_weights(model, pixels):
     mae = M.MaskedAutoencoder(model, decoder_dim=8, decoder_heads=2).eval()
     decoder = decode_blocks(model, pixels, pixels[:8], **SMALL).decoders[0]
-    names = {"embed": "decoder_embed", "mask_token": "mask_token", "blocks": "decoder_blocks",
-             "norm": "decoder_norm", "predict": "decoder_pred"}  # fmt: skip
+    names = {
+        "embed": "decoder_embed",
+        "mask_token": "mask_token",
+        "blocks": "decoder_blocks",
+        "norm": "decoder_norm",
+        "predict": "decoder_pred",
+    }
     renamed = {
         ".".join([names[key.split(".")[0]], *key.split(".")[1:]]): value
         for key, value in decoder.state_dict().items()
@@ -99,8 +104,15 @@ def test_what_a_block_throws_away_cannot_be_painted(model):
 
 
 def test_a_pretrained_last_block_beats_a_constant_guess(pixels):
-    found = decode_blocks(load_model("mae_toybox"), pixels[:64], pixels[64:], blocks=[-1], steps=60,
-                          batch=16, progress=False)  # fmt: skip
+    found = decode_blocks(
+        load_model("mae_toybox"),
+        pixels[:64],
+        pixels[64:],
+        blocks=[-1],
+        steps=60,
+        batch=16,
+        progress=False,
+    )
     assert found.blocks == (12,) and found.relative_error[0] < 0.9
     assert found.history[-1]["loss"][0] < found.history[0]["loss"][0]
 

@@ -161,8 +161,16 @@ def test_several_at_once_fetch_it_once(server, cache):
 # ---------------------------------------------------------------- no network
 
 
-@pytest.mark.parametrize("name", ["mae_refined_l16", "crossmae_l16", "vit_base_patch16_224.mae",
-                                  "ijepa_h14", "vit_huge_patch14_gap_224.in1k_ijepa"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mae_refined_l16",
+        "crossmae_l16",
+        "vit_base_patch16_224.mae",
+        "ijepa_h14",
+        "vit_huge_patch14_gap_224.in1k_ijepa",
+    ],
+)
 def test_without_network_one_sentence_says_what_to_put_where(name, cache, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
 
@@ -189,8 +197,18 @@ def test_offline_by_wish_asks_nobody(name, monkeypatch, tmp_path, cache):
 
 def test_a_file_put_where_it_said_is_loaded_offline(monkeypatch, cache):
     content, reference = refiner_file()
-    entry = Entry("tiny", "MIM-Refiner", "2402.10093", 0.1, 8, 32, (24, 2, 3), "cls patch", "MIT",
-                  "https://nowhere.invalid/tiny.th")  # fmt: skip
+    entry = Entry(
+        "tiny",
+        "MIM-Refiner",
+        "2402.10093",
+        0.1,
+        8,
+        32,
+        (24, 2, 3),
+        "cls patch",
+        "MIT",
+        "https://nowhere.invalid/tiny.th",
+    )
     monkeypatch.setattr("refiner.models.load.find", lambda name: entry if name == "tiny" else None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cache.mkdir(parents=True)
@@ -237,9 +255,12 @@ def test_timms_weights_are_read_from_the_hubs_cache(monkeypatch, tmp_path):
     card = model.refiner_card
     assert card["licence"] == "MIT" and card["pooling"] == ["patch"]
     assert card["preprocessing"] == {
-        "size": 224, "mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD),
-        "interpolation": "bicubic", "crop_pct": 0.9,
-    }  # fmt: skip
+        "size": 224,
+        "mean": list(OPENAI_CLIP_MEAN),
+        "std": list(OPENAI_CLIP_STD),
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+    }
 
 
 def test_timms_names_of_original_files_are_converted(monkeypatch, cache):

@@ -19,28 +19,40 @@ from refiner.probing.neighbors import knn_accuracy
 from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
 
-CARD = {"name": "tiny", "preprocessing": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3,
-                                          "interpolation": "bicubic"}}  # fmt: skip
+CARD = {
+    "name": "tiny",
+    "preprocessing": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
-EVA = {"swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True, "qkv_fused": False,
-       "ref_feat_shape": (4, 4), "dynamic_img_size": True}  # fmt: skip
+EVA = {
+    "swiglu_mlp": True,
+    "scale_mlp": True,
+    "use_rot_pos_emb": True,
+    "qkv_fused": False,
+    "ref_feat_shape": (4, 4),
+    "dynamic_img_size": True,
+}
 
 
 def beit(**options):
-    return Beit(**SMALL | {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1,
-                           "num_classes": 0} | options)  # fmt: skip
+    return Beit(
+        **SMALL
+        | {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 0}
+        | options
+    )
 
 
 MODELS = {
     "post-norm": lambda: build_vit(size=32, patch=8, dim=24, depth=3, heads=2, post_norm=True),
-    "no class token": lambda: build_vit(size=32, patch=8, dim=24, depth=3, heads=2,
-                                        class_token=False),
+    "no class token": lambda: build_vit(
+        size=32, patch=8, dim=24, depth=3, heads=2, class_token=False
+    ),
     "registers": lambda: build_vit(size=32, patch=8, dim=24, depth=3, heads=2, registers=2),
     "BEiT": beit,
     "BEiT, shared bias": lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
     "BEiT, both biases": lambda: beit(use_shared_rel_pos_bias=True, use_abs_pos_emb=True),
     "EVA-02": lambda: Eva(**SMALL | EVA, num_classes=0),
-}  # fmt: skip
+}
 
 
 def built(kind):
@@ -174,8 +186,10 @@ def test_the_bias_of_dropped_patches_is_cut_out_of_the_whole():
 def test_gradients_reach_the_relative_positions_of_a_small_crop():
     model = encoders.allow_any_size(built("BEiT, both biases"))
     run(model, torch.randn(1, 3, 16, 16)).square().sum().backward()
-    for table in (model.blocks[0].attn.relative_position_bias_table,
-                  model.rel_pos_bias.relative_position_bias_table):  # fmt: skip
+    for table in (
+        model.blocks[0].attn.relative_position_bias_table,
+        model.rel_pos_bias.relative_position_bias_table,
+    ):
         assert table.grad.abs().sum() > 0
 
 
@@ -203,10 +217,20 @@ def test_features_are_the_tokens_pooled(model):
 
 
 TINY = Recipe(
-    blocks=(2, 3), hidden=16, predictor_hidden=16, out=8, batch=4, head_steps=1, steps=2, queue=8,
-    views=(View(size=32, keep=0.5), View(size=32), View(size=16)), layer_decay=0.7, ema=0.5,
-    lr=1e-2, frozen_blocks=1,
-)  # fmt: skip
+    blocks=(2, 3),
+    hidden=16,
+    predictor_hidden=16,
+    out=8,
+    batch=4,
+    head_steps=1,
+    steps=2,
+    queue=8,
+    views=(View(size=32, keep=0.5), View(size=32), View(size=16)),
+    layer_decay=0.7,
+    ema=0.5,
+    lr=1e-2,
+    frozen_blocks=1,
+)
 
 
 def test_refining_trains_what_is_not_frozen_and_takes_small_crops(model):
@@ -241,8 +265,10 @@ def test_a_plain_vit_is_saved_for_refiner_and_where_it_can_for_timm(kind, tmp_pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224",
-                                  "vit_base_patch16_224", "hiera_tiny_224"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_224", "hiera_tiny_224"],
+)
 def test_timms_own_are_saved_and_opened_by_both(name, tmp_path):
     options = {"num_classes": 0} | ({"dynamic_img_size": True} if "eva" in name else {})
     small = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -250,8 +276,11 @@ def test_timms_own_are_saved_and_opened_by_both(name, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     size = model.pretrained_cfg["input_size"][1]
-    model.refiner_card = {"name": name, "timm": {"architecture": name, "model_args": options},
-                          "preprocessing": CARD["preprocessing"] | {"size": size}}  # fmt: skip
+    model.refiner_card = {
+        "name": name,
+        "timm": {"architecture": name, "model_args": options},
+        "preprocessing": CARD["preprocessing"] | {"size": size},
+    }
     save_model(model, tmp_path / "m")
     x = torch.randn(1, 3, size, size)
     expected = model.forward_features(x)
@@ -277,8 +306,14 @@ def test_timms_own_are_saved_and_opened_by_both(name, tmp_path):
 
 def hiera():
     torch.manual_seed(0)
-    model = Hiera(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), num_classes=0,
-                  mask_unit_size=(8, 8))  # fmt: skip
+    model = Hiera(
+        img_size=(64, 64),
+        embed_dim=16,
+        num_heads=1,
+        stages=(1, 1, 2, 1),
+        num_classes=0,
+        mask_unit_size=(8, 8),
+    )
     model.refiner_card = {"name": "hiera", "preprocessing": CARD["preprocessing"] | {"size": 64}}
     return model.eval()
 

@@ -13,8 +13,14 @@ from refiner.images.sets import ImageSet
 from refiner.models.encoders import preprocess, preprocessing_card
 from refiner.probing.features import Features, extract
 
-CARD = {"preprocessing": {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5],
-                          "interpolation": "bicubic"}}  # fmt: skip
+CARD = {
+    "preprocessing": {
+        "size": 16,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.5],
+        "interpolation": "bicubic",
+    }
+}
 
 
 def tiny(**options) -> VisionTransformer:

@@ -28,8 +28,18 @@ from refiner.training.finetuning import (
 from refiner.training.loop import Loop, Stage
 from refiner.training.states import load_state, save_state
 
-PLAIN = FinetuneRecipe(epochs=1, batch=8, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
-                       crop=(1.0, 1.0), flip=0.0, jitter=0.0, ema=0.0)  # fmt: skip
+PLAIN = FinetuneRecipe(
+    epochs=1,
+    batch=8,
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.0,
+    drop_path=0.0,
+    crop=(1.0, 1.0),
+    flip=0.0,
+    jitter=0.0,
+    ema=0.0,
+)
 
 
 def encoder(**options):
@@ -104,8 +114,9 @@ def test_learning_rates_fall_by_layer_and_vectors_do_not_decay():
 
 def test_targets_are_mixed_as_the_images_are():
     images = coloured(16)
-    recipe = FinetuneRecipe(batch=16, mixup=1.0, cutmix=0.0, smoothing=0.1, crop=(1.0, 1.0),
-                            flip=0.0, jitter=0.0)  # fmt: skip
+    recipe = FinetuneRecipe(
+        batch=16, mixup=1.0, cutmix=0.0, smoothing=0.1, crop=(1.0, 1.0), flip=0.0, jitter=0.0
+    )
     run = begin(recipe, images)
     x, target = run.mixed(3)
     torch.testing.assert_close(target.sum(1), torch.ones(16))
@@ -157,13 +168,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     recipe = FinetuneRecipe(epochs=2, batch=8, mixup=0.8, cutmix=1.0, drop_path=0.3, ema=0.99)
     whole = finetune(encoder(), coloured(), recipe=recipe, progress=False)
     asked = []
-    stopped = finetune(encoder(), coloured(), recipe=recipe, out=tmp_path, progress=False,
-                       stop=lambda: asked.append(1) or len(asked) > 5)  # fmt: skip
+    stopped = finetune(
+        encoder(),
+        coloured(),
+        recipe=recipe,
+        out=tmp_path,
+        progress=False,
+        stop=lambda: asked.append(1) or len(asked) > 5,
+    )
     assert not stopped.history and load_state(tmp_path / "finetune.pt")["done"] == 5
     torch.manual_seed(123)  # the global state must not matter
     np.random.seed(5)
-    again = finetune(encoder(), coloured(), recipe=recipe, out=tmp_path, resume=True,
-                     progress=False)  # fmt: skip
+    again = finetune(
+        encoder(), coloured(), recipe=recipe, out=tmp_path, resume=True, progress=False
+    )
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="recipe is another one"):
@@ -199,10 +217,12 @@ def test_few_labels_are_the_images_of_the_low_shot_probe():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(60) % 3
     x = torch.randn(60, 5, generator=g) + y[:, None]
-    images = ImageSet(torch.zeros(60, 3, 4, 4, dtype=torch.uint8), y,
-                      factors={"at": np.arange(60.0)})  # fmt: skip
-    expected = refiner.low_shot(x, y, x, y, shots=(2,), fractions=(0.25,), draws=2,
-                                standardize=False)  # fmt: skip
+    images = ImageSet(
+        torch.zeros(60, 3, 4, 4, dtype=torch.uint8), y, factors={"at": np.arange(60.0)}
+    )
+    expected = refiner.low_shot(
+        x, y, x, y, shots=(2,), fractions=(0.25,), draws=2, standardize=False
+    )
     for s, size in enumerate((2, 0.25)):
         for draw in range(2):
             some = few_labels(images, size, draw=draw)
@@ -217,8 +237,9 @@ def test_few_labels_are_the_images_of_the_low_shot_probe():
 
 def test_without_class_token_the_patches_are_pooled():
     images = coloured(16)
-    run = finetune(encoder(class_token=False), images, recipe=FinetuneRecipe.cpu(epochs=1),
-                   progress=False)  # fmt: skip
+    run = finetune(
+        encoder(class_token=False), images, recipe=FinetuneRecipe.cpu(epochs=1), progress=False
+    )
     assert run.model.pooling == "patch" and len(run.predict(images)) == 16
     with pytest.raises(ValueError, match="pooled by 'cls'"):
         finetune(encoder(class_token=False), images, recipe=FinetuneRecipe.cpu(pooling="cls"))
@@ -236,12 +257,15 @@ def test_labels_are_needed(labels):
         finetune(encoder(), images, progress=False)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"batch": 1}, "batch is 1; it needs to be 2 or more"),
-    ({"batch": 2.5}, "batch is 2.5; it needs to be a whole number"),
-    ({"epochs": math.inf}, "epochs is inf"),
-    ({"seed": -1}, "seed is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch": 1}, "batch is 1; it needs to be 2 or more"),
+        ({"batch": 2.5}, "batch is 2.5; it needs to be a whole number"),
+        ({"epochs": math.inf}, "epochs is inf"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
 def test_recipes_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(**change), progress=False)
@@ -249,8 +273,9 @@ def test_recipes_that_cannot_work_are_refused(change, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="try a lower learning rate"):
-        finetune(encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=1e30, epochs=3),
-                 progress=False)  # fmt: skip
+        finetune(
+            encoder(), coloured(), recipe=FinetuneRecipe.cpu(lr=1e30, epochs=3), progress=False
+        )
 
 
 def test_only_the_same_model_and_images_go_on(tmp_path):

@@ -180,10 +180,12 @@ def test_the_nearest_of_a_long_queue_are_those_of_a_full_sort():
     best = (F.normalize(z, dim=-1) @ queue.vectors.mT).sort(descending=True).indices
     for k in (1, 20):
         rng = torch.Generator().manual_seed(0)
-        drawn = torch.stack([
-            queue.lookup(z, torch.arange(2000, 2003), k=k, generator=rng).positions
-            for _ in range(30 * k)
-        ])  # fmt: skip
+        drawn = torch.stack(
+            [
+                queue.lookup(z, torch.arange(2000, 2003), k=k, generator=rng).positions
+                for _ in range(30 * k)
+            ]
+        )
         for t in range(2):
             for i in range(3):
                 assert set(drawn[:, t, i].tolist()) == set(best[t, i, :k].tolist())

@@ -26,17 +26,58 @@ from refiner.training.refining import refine
 from refiner.training.states import load_state
 
 TINY = {
-    "pretrain": ["--set", "dim=16", "--set", "depth=2", "--set", "heads=2", "--set",
-                 "decoder_dim=16", "--set", "decoder_heads=2", "--set", "batch=8",
-                 "--set", "steps=60"],
-    "refine": ["--set", "batch=8", "--set", "head_steps=6", "--set", "steps=24", "--set",
-               "hidden=16", "--set", "predictor_hidden=16", "--set", "out=8", "--set", "queue=24"],
-}  # fmt: skip
+    "pretrain": [
+        "--set",
+        "dim=16",
+        "--set",
+        "depth=2",
+        "--set",
+        "heads=2",
+        "--set",
+        "decoder_dim=16",
+        "--set",
+        "decoder_heads=2",
+        "--set",
+        "batch=8",
+        "--set",
+        "steps=60",
+    ],
+    "refine": [
+        "--set",
+        "batch=8",
+        "--set",
+        "head_steps=6",
+        "--set",
+        "steps=24",
+        "--set",
+        "hidden=16",
+        "--set",
+        "predictor_hidden=16",
+        "--set",
+        "out=8",
+        "--set",
+        "queue=24",
+    ],
+}
 
 
 def command(which: str, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "refiner", which, "--data", "digits", "--n", "64", "--out",
-            str(out), "--save-every", "7", *TINY[which], *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "refiner",
+        which,
+        "--data",
+        "digits",
+        "--n",
+        "64",
+        "--out",
+        str(out),
+        "--save-every",
+        "7",
+        *TINY[which],
+        *more,
+    ]
 
 
 def kill_after_first_save(arguments: list[str], out: Path) -> None:
@@ -70,18 +111,34 @@ def test_killed_and_resumed_is_the_uninterrupted_run(which, tmp_path):
 # ---------------------------------------------------------------- twenty kills at random moments
 
 SMALL = Recipe.cpu(
-    batch=4, head_steps=15, steps=45, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
-    frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)), cached_views=1,
-)  # fmt: skip
+    batch=4,
+    head_steps=15,
+    steps=45,
+    hidden=8,
+    predictor_hidden=8,
+    out=4,
+    queue=12,
+    blocks=(1, 2),
+    frozen_blocks=0,
+    views=(View(size=8, keep=0.5), View(size=8)),
+    cached_views=1,
+)
 
 
 def run(out: Path) -> None:
     """A run of a second or so that saves after every step."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8, generator=rng)
-    refine(build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0), images, recipe=SMALL,
-           out=out, resume=(out / "state.pt").is_file(), save_every=1, log_every=1,
-           progress=False)  # fmt: skip
+    refine(
+        build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0),
+        images,
+        recipe=SMALL,
+        out=out,
+        resume=(out / "state.pt").is_file(),
+        save_every=1,
+        log_every=1,
+        progress=False,
+    )
 
 
 def in_child(task, *arguments) -> int:
@@ -145,16 +202,25 @@ def ordeal(folder: Path) -> None:
     status = os.waitstatus_to_exitcode(os.waitpid(in_child(run_on_a_full_disk, out, room), 0)[1])
     intact = (out / "state.pt").read_bytes() == before
     os.waitpid(in_child(run, out), 0)
-    found = {"deaths": deaths, "done": done, "full": status, "intact": intact,
-             "rest": [p.name for p in out.glob(".state*")]}  # fmt: skip
+    found = {
+        "deaths": deaths,
+        "done": done,
+        "full": status,
+        "intact": intact,
+        "rest": [p.name for p in out.glob(".state*")],
+    }
     (folder / "found.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ordeal")
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        check=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return folder, json.loads((folder / "found.json").read_text())
 
 
@@ -165,8 +231,10 @@ def test_twenty_kills_at_random_moments_lose_nothing(survived):
     assert found["done"] == sorted(found["done"]) and found["done"][-1] > found["done"][0]
     one, two = (load_model(folder / name).state_dict() for name in ("whole", "killed"))
     assert all(torch.equal(one[k], two[k]) for k in one)
-    losses = [[e["loss"] for e in json.loads((folder / name / "history.json").read_text())]
-              for name in ("whole", "killed")]  # fmt: skip
+    losses = [
+        [e["loss"] for e in json.loads((folder / name / "history.json").read_text())]
+        for name in ("whole", "killed")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 60
 
 

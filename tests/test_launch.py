@@ -16,24 +16,64 @@ from refiner.models.load import load_model
 from refiner.models.save import save_model
 from refiner.training.refining import refine
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-                            "OMP_NUM_THREADS": "1"}  # fmt: skip
-SMALL = ["batch=16", "head_steps=2", "steps=3", "blocks=(2,3)", "frozen_blocks=1", "hidden=16",
-         "predictor_hidden=16", "out=8", "queue=32"]  # fmt: skip
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    "OMP_NUM_THREADS": "1",
+}
+SMALL = [
+    "batch=16",
+    "head_steps=2",
+    "steps=3",
+    "blocks=(2,3)",
+    "frozen_blocks=1",
+    "hidden=16",
+    "predictor_hidden=16",
+    "out=8",
+    "queue=32",
+]
 
 
 def test_accelerate_launch_is_one_process_with_the_same_batch(tmp_path):
     """On GPUs the command is this one without --device; there is none here, so gloo talks."""
     save_model(model(), tmp_path / "mae")
-    command = ["refine", "--model", str(tmp_path / "mae"), "--data", "digits", "--images", "64",
-               "--device", "cpu"]  # fmt: skip
+    command = [
+        "refine",
+        "--model",
+        str(tmp_path / "mae"),
+        "--data",
+        "digits",
+        "--images",
+        "64",
+        "--device",
+        "cpu",
+    ]
     command += [part for value in SMALL for part in ("--set", value)]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-              "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", "-m", "refiner"]  # fmt: skip
-    done = subprocess.run([*launch, *command, "--out", str(tmp_path / "two")], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "refiner",
+    ]
+    done = subprocess.run(
+        [*launch, *command, "--out", str(tmp_path / "two")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "of batch 16 on 2 processes" in done.stdout and done.stdout.count("refined in") == 1
     one, two = (json.loads((tmp_path / n / "history.json").read_text()) for n in ("one", "two"))
@@ -45,8 +85,9 @@ def test_accelerate_launch_is_one_process_with_the_same_batch(tmp_path):
 
 def train(folder: str) -> None:
     """What a notebook hands to its launcher."""
-    run = refine(model(), images(), recipe=TINY, progress=False, log_every=1, device="cpu",
-                 out=folder)  # fmt: skip
+    run = refine(
+        model(), images(), recipe=TINY, progress=False, log_every=1, device="cpu", out=folder
+    )
     assert parallel.world() == 2 and run.history
 
 
@@ -54,8 +95,13 @@ def test_a_notebooks_launcher_shares_the_batch_too(tmp_path):
     """accelerate's debug_launcher is its notebook_launcher for several processes without a GPU."""
     code = "import sys, test_launch; from accelerate import debug_launcher as launch; "
     code += "launch(test_launch.train, (sys.argv[1],), num_processes=2)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     alone = refine(model(), images(), recipe=TINY, progress=False, log_every=1)
     assert_alike(load_model(tmp_path), alone.model)

@@ -389,20 +389,23 @@ def test_clear_errors(pixels, tmp_path):
         M.load_mae("nothing")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"steps": 0}, "steps is 0; it needs to be 1 or more"),
-    ({"steps": 2.5}, "steps is 2.5; it needs to be a whole number"),
-    ({"batch": 0}, "batch is 0; it needs to be 1 or more"),
-    ({"seed": -1}, "seed is -1; it needs to be 0 or more"),
-    ({"mask_ratio": 0.0}, "mask_ratio is 0.0; it needs to be above 0 and at most 1"),
-    ({"mask_ratio": 0.001}, "mask_ratio is 0.001; it needs to hide at least one of 64 patches"),
-    ({"mask_ratio": 0.001}, "at least one of 64 patches"),
-    ({"mask_ratio": 1.5}, "at most 1"),
-    ({"crop": (0.0, 1.0)}, r"crop is 0.0; it needs to be above 0 and at most 1"),
-    ({"crop": (0.9, 0.2)}, "in rising order"),
-    ({"decoder_dim": 12, "decoder_heads": 5}, "decoder_dim of 12 does not suit 5 heads"),
-    ({"decoder_dim": 6}, "decoder_dim of 6 does not suit 2 heads; choose a multiple of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "steps is 0; it needs to be 1 or more"),
+        ({"steps": 2.5}, "steps is 2.5; it needs to be a whole number"),
+        ({"batch": 0}, "batch is 0; it needs to be 1 or more"),
+        ({"seed": -1}, "seed is -1; it needs to be 0 or more"),
+        ({"mask_ratio": 0.0}, "mask_ratio is 0.0; it needs to be above 0 and at most 1"),
+        ({"mask_ratio": 0.001}, "mask_ratio is 0.001; it needs to hide at least one of 64 patches"),
+        ({"mask_ratio": 0.001}, "at least one of 64 patches"),
+        ({"mask_ratio": 1.5}, "at most 1"),
+        ({"crop": (0.0, 1.0)}, r"crop is 0.0; it needs to be above 0 and at most 1"),
+        ({"crop": (0.9, 0.2)}, "in rising order"),
+        ({"decoder_dim": 12, "decoder_heads": 5}, "decoder_dim of 12 does not suit 5 heads"),
+        ({"decoder_dim": 6}, "decoder_dim of 6 does not suit 2 heads; choose a multiple of"),
+    ],
+)
 def test_recipes_that_cannot_work_are_refused_at_the_start(pixels, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         pretraining.pretrain(

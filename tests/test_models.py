@@ -74,8 +74,12 @@ def test_random_like_says_what_it_needs_of_a_plain_model():
 
 def test_the_model_card_tells_recipe_and_figures(tmp_path):
     model = models.build_vit(**SMALL, seed=0)
-    model.refiner_card |= {"name": "mine", "method": "MIM-Refiner", "refine_recipe": {"lr": 0.5},
-                           "results": {"knn": [0.25, 0.75]}}  # fmt: skip
+    model.refiner_card |= {
+        "name": "mine",
+        "method": "MIM-Refiner",
+        "refine_recipe": {"lr": 0.5},
+        "results": {"knn": [0.25, 0.75]},
+    }
     save.save_model(model, tmp_path / "m")
     text = (tmp_path / "m" / "README.md").read_text()
     head, body = text.split("---\n")[1:]

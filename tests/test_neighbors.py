@@ -53,11 +53,13 @@ SETS = {
     "duplicates": (normal(30, 8), normal(3, 8, seed=1).repeat(20, 1)),
     "constant": (torch.ones(30, 8), torch.ones(60, 8)),
     "zeros": (torch.zeros(30, 8), normal(60, 8, seed=1)),
-    "wild scales": (normal(30, 8) * 10.0 ** torch.arange(-15, 15)[:, None],
-                    normal(60, 8, seed=1) * 10.0 ** torch.arange(-6, 6).repeat(5)[:, None]),
+    "wild scales": (
+        normal(30, 8) * 10.0 ** torch.arange(-15, 15)[:, None],
+        normal(60, 8, seed=1) * 10.0 ** torch.arange(-6, 6).repeat(5)[:, None],
+    ),
     "few keys": (normal(30, 8), normal(9, 8, seed=1)),
     "float64": (normal(30, 8).double(), normal(60, 8, seed=1).double()),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=["topk", "groups"])
@@ -352,8 +354,9 @@ def test_test_classes_that_the_train_set_lacks_count_as_wrong():
 def float64_votes(train_x, train_y, test_x, ks, temperature, itself=False):
     """Votes [S, Q, C] by plain float64 products; ties by index."""
     mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
-    a, b = (torch.nn.functional.normalize((x.double() - mean) / std, dim=1)
-            for x in (test_x, train_x))  # fmt: skip
+    a, b = (
+        torch.nn.functional.normalize((x.double() - mean) / std, dim=1) for x in (test_x, train_x)
+    )
     cosines = a @ b.T
     if itself:
         cosines.fill_diagonal_(-torch.inf)
@@ -380,8 +383,9 @@ def test_predictions_at_a_realistic_size_equal_float64(itself):
     assert torch.equal(report.predictions, expected.argmax(-1))
     assert torch.allclose(report.votes.double(), expected, atol=1e-6)
     assert torch.equal(report.accuracy, (expected.argmax(-1) == truth).double().mean(-1).float())
-    assert torch.equal(knn_accuracy(train, labels, test, None if itself else truth, k=ks),
-                       report.accuracy)  # fmt: skip
+    assert torch.equal(
+        knn_accuracy(train, labels, test, None if itself else truth, k=ks), report.accuracy
+    )
 
 
 def test_leave_one_out_never_counts_the_image_itself():
@@ -427,8 +431,11 @@ def test_a_report_agrees_with_itself_and_with_the_parts():
 def test_a_report_loses_the_axes_that_were_not_asked_for():
     train_x, train_y, test_x, test_y = problem(blocks=2)
     every = knn_report(train_x, train_y, test_x, test_y, k=[5])
-    for x, z, k, shape in ((train_x, test_x, 5, (2,)), (train_x[0], test_x[0], [5], (1,)),
-                           (train_x[0], test_x[0], 5, ())):  # fmt: skip
+    for x, z, k, shape in (
+        (train_x, test_x, 5, (2,)),
+        (train_x[0], test_x[0], [5], (1,)),
+        (train_x[0], test_x[0], 5, ()),
+    ):
         report = knn_report(x, train_y, z, test_y, k=k, keep_votes=False)
         assert report.votes is None and report.accuracy.shape == shape
         assert report.predictions.shape == (*shape, 60)
@@ -439,9 +446,14 @@ def test_a_report_loses_the_axes_that_were_not_asked_for():
 
 @pytest.mark.parametrize(
     "kind",
-    [lambda y: y.to(torch.uint8), lambda y: y.to(torch.int16), lambda y: y.numpy(),
-     lambda y: y.numpy().astype(np.uint16), lambda y: y.tolist()],
-)  # fmt: skip
+    [
+        lambda y: y.to(torch.uint8),
+        lambda y: y.to(torch.int16),
+        lambda y: y.numpy(),
+        lambda y: y.numpy().astype(np.uint16),
+        lambda y: y.tolist(),
+    ],
+)
 def test_labels_of_every_kind_of_integer_give_the_same(kind):
     """20 · 20 cells of the confusion matrix are more than 8 bits tell apart."""
     x, z = normal(200, 6), normal(90, 6, seed=1)

@@ -267,8 +267,11 @@ def is_known(text, share, found, ends):
     known = [*found, *ends]
     if share:  # shares are printed as 0.25 or 25 %
         known += [100 * x for x in known]
-    return any(abs(float(text) - x) <= 0.5001 * 10**-decimals * (decimals > 0) + 1e-9 or
-               float(text) == round(x, decimals) for x in known)  # fmt: skip
+    return any(
+        abs(float(text) - x) <= 0.5001 * 10**-decimals * (decimals > 0) + 1e-9
+        or float(text) == round(x, decimals)
+        for x in known
+    )
 
 
 def test_text_states_no_number_that_no_cell_prints(notebook):

@@ -27,10 +27,23 @@ from refiner.training.refining import begin, refine
 
 ROOT = Path(__file__).parent.parent
 TINY = Recipe.cpu(
-    batch=8, head_steps=5, steps=6, hidden=16, predictor_hidden=16, out=8, queue=24, top_k=3,
-    cached_views=1, frozen_blocks=1, blocks=(2, 3), head_lr=1e-2, lr=1e-2, clip=1.0, ema=0.5,
+    batch=8,
+    head_steps=5,
+    steps=6,
+    hidden=16,
+    predictor_hidden=16,
+    out=8,
+    queue=24,
+    top_k=3,
+    cached_views=1,
+    frozen_blocks=1,
+    blocks=(2, 3),
+    head_lr=1e-2,
+    lr=1e-2,
+    clip=1.0,
+    ema=0.5,
     views=(View(size=16, blur=0.7, keep=0.5), View(size=16, solarize=0.5), View(size=8, blur=0.5)),
-)  # fmt: skip
+)
 
 
 def images() -> torch.Tensor:
@@ -65,14 +78,24 @@ def count_bytes() -> dict[str, int]:
 def main(out: Path) -> None:
     """What each process does: a counted step, runs, a wrong call, a step in float64."""
     counted = count_bytes()
-    refine(model(), images(), recipe=replace(TINY, head_steps=0, steps=1), progress=False,
-           log_every=1, device="cpu")  # fmt: skip
+    refine(
+        model(),
+        images(),
+        recipe=replace(TINY, head_steps=0, steps=1),
+        progress=False,
+        log_every=1,
+        device="cpu",
+    )
     counted = dict(counted)
-    run = refine(model(), images(), recipe=TINY, progress=False, log_every=1, out=out / "run",
-                 device="cpu")  # fmt: skip
-    found = {"loss": [e["loss"] for e in run.history], "queue_ids": run.queue.ids.tolist(),
-             "similarity": [e["similarity"] for e in run.history],
-             "weights": float(sum(p.double().sum() for p in run.model.parameters()))}  # fmt: skip
+    run = refine(
+        model(), images(), recipe=TINY, progress=False, log_every=1, out=out / "run", device="cpu"
+    )
+    found = {
+        "loss": [e["loss"] for e in run.history],
+        "queue_ids": run.queue.ids.tolist(),
+        "similarity": [e["similarity"] for e in run.history],
+        "weights": float(sum(p.double().sum() for p in run.model.parameters())),
+    }
     try:
         refine(model(), images()[: 24 - parallel.rank()], recipe=TINY, progress=False)
     except ValueError as error:
@@ -99,8 +122,13 @@ def float64_gradients() -> list[torch.Tensor]:
     first, count = parallel.rows(8)
     z, p = heads(x[:, :, first : first + count])
     targets = z[:, :2].detach()
-    found = queue.lookup(targets.flatten(1, 2), torch.arange(8)[first : first + count], k=4,
-                         generator=torch.Generator().manual_seed(2), rows=(first, 8))  # fmt: skip
+    found = queue.lookup(
+        targets.flatten(1, 2),
+        torch.arange(8)[first : first + count],
+        k=4,
+        generator=torch.Generator().manual_seed(2),
+        rows=(first, 8),
+    )
     neighbors = found.vectors.reshape(targets.shape)
     nna_loss(parallel.gather(p, dim=2), targets, neighbors, first=first).backward()
     parallel.average_gradients(heads.parameters(), piece=50)
@@ -114,9 +142,20 @@ def two(tmp_path_factory):
         write_tar(out / f"s-{shard}.tar", {f"{i}.png": png(10 * shard + i, 16) for i in range(9)})
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         __file__, str(out)], check=True, capture_output=True, env=environment, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            __file__,
+            str(out),
+        ],
+        check=True,
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
     return out
 
 

@@ -31,10 +31,19 @@ R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
 TINY = Recipe.cpu(
-    batch=8, head_steps=10, steps=20, hidden=16, predictor_hidden=16, out=8, queue=12,
-    blocks=(2, 3, 4), frozen_blocks=0, views=(View(size=16), View(size=8)),
-    swap_from=0.3, swap_full=0.9,
-)  # fmt: skip
+    batch=8,
+    head_steps=10,
+    steps=20,
+    hidden=16,
+    predictor_hidden=16,
+    out=8,
+    queue=12,
+    blocks=(2, 3, 4),
+    frozen_blocks=0,
+    views=(View(size=16), View(size=8)),
+    swap_from=0.3,
+    swap_full=0.9,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +65,16 @@ def test_plan_says_what_how_long_and_how_much(model, images):
     assert 0 < heads and 0 < encoder and made.seconds == pytest.approx(10 * heads + 20 * encoder)
     assert made.fits and not made.changes
     text = str(made)
-    for part in ("4 blocks of width 16", "16 images of 16×16; views: 1 of 16 px, 1 of 8 px",
-                 "blocks 2, 3, 4 (the final output)", "10 steps, 5 epochs of batch 8",
-                 "20 steps, 10 epochs", "growing from 30% to 90%", "time     about",
-                 "GB:"):  # fmt: skip
+    for part in (
+        "4 blocks of width 16",
+        "16 images of 16×16; views: 1 of 16 px, 1 of 8 px",
+        "blocks 2, 3, 4 (the final output)",
+        "10 steps, 5 epochs of batch 8",
+        "20 steps, 10 epochs",
+        "growing from 30% to 90%",
+        "time     about",
+        "GB:",
+    ):
         assert part in text, part
 
 
@@ -76,8 +91,13 @@ def test_a_sudden_swap_is_said_in_words(model, images):
 def test_what_does_not_fit_comes_with_changes_that_need_less(model, images):
     made = plan(model, images, recipe=TINY, device="cpu", available=1000)
     assert not made.fits and "will probably not fit" in str(made)
-    assert list(made.changes) == ["checkpoint=True", "frozen_blocks=1", "blocks=(2, 4)", "batch=4",
-                                  "all of these"]  # fmt: skip
+    assert list(made.changes) == [
+        "checkpoint=True",
+        "frozen_blocks=1",
+        "blocks=(2, 4)",
+        "batch=4",
+        "all of these",
+    ]
     assert all(size < made.bytes for size in made.changes.values())
     assert made.changes["all of these"] == min(made.changes.values())
 
@@ -222,5 +242,8 @@ def test_what_was_timed_is_gone_before_the_next(
 def test_amounts_and_times_in_words():
     assert amount(2.44e9) == "2.4 GB" and amount(12.6e6) == "13 MB"
     assert [duration(s) for s in (50, 600, 36_000, 400_000)] == [
-        "50 seconds", "10 minutes", "10 hours", "5 days",
-    ]  # fmt: skip
+        "50 seconds",
+        "10 minutes",
+        "10 hours",
+        "5 days",
+    ]

@@ -178,8 +178,11 @@ def test_the_missing_decoder_in_words_is_its_file():
     text = " ".join(PAGE.split())
 
     def curves(arm, steps, when, pooling):  # one a seed
-        return [c[when][pooling]["knn"] for c in result["cells"]
-                if (c["arm"], c["refine_steps"]) == (arm, steps)]  # fmt: skip
+        return [
+            c[when][pooling]["knn"]
+            for c in result["cells"]
+            if (c["arm"], c["refine_steps"]) == (arm, steps)
+        ]
 
     lost, kept = {}, []
     for pooling in ("cls", "patch"):

@@ -37,11 +37,14 @@ def model():
 # ---------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("name, depth, heads, temperature, batch, epochs, frozen, local", [
-    ("L/16", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.2, 1024, 30, 0, 96),
-    ("H/14", 32, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32], 0.3, 512, 30, 0, 98),
-    ("2B/14", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.35, 512, 20, 6, 98),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, depth, heads, temperature, batch, epochs, frozen, local",
+    [
+        ("L/16", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.2, 1024, 30, 0, 96),
+        ("H/14", 32, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32], 0.3, 512, 30, 0, 98),
+        ("2B/14", 24, [17, 18, 19, 20, 21, 22, 23, 24], 0.35, 512, 20, 6, 98),
+    ],
+)
 def test_paper_presets(name, depth, heads, temperature, batch, epochs, frozen, local):
     recipe = Recipe.paper(name)
     per_epoch = 1_281_167 // batch
@@ -99,15 +102,31 @@ def test_warm_up_of_the_paper_is_four_epochs_in_both_stages(stage, epochs):
 def shaped(width, *, size=224, patch=16, depth=24):
     card = {"preprocessing": {"size": size}}
     embed = SimpleNamespace(patch_size=(patch, patch))
-    return SimpleNamespace(embed_dim=width, blocks=[0] * depth, refiner_card=card,
-                           patch_embed=embed)  # fmt: skip
+    return SimpleNamespace(
+        embed_dim=width, blocks=[0] * depth, refiner_card=card, patch_embed=embed
+    )
 
 
 def test_fitted_to_imagenet_and_a_large_model_is_nearly_the_papers():
     fitted, paper = Recipe.fitted(shaped(1024), 1_281_167), Recipe.paper("L/16")
-    same = ("views", "batch", "queue", "top_k", "temperature", "hidden", "predictor_hidden", "out",
-            "head_steps", "steps", "warmup", "head_warmup", "lr", "layer_decay", "decay_last",
-            "blocks")  # fmt: skip
+    same = (
+        "views",
+        "batch",
+        "queue",
+        "top_k",
+        "temperature",
+        "hidden",
+        "predictor_hidden",
+        "out",
+        "head_steps",
+        "steps",
+        "warmup",
+        "head_warmup",
+        "lr",
+        "layer_decay",
+        "decay_last",
+        "blocks",
+    )
     for name in same:
         assert getattr(fitted, name) == getattr(paper, name), name
     assert fitted.ema == pytest.approx(paper.ema, abs=1e-5)
@@ -153,9 +172,16 @@ def test_recipes_survive_json_and_older_ones_get_defaults():
     assert recipe_from(old) == Recipe.cpu()
 
 
-@pytest.mark.parametrize("blocks, converted", [
-    ([8, 9, 10, 11], (9, 10, 11, 12)), ([0, -1], (1, -1)), (11, (12,)), (-2, (-2,)), (None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "blocks, converted",
+    [
+        ([8, 9, 10, 11], (9, 10, 11, 12)),
+        ([0, -1], (1, -1)),
+        (11, (12,)),
+        (-2, (-2,)),
+        (None, None),
+    ],
+)
 def test_blocks_of_older_recipes_count_from_0_and_are_converted(blocks, converted):
     new = recipe_dict(Recipe.cpu()) | {"blocks": blocks}
     old = {name: value for name, value in new.items() if name != "blocks_from"}
@@ -197,8 +223,9 @@ def test_poolings_move_with_their_blocks(model, blocks):
 
 def test_counts_become_ints_and_one_block_a_tuple(model):
     recipe = complete_recipe(replace(TINY, blocks=-1, steps=1e4, top_k=3.0), model, pixels())
-    assert recipe == complete_recipe(replace(TINY, blocks=(3,), steps=10_000, top_k=3), model,
-                                     pixels())  # fmt: skip
+    assert recipe == complete_recipe(
+        replace(TINY, blocks=(3,), steps=10_000, top_k=3), model, pixels()
+    )
     assert type(recipe.steps) is type(recipe.top_k) is int
 
 
@@ -211,35 +238,38 @@ def nan_pixels():
     return x
 
 
-@pytest.mark.parametrize("change, images, message", [
-    ({}, pixels(4), "4 images are fewer than one batch of 8"),
-    ({}, pixels(size=16), "images of 16 pixels are smaller than a view of 32"),
-    ({}, pixels(1).repeat(16, 1, 1, 1), "look all alike"),
-    ({}, nan_pixels(), "NaN or outside of 0 to 1"),
-    ({}, pixels().float(), "NaN or outside of 0 to 1"),
-    ({}, pixels()[:, :1], r"expected images \[N, 3, H, W\], got \[16, 1, 32, 32\]"),
-    ({"views": (View(size=30), View(size=16))}, pixels(), "no multiple of the patch of 4"),
-    ({"blocks": (2, 4)}, pixels(), "different blocks from 1 to 3"),
-    ({"blocks": (0, 2)}, pixels(), "blocks count from 1, choose different blocks from 1 to 3"),
-    ({"blocks": (-4, 2)}, pixels(), "different blocks from 1 to 3"),
-    ({"pooling": ("cls", "patch", "cls")}, pixels(), "3 poolings for 2 heads"),
-    ({"pooling": ("cls", "mean")}, pixels(), "pooling is 'mean'; choose 'cls', 'patch'"),
-    ({"loss_weights": "linear"}, pixels(), "choose 'constant', 'decay', 'staggered'"),
-    ({"temperature": 0.0}, pixels(), "temperature is 0.0"),
-    ({"batch": 1}, pixels(), "batch is 1; it needs to be 2 or more"),
-    ({"top_k": 0}, pixels(), "top_k is 0"),
-    ({"top_k": 2.5}, pixels(), "top_k is 2.5; it needs to be a whole number"),
-    ({"steps": math.inf}, pixels(), "steps is inf; it needs to be a whole number"),
-    ({"steps": None}, pixels(), "steps is None; it needs to be a whole number"),
-    ({"seed": -1}, pixels(), "seed is -1; it needs to be 0 or more"),
-    ({"blocks": 1.5}, pixels(), "blocks is 1.5; it needs to be a whole number"),
-    ({"blocks": (2, 3), "frozen_blocks": 2}, pixels(), "block 2 trains nothing when 2 blocks"),
-    ({"out": 0}, pixels(), "out is 0"),
-    ({"lr": math.nan}, pixels(), "lr is nan"),
-    ({"ema": 1.5}, pixels(), "ema is 1.5; it needs to be between 0 and 1"),
-    ({"clip": 0.0}, pixels(), "clip is 0.0; it needs to be above 0"),
-    ({"swap_from": 0.5, "swap_full": 0.2}, pixels(), "cannot begin at 0.5 and be full at 0.2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, images, message",
+    [
+        ({}, pixels(4), "4 images are fewer than one batch of 8"),
+        ({}, pixels(size=16), "images of 16 pixels are smaller than a view of 32"),
+        ({}, pixels(1).repeat(16, 1, 1, 1), "look all alike"),
+        ({}, nan_pixels(), "NaN or outside of 0 to 1"),
+        ({}, pixels().float(), "NaN or outside of 0 to 1"),
+        ({}, pixels()[:, :1], r"expected images \[N, 3, H, W\], got \[16, 1, 32, 32\]"),
+        ({"views": (View(size=30), View(size=16))}, pixels(), "no multiple of the patch of 4"),
+        ({"blocks": (2, 4)}, pixels(), "different blocks from 1 to 3"),
+        ({"blocks": (0, 2)}, pixels(), "blocks count from 1, choose different blocks from 1 to 3"),
+        ({"blocks": (-4, 2)}, pixels(), "different blocks from 1 to 3"),
+        ({"pooling": ("cls", "patch", "cls")}, pixels(), "3 poolings for 2 heads"),
+        ({"pooling": ("cls", "mean")}, pixels(), "pooling is 'mean'; choose 'cls', 'patch'"),
+        ({"loss_weights": "linear"}, pixels(), "choose 'constant', 'decay', 'staggered'"),
+        ({"temperature": 0.0}, pixels(), "temperature is 0.0"),
+        ({"batch": 1}, pixels(), "batch is 1; it needs to be 2 or more"),
+        ({"top_k": 0}, pixels(), "top_k is 0"),
+        ({"top_k": 2.5}, pixels(), "top_k is 2.5; it needs to be a whole number"),
+        ({"steps": math.inf}, pixels(), "steps is inf; it needs to be a whole number"),
+        ({"steps": None}, pixels(), "steps is None; it needs to be a whole number"),
+        ({"seed": -1}, pixels(), "seed is -1; it needs to be 0 or more"),
+        ({"blocks": 1.5}, pixels(), "blocks is 1.5; it needs to be a whole number"),
+        ({"blocks": (2, 3), "frozen_blocks": 2}, pixels(), "block 2 trains nothing when 2 blocks"),
+        ({"out": 0}, pixels(), "out is 0"),
+        ({"lr": math.nan}, pixels(), "lr is nan"),
+        ({"ema": 1.5}, pixels(), "ema is 1.5; it needs to be between 0 and 1"),
+        ({"clip": 0.0}, pixels(), "clip is 0.0; it needs to be above 0"),
+        ({"swap_from": 0.5, "swap_full": 0.2}, pixels(), "cannot begin at 0.5 and be full at 0.2"),
+    ],
+)
 def test_bad_input_is_refused_before_training(model, change, images, message):
     with pytest.raises(ValueError, match=message):
         complete_recipe(replace(TINY, **change), model, images)

@@ -21,15 +21,29 @@ from refiner.training.heads import load_heads
 R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
-TINY = R.Recipe.cpu(batch=8, head_steps=4, steps=6, hidden=16, predictor_hidden=16, out=8,
-                    queue=24, frozen_blocks=1, blocks=(2, 3))  # fmt: skip
+TINY = R.Recipe.cpu(
+    batch=8,
+    head_steps=4,
+    steps=6,
+    hidden=16,
+    predictor_hidden=16,
+    out=8,
+    queue=24,
+    frozen_blocks=1,
+    blocks=(2, 3),
+)
 
 
 @pytest.fixture(scope="module")
 def images():
     scene = render(48)
-    return ImageSet(images=scene.images, labels=scene.labels, classes=scene.classes,
-                    factors=scene.factors, name="toybox")  # fmt: skip
+    return ImageSet(
+        images=scene.images,
+        labels=scene.labels,
+        classes=scene.classes,
+        factors=scene.factors,
+        name="toybox",
+    )
 
 
 @pytest.fixture
@@ -64,8 +78,9 @@ def test_features_of_all_blocks_match_timms_own_pass(model):
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         ours = R.head_features(model, x, (1, 2, 3), pooling="cls")
-        middle = model.forward_intermediates(x, return_prefix_tokens=True, norm=False,
-                                             intermediates_only=True, output_fmt="NLC")  # fmt: skip
+        middle = model.forward_intermediates(
+            x, return_prefix_tokens=True, norm=False, intermediates_only=True, output_fmt="NLC"
+        )
         final = model.forward_features(x)
         patch = R.head_features(model, x, (2, 3), pooling="patch")
     assert torch.allclose(ours[0], middle[0][1][:, 0], atol=1e-5)
@@ -101,8 +116,17 @@ def test_gradient_reaches_every_trained_block_through_every_head(model, images):
     heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
     queue = R.NeighborQueue(24, 8, heads=2)
     ids = torch.arange(8)
-    step = R.refine_step(model, heads, queue, images.images[:8], ids, recipe, stage=3,
-                         swap_chance=1.0, generator=torch.Generator().manual_seed(0))  # fmt: skip
+    step = R.refine_step(
+        model,
+        heads,
+        queue,
+        images.images[:8],
+        ids,
+        recipe,
+        stage=3,
+        swap_chance=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
     step.loss.sum().backward()
     assert model.patch_embed.proj.weight.grad is None
     assert model.blocks[0].mlp.fc1.weight.grad is None
@@ -122,9 +146,17 @@ def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, imag
     features = torch.randn(2, len(recipe.views), 8, 16)
     with torch.autocast("cpu", torch.bfloat16):
         step = R.refine_step(
-            model, heads, copy.deepcopy(queue), None, torch.arange(8), recipe, stage=2,
-            swap_chance=1.0, generator=torch.Generator().manual_seed(0), features=features,
-        )  # fmt: skip
+            model,
+            heads,
+            copy.deepcopy(queue),
+            None,
+            torch.arange(8),
+            recipe,
+            stage=2,
+            swap_chance=1.0,
+            generator=torch.Generator().manual_seed(0),
+            features=features,
+        )
     z, p = (x.double() for x in made)
     assert made[1].dtype == torch.bfloat16 and step.similarity.dtype == torch.float32
     z = F.normalize(z[:, : recipe.global_views].detach(), dim=-1)
@@ -150,8 +182,13 @@ def test_layer_decay_is_a_power_of_the_depth(model, images, decay_last):
     assert set(scale) >= {id(p) for p in model.parameters()}
     # Layers from the top: block 2 with the final norm, block 1, block 0, embedding. In the authors'
     # code the norm is a layer of its own: scales decay ** (blocks + 1 - i), embedding first.
-    powers = {"blocks.2.mlp.fc1.weight": 0, "blocks.1.norm1.bias": 1, "blocks.0.mlp.fc1.weight": 2,
-              "patch_embed.proj.weight": 3, "cls_token": 3}  # fmt: skip
+    powers = {
+        "blocks.2.mlp.fc1.weight": 0,
+        "blocks.1.norm1.bias": 1,
+        "blocks.0.mlp.fc1.weight": 2,
+        "patch_embed.proj.weight": 3,
+        "cls_token": 3,
+    }
     for name, power in powers.items():
         assert scale[id(names[name])] == pytest.approx(0.5 ** (power + decay_last)), name
     assert scale[id(names["norm.weight"])] == scale[id(names["norm.bias"])] == 1.0
@@ -178,9 +215,13 @@ def naive_kept_features(steps, step):
             if i in drawn:
                 generator = R.step_generator(recipe.seed, earlier)
                 x_LVBD = R.batch_features(
-                    steps.run.model, pixels[drawn], recipe, stage=2, total=len(drawn),
+                    steps.run.model,
+                    pixels[drawn],
+                    recipe,
+                    stage=2,
+                    total=len(drawn),
                     generator=generator,
-                )  # fmt: skip
+                )
                 features.append(x_LVBD[:, :, drawn.tolist().index(i)])
     return torch.stack(features, dim=2), ids
 
@@ -431,22 +472,26 @@ def test_evaluation_sees_the_average_and_does_not_disturb_the_run(model, images)
         return {"knn": 0.5}
 
     plain = R.refine(model, images, recipe=TINY, progress=False)
-    watched = R.refine(model, images, recipe=TINY, progress=False, evaluate=evaluate,
-                       evaluate_every=2, log_every=2)  # fmt: skip
+    watched = R.refine(
+        model, images, recipe=TINY, progress=False, evaluate=evaluate, evaluate_every=2, log_every=2
+    )
     assert torch.equal(plain.model.norm.weight, watched.model.norm.weight)
     assert torch.equal(seen[-1], watched.model.norm.weight)
     assert [e["knn"] for e in watched.history if "knn" in e] == [0.5] * 3
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"blocks": (1, 7)}, r"heads on blocks \[1, 7\].*1 to 3"),
-    ({"blocks": (1, 3), "frozen_blocks": 2}, "trains nothing"),
-    ({"batch": 64}, "48 images are fewer than one batch of 64"),
-    ({"views": (View(size=30), View(size=32))}, "30 pixels is no multiple of the patch of 4"),
-    ({"views": (View(size=32),)}, "it needs to be 2 or more values"),
-    ({"pooling": "max"}, "pooling is 'max'"),
-    ({"swap": "all"}, "swap is 'all'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"blocks": (1, 7)}, r"heads on blocks \[1, 7\].*1 to 3"),
+        ({"blocks": (1, 3), "frozen_blocks": 2}, "trains nothing"),
+        ({"batch": 64}, "48 images are fewer than one batch of 64"),
+        ({"views": (View(size=30), View(size=32))}, "30 pixels is no multiple of the patch of 4"),
+        ({"views": (View(size=32),)}, "it needs to be 2 or more values"),
+        ({"pooling": "max"}, "pooling is 'max'"),
+        ({"swap": "all"}, "swap is 'all'"),
+    ],
+)
 def test_bad_recipes_are_refused_before_training(model, images, change, message):
     with pytest.raises(ValueError, match=message):
         R.refine(model, images, recipe=replace(TINY, **change), progress=False)
@@ -454,5 +499,6 @@ def test_bad_recipes_are_refused_before_training(model, images, change, message)
 
 def test_a_broken_loss_stops_with_an_explanation(model, images):
     with pytest.raises(FloatingPointError, match="not finite at stage 3, step 2"):
-        R.refine(model, images, recipe=replace(TINY, lr=1e38, warmup=0), progress=False,
-                 log_every=1)  # fmt: skip
+        R.refine(
+            model, images, recipe=replace(TINY, lr=1e38, warmup=0), progress=False, log_every=1
+        )

@@ -21,9 +21,17 @@ R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
 TINY = Recipe.cpu(
-    batch=4, head_steps=8, steps=16, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
-    frozen_blocks=0, views=(View(size=8, keep=0.5), View(size=8)),
-)  # fmt: skip
+    batch=4,
+    head_steps=8,
+    steps=16,
+    hidden=8,
+    predictor_hidden=8,
+    out=4,
+    queue=12,
+    blocks=(1, 2),
+    frozen_blocks=0,
+    views=(View(size=8, keep=0.5), View(size=8)),
+)
 
 
 class Killed(BaseException):
@@ -48,8 +56,16 @@ def whole(model, images):
 
 def run(model, images, out, *, recipe=TINY, resume=None):
     resume = (out / "state.pt").is_file() if resume is None else resume
-    return R.refine(model, images, recipe=recipe, out=out, resume=resume, save_every=1,
-                    log_every=1, progress=False)  # fmt: skip
+    return R.refine(
+        model,
+        images,
+        recipe=recipe,
+        out=out,
+        resume=resume,
+        save_every=1,
+        log_every=1,
+        progress=False,
+    )
 
 
 def assert_same(one, two):
@@ -160,10 +176,13 @@ def test_a_deadline_that_is_over_leaves_the_weights_of_the_start(model, images):
         assert torch.equal(value, run.model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+)
 def test_full_disk_leaves_the_states_intact(model, images, whole, tmp_path, monkeypatch, error):
     save, calls = torch.save, []
 

@@ -55,8 +55,12 @@ def beyond(hint):
         yield from ("nonsense", 7, {"nonsense": 1})
 
 
-CASES = [(kind, name, value) for kind in KINDS for name, hint in fields_of(kind)
-         for value in beyond(hint)]  # fmt: skip
+CASES = [
+    (kind, name, value)
+    for kind in KINDS
+    for name, hint in fields_of(kind)
+    for value in beyond(hint)
+]
 
 
 def test_every_field_has_values_that_it_refuses():
@@ -97,9 +101,17 @@ class Some:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("n=1e3", 1000), ("share=0", 0), ("share=1", 1), ("few=2", (2,)), ("few=[1, 2.0]", (1, 2)),
-     ("how=a", "a"), ("how=('b',)", ("b",)), ("how=None", None)],
-)  # fmt: skip
+    [
+        ("n=1e3", 1000),
+        ("share=0", 0),
+        ("share=1", 1),
+        ("few=2", (2,)),
+        ("few=[1, 2.0]", (1, 2)),
+        ("how=a", "a"),
+        ("how=('b',)", ("b",)),
+        ("how=None", None),
+    ],
+)
 def test_what_is_in_range_is_taken_in_any_writing(text, value):
     found = getattr(changed(Some(), [text]), text.partition("=")[0])
     assert found == value and type(found) is type(value)
@@ -126,8 +138,9 @@ def test_an_encoder_of_no_size_is_refused(name, value):
         build_vit(**{name: value})
 
 
-@pytest.mark.parametrize("name, value", [("log_every", 0), ("save_every", 0), ("save_every", -5),
-                                         ("log_every", 2.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value", [("log_every", 0), ("save_every", 0), ("save_every", -5), ("log_every", 2.5)]
+)
 def test_steps_between_entries_and_states_are_counts(name, value):
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     recipe = MAERecipe(size=8, depth=1, batch=4, steps=1)

@@ -61,9 +61,10 @@ def test_search_works_from_the_file_system(site):
 
 def test_figures_are_there_with_their_alt_text_and_solutions_are_folded(site):
     for name in NAMES:
-        html, notebook = page(site, name), nbformat.read(
-            ROOT / "notebooks" / f"{name}.ipynb", as_version=4
-        )  # fmt: skip
+        html, notebook = (
+            page(site, name),
+            nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4),
+        )
         told = [
             output.metadata["image/png"]["alt"]
             for cell in notebook.cells

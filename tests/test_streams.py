@@ -31,9 +31,17 @@ from refiner.training.refining import refine
 CPU = torch.device("cpu")
 SIZES = (7, 5, 9)
 TINY = Recipe.cpu(
-    batch=4, head_steps=4, steps=8, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
-    frozen_blocks=0, views=(View(size=8), View(size=8)),
-)  # fmt: skip
+    batch=4,
+    head_steps=4,
+    steps=8,
+    hidden=8,
+    predictor_hidden=8,
+    out=4,
+    queue=12,
+    blocks=(1, 2),
+    frozen_blocks=0,
+    views=(View(size=8), View(size=8)),
+)
 
 
 def png(seed: int, side: int = 8) -> bytes:
@@ -58,8 +66,11 @@ def tars(tmp_path_factory):
     for shard, count in enumerate(SIZES):
         members = {}
         for i in range(count):
-            members |= {f"set/{i:04}.png": png(100 * shard + i), f"set/{i:04}.mask.png": png(999),
-                        f"set/{i:04}.cls": b"3"}  # fmt: skip
+            members |= {
+                f"set/{i:04}.png": png(100 * shard + i),
+                f"set/{i:04}.mask.png": png(999),
+                f"set/{i:04}.cls": b"3",
+            }
         write_tar(folder / f"s-{shard:03}.tar", members)
     return str(folder / "s-{000..002}.tar")
 
@@ -88,8 +99,10 @@ def test_braces_and_stars_name_shards(tmp_path):
     expected = [str(tmp_path / f"a-{i:02}.tar") for i in (8, 9, 10)]
     assert shard_paths(str(tmp_path / "a-{08..10}.tar")) == expected
     assert shard_paths(str(tmp_path / "a-*.tar")) == [expected[0], expected[1], expected[2]]
-    assert shard_paths("https://x.org/b-{0..1}.tar") == ["https://x.org/b-0.tar",
-                                                         "https://x.org/b-1.tar"]  # fmt: skip
+    assert shard_paths("https://x.org/b-{0..1}.tar") == [
+        "https://x.org/b-0.tar",
+        "https://x.org/b-1.tar",
+    ]
     with pytest.raises(FileNotFoundError, match="no shard .*a-11.tar"):
         shard_paths(str(tmp_path / "a-{10..11}.tar"))
 
@@ -201,8 +214,9 @@ def test_a_stream_is_refined_and_resumed_to_the_same_result(model, stream, tmp_p
     monkeypatch.setattr(Loop, "one_step", step)
     resumed = refine(model, stream, out=tmp_path / "k", resume=True, **options)
     assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
-    assert all(torch.equal(v, resumed.model.state_dict()[k])
-               for k, v in whole.model.state_dict().items())  # fmt: skip
+    assert all(
+        torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items()
+    )
 
 
 def test_a_stream_resumes_with_as_many_processes_only(model, stream, tmp_path):

@@ -84,10 +84,20 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     images = ImageSet(images=scene.images, labels=scene.labels, classes=scene.classes)
     tiny = cifar.Preset(
         mae=MAERecipe(dim=16, depth=3, heads=2, decoder_dim=16, decoder_heads=2, batch=8, steps=4),
-        refine=Recipe.cpu(batch=8, head_steps=1, steps=2, hidden=8, predictor_hidden=8, out=4,
-                          queue=16, frozen_blocks=1, blocks=(2, 3)),
-        bank=24, queries=8,
-    )  # fmt: skip
+        refine=Recipe.cpu(
+            batch=8,
+            head_steps=1,
+            steps=2,
+            hidden=8,
+            predictor_hidden=8,
+            out=4,
+            queue=16,
+            frozen_blocks=1,
+            blocks=(2, 3),
+        ),
+        bank=24,
+        queries=8,
+    )
     cifar.PRESETS["tiny"], cifar.RUNS = tiny, tmp_path
     ladder = cifar.Ladder("tiny", 0, images)
     steps = {rung: ladder.train(rung)[2] for rung in cifar.RUNGS}
@@ -96,8 +106,10 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
     pace = ladder.paces()
     assert set(pace) == {"mae", "heads", "refine", "scratch"} and min(pace.values()) > 0
     assert pace == json.loads((tmp_path / "tiny" / "seed0" / "paces.json").read_text())
-    for more, scratch, refined in (("mae_longer", "from_scratch", 2),
-                                   ("long_mae", "long_scratch", 16)):  # fmt: skip
+    for more, scratch, refined in (
+        ("mae_longer", "from_scratch", 2),
+        ("long_mae", "long_scratch", 16),
+    ):
         seconds = pace["heads"] + refined * pace["refine"]
         assert steps[more] == max(1, round(seconds / pace["mae"]))
         assert steps[scratch] == max(1, round((4 * pace["mae"] + seconds) / pace["scratch"]))

@@ -62,14 +62,32 @@ def test_pretraining_goes_on_from_a_checkpoint(photos, trained, tmp_path, capsys
 
 
 def test_the_gpu_preset_takes_the_same_steps_on_a_cpu(photos, trained, tmp_path):
-    command = ["refine", "--model", str(trained), "--data", str(photos), "--preset", "gpu",
-               "--out", str(tmp_path / "r")]  # fmt: skip
+    command = [
+        "refine",
+        "--model",
+        str(trained),
+        "--data",
+        str(photos),
+        "--preset",
+        "gpu",
+        "--out",
+        str(tmp_path / "r"),
+    ]
     assert main([*command, *settings(TINY_HEADS)]) == 0
 
 
 def test_the_plan_comes_first_and_may_be_all(photos, trained, tmp_path, capsys):
-    command = ["refine", "--model", str(trained), "--data", str(photos), "--plan",
-               "--out", str(tmp_path / "r"), *settings(TINY_HEADS)]  # fmt: skip
+    command = [
+        "refine",
+        "--model",
+        str(trained),
+        "--data",
+        str(photos),
+        "--plan",
+        "--out",
+        str(tmp_path / "r"),
+        *settings(TINY_HEADS),
+    ]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "8 images of 32×32" in out and "memory   about" in out and "refined in" not in out
@@ -78,60 +96,77 @@ def test_the_plan_comes_first_and_may_be_all(photos, trained, tmp_path, capsys):
 
 def test_knn_is_followed_on_a_held_out_part(photos, trained, tmp_path):
     pytest.importorskip("tensorboard")
-    command = ["refine", "--model", str(trained), "--data", str(photos), "--knn-every", "1",
-               "--tensorboard", "--out", str(tmp_path / "r"), *settings(TINY_HEADS)]  # fmt: skip
+    command = [
+        "refine",
+        "--model",
+        str(trained),
+        "--data",
+        str(photos),
+        "--knn-every",
+        "1",
+        "--tensorboard",
+        "--out",
+        str(tmp_path / "r"),
+        *settings(TINY_HEADS),
+    ]
     assert main(command) == 0
     history = json.loads((tmp_path / "r" / "history.json").read_text())
     assert 0 <= history[-1]["knn"] <= history[-1]["knn_best"] <= 1
     assert list((tmp_path / "r" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["pretrain", "--set", "size_of_patch=4"], "no setting 'size_of_patch'; there are size"),
-    (["pretrain", "--set", "steps=many"], "steps is 'many'; it needs to be a whole number"),
-    (["pretrain", "--set", "steps"], "--set needs NAME=VALUE"),
-    (["pretrain", "--set", "steps=1.5"], "steps is 1.5; it needs to be a whole number"),
-    (["refine", "--set", "steps=True"], "steps is True; it needs to be a whole number"),
-    (["refine", "--set", "queue=inf"], "queue is 'inf'; it needs to be a whole number"),
-    (["refine", "--set", "queue=1e999"], "queue is inf; it needs to be a whole number"),
-    (["refine", "--set", "clip=much"], "clip is 'much'; it needs to be a number"),
-    (["refine", "--set", "blocks=('a',)"], "blocks is 'a'; it needs to be a whole number"),
-    (["refine", "--preset", "gpu", "--set", "blocks=13"], "different blocks from 1 to 12"),
-    (["refine", "--set", "blocks=0"], "heads on blocks [0]: blocks count from 1"),
-    (["refine", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
-    (["pretrain", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
-    (["refine", "--preset", "fitted", "--set", "batch=0"], "batch is 0; it needs to be 2 or more"),
-    (["pretrain", "--data", "nowhere"], "nowhere"),
-    (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
-    (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 1 to 12"),
-    (["refine", "--preset", "L/16", "--n", "64"], "64 images are fewer than one batch of 1024"),
-    (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
-    (["refine", "--set", "blocks=(6,)"], "a head on block 6 trains nothing when 6 blocks are"),
-    (["refine", "--device", "gpu"], "there is no device 'gpu' here"),
-    (["pretrain", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
-    (["evaluate", "--device", "gpu"], "there is no device 'gpu' here"),
-    (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
-    (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 1 to 12"),
-    (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
-    (["pretrain", "--set", "size=-32"], "size is -32; it needs to be 1 or more"),
-    (["pretrain", "--set", "decoder_dim=0"], "decoder_dim is 0; it needs to be 1 or more"),
-    (["pretrain", "--set", "ema=5"], "ema is 5; it needs to be between 0 and 1"),
-    (["pretrain", "--set", "warmup=-3"], "warmup is -3; it needs to be between 0 and 1"),
-    (["refine", "--set", "seed=1e100"], "needs to be a whole number below"),
-    (["refine", "--set", "queue=1e12"], "needs to be a whole number below"),
-    (["refine", "--set", "views=()"], "views is (); it needs to be 2 or more values"),
-    (["refine", "--knn-every", "-1"], "--knn-every is -1; it needs to be 0 or more"),
-    (["refine", "--save-every", "0"], "--save-every is 0; it needs to be 1 or more"),
-    (["refine", "--data", ""], "the name of the images is empty"),
-    (["pretrain", "--data", ""], "the name of the images is empty"),
-    (["probe", "--data", ""], "the name of the images is empty"),
-    (["evaluate", "--data", ""], "the name of the images is empty"),
-    (["probe", "--draws", "0"], "draws is 0; it needs to be 1 or more"),
-    (["probe", "--device", "gpu"], "there is no device 'gpu' here"),
-    (["evaluate", "--transfer", "digits", "toyboks"], "did you mean 'toybox'"),
-    (["evaluate", "--dense", "nowhere"], "nowhere has no sub-folder 'images'"),
-    (["evaluate", "--set", "draws=0"], "draws is 0; it needs to be 1 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["pretrain", "--set", "size_of_patch=4"], "no setting 'size_of_patch'; there are size"),
+        (["pretrain", "--set", "steps=many"], "steps is 'many'; it needs to be a whole number"),
+        (["pretrain", "--set", "steps"], "--set needs NAME=VALUE"),
+        (["pretrain", "--set", "steps=1.5"], "steps is 1.5; it needs to be a whole number"),
+        (["refine", "--set", "steps=True"], "steps is True; it needs to be a whole number"),
+        (["refine", "--set", "queue=inf"], "queue is 'inf'; it needs to be a whole number"),
+        (["refine", "--set", "queue=1e999"], "queue is inf; it needs to be a whole number"),
+        (["refine", "--set", "clip=much"], "clip is 'much'; it needs to be a number"),
+        (["refine", "--set", "blocks=('a',)"], "blocks is 'a'; it needs to be a whole number"),
+        (["refine", "--preset", "gpu", "--set", "blocks=13"], "different blocks from 1 to 12"),
+        (["refine", "--set", "blocks=0"], "heads on blocks [0]: blocks count from 1"),
+        (["refine", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
+        (["pretrain", "--set", "seed=-1"], "seed is -1; it needs to be 0 or more"),
+        (
+            ["refine", "--preset", "fitted", "--set", "batch=0"],
+            "batch is 0; it needs to be 2 or more",
+        ),
+        (["pretrain", "--data", "nowhere"], "nowhere"),
+        (["refine", "--model", "mae_toybix"], "Did you mean mae_toybox"),
+        (["refine", "--set", "blocks=(1,99)"], "choose different blocks from 1 to 12"),
+        (["refine", "--preset", "L/16", "--n", "64"], "64 images are fewer than one batch of 1024"),
+        (["refine", "--n", "8"], "8 images are fewer than one batch of 128"),
+        (["refine", "--set", "blocks=(6,)"], "a head on block 6 trains nothing when 6 blocks are"),
+        (["refine", "--device", "gpu"], "there is no device 'gpu' here"),
+        (["pretrain", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
+        (["evaluate", "--device", "gpu"], "there is no device 'gpu' here"),
+        (["refine", "--set", "hidden=0"], "hidden is 0; it needs to be 1 or more"),
+        (["refine", "--preset", "L/16", "--set", "batch=8"], "different blocks from 1 to 12"),
+        (["pretrain", "--resume", "--n", "64"], "nothing to resume"),
+        (["pretrain", "--set", "size=-32"], "size is -32; it needs to be 1 or more"),
+        (["pretrain", "--set", "decoder_dim=0"], "decoder_dim is 0; it needs to be 1 or more"),
+        (["pretrain", "--set", "ema=5"], "ema is 5; it needs to be between 0 and 1"),
+        (["pretrain", "--set", "warmup=-3"], "warmup is -3; it needs to be between 0 and 1"),
+        (["refine", "--set", "seed=1e100"], "needs to be a whole number below"),
+        (["refine", "--set", "queue=1e12"], "needs to be a whole number below"),
+        (["refine", "--set", "views=()"], "views is (); it needs to be 2 or more values"),
+        (["refine", "--knn-every", "-1"], "--knn-every is -1; it needs to be 0 or more"),
+        (["refine", "--save-every", "0"], "--save-every is 0; it needs to be 1 or more"),
+        (["refine", "--data", ""], "the name of the images is empty"),
+        (["pretrain", "--data", ""], "the name of the images is empty"),
+        (["probe", "--data", ""], "the name of the images is empty"),
+        (["evaluate", "--data", ""], "the name of the images is empty"),
+        (["probe", "--draws", "0"], "draws is 0; it needs to be 1 or more"),
+        (["probe", "--device", "gpu"], "there is no device 'gpu' here"),
+        (["evaluate", "--transfer", "digits", "toyboks"], "did you mean 'toybox'"),
+        (["evaluate", "--dense", "nowhere"], "nowhere has no sub-folder 'images'"),
+        (["evaluate", "--set", "draws=0"], "draws is 0; it needs to be 1 or more"),
+    ],
+)
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

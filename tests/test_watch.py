@@ -27,9 +27,17 @@ R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
 TINY = Recipe.cpu(
-    batch=4, head_steps=2, steps=4, hidden=8, predictor_hidden=8, out=4, queue=12, blocks=(1, 2),
-    frozen_blocks=0, views=(View(size=8), View(size=8)),
-)  # fmt: skip
+    batch=4,
+    head_steps=2,
+    steps=4,
+    hidden=8,
+    predictor_hidden=8,
+    out=4,
+    queue=12,
+    blocks=(1, 2),
+    frozen_blocks=0,
+    views=(View(size=8), View(size=8)),
+)
 
 
 def pictures(n, seed=0):
@@ -80,8 +88,15 @@ def test_a_loss_that_stays_at_the_uniform_value_stops():
 
 def test_a_run_that_collapses_says_where_the_last_good_state_is(model, tmp_path):
     with pytest.raises(watch.Collapse, match="collapsed at stage 2, step 2.*last good state"):
-        R.refine(model, pictures(8), recipe=replace(TINY, head_lr=1e38), progress=False,
-                 log_every=1, save_every=1, out=tmp_path)  # fmt: skip
+        R.refine(
+            model,
+            pictures(8),
+            recipe=replace(TINY, head_lr=1e38),
+            progress=False,
+            log_every=1,
+            save_every=1,
+            out=tmp_path,
+        )
 
 
 # ---------------------------------------------------------------- what it sees
@@ -120,8 +135,15 @@ def test_online_knn_is_extract_and_knn(model):
 
 
 def test_online_knn_enters_the_history(model):
-    run = R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1, evaluate_every=2,
-                   evaluate=watch.online_knn(pictures(8), pictures(6, seed=1), k=2))  # fmt: skip
+    run = R.refine(
+        model,
+        pictures(8),
+        recipe=TINY,
+        progress=False,
+        log_every=1,
+        evaluate_every=2,
+        evaluate=watch.online_knn(pictures(8), pictures(6, seed=1), k=2),
+    )
     assert [e["step"] for e in run.history if "knn" in e] == [2, 4]
 
 
@@ -131,21 +153,39 @@ def test_each_result_belongs_to_the_step_that_it_saw(model, head_steps):
     seen = []
     recipe = replace(TINY, head_steps=head_steps, steps=8)
     history = R.refine(
-        model, pictures(8), recipe=recipe, progress=False, log_every=4, evaluate_every=3,
+        model,
+        pictures(8),
+        recipe=recipe,
+        progress=False,
+        log_every=4,
+        evaluate_every=3,
         evaluate=lambda encoder: seen.append(1) or {"count": len(seen)},
-    ).history  # fmt: skip
+    ).history
     third = {e["step"]: e.get("count") for e in history if e["stage"] == 3}
     assert third == {3: 1, 4: None, 6: 2, 8: 3} and len(seen) == 3
 
 
 def test_numbers_of_every_kind_can_be_saved_and_resumed(model, tmp_path):
     """Numpy's, tensors of one element and what is not finite, in the state and in JSON."""
-    numbers = {"a": np.float32(0.5), "b": torch.tensor(3), "c": torch.tensor([0.25]),
-               "d": math.nan, "e": np.float64("inf"), "f": np.int64(2), "g": [np.float64(1.5), 2],
-               "h": True}  # fmt: skip
+    numbers = {
+        "a": np.float32(0.5),
+        "b": torch.tensor(3),
+        "c": torch.tensor([0.25]),
+        "d": math.nan,
+        "e": np.float64("inf"),
+        "f": np.int64(2),
+        "g": [np.float64(1.5), 2],
+        "h": True,
+    }
     plain = {"a": 0.5, "b": 3, "c": 0.25, "d": None, "e": None, "f": 2, "g": [1.5, 2], "h": True}
-    options = {"recipe": TINY, "progress": False, "save_every": 1, "out": tmp_path,
-               "evaluate": lambda _: numbers, "evaluate_every": 2}  # fmt: skip
+    options = {
+        "recipe": TINY,
+        "progress": False,
+        "save_every": 1,
+        "out": tmp_path,
+        "evaluate": lambda _: numbers,
+        "evaluate_every": 2,
+    }
     R.refine(model, pictures(8), **options)
     history = R.refine(model, pictures(8), resume=True, **options).history
     assert {name: history[-1][name] for name in plain} == plain
@@ -153,16 +193,25 @@ def test_numbers_of_every_kind_can_be_saved_and_resumed(model, tmp_path):
     assert json.loads((tmp_path / "history.json").read_text()) == history
 
 
-@pytest.mark.parametrize("found, message", [
-    (0.5, "returned a float; let it return a dict"),
-    ({"acc": torch.rand(3)}, r"a Tensor of shape \[3\] as 'acc'"),
-    ({"acc": "high"}, "a str as 'acc'; let it return numbers"),
-    ({1: 0.5}, "named a number 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        (0.5, "returned a float; let it return a dict"),
+        ({"acc": torch.rand(3)}, r"a Tensor of shape \[3\] as 'acc'"),
+        ({"acc": "high"}, "a str as 'acc'; let it return numbers"),
+        ({1: 0.5}, "named a number 1"),
+    ],
+)
 def test_an_evaluation_without_numbers_stops_at_once(model, found, message):
     with pytest.raises(TypeError, match=message):
-        R.refine(model, pictures(8), recipe=TINY, progress=False, evaluate=lambda _: found,
-                 evaluate_every=1)  # fmt: skip
+        R.refine(
+            model,
+            pictures(8),
+            recipe=TINY,
+            progress=False,
+            evaluate=lambda _: found,
+            evaluate_every=1,
+        )
 
 
 # ---------------------------------------------------------------- where it is shown
@@ -177,8 +226,9 @@ def test_the_live_figure_replaces_itself(model, monkeypatch):
 
     monkeypatch.setattr("IPython.display.display", display)
     figure = live.LiveFigure(every=0)
-    history = R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1,
-                       watch=[figure]).history  # fmt: skip
+    history = R.refine(
+        model, pictures(8), recipe=TINY, progress=False, log_every=1, watch=[figure]
+    ).history
     assert len(shown) == 1 and shown[0][1] is True and len(updates) == len(history) - 1
     assert len(figure.figure.axes[0].lines[0].get_xdata()) == len(history)
     rarely = live.LiveFigure(every=3600)
@@ -190,8 +240,14 @@ def test_tensorboard_gets_every_number(model, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = R.refine(model, pictures(8), recipe=TINY, progress=False, log_every=1,
-                   watch=[watch.TensorBoard(tmp_path)])  # fmt: skip
+    run = R.refine(
+        model,
+        pictures(8),
+        recipe=TINY,
+        progress=False,
+        log_every=1,
+        watch=[watch.TensorBoard(tmp_path)],
+    )
     events = EventAccumulator(str(tmp_path)).Reload()
     for head in range(2):
         scalars = events.Scalars(f"loss/head {head + 1}")
@@ -240,9 +296,16 @@ def test_checkpointing_changes_memory_not_gradients(model):
     for checkpoint in (False, True):
         run = R.begin(model, replace(recipe, checkpoint=checkpoint), torch.device("cpu"))
         step = R.refine_step(
-            run.model, run.heads, run.queue, pictures(8).images[:4], torch.arange(4), run.recipe,
-            stage=3, swap_chance=1.0, generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            run.model,
+            run.heads,
+            run.queue,
+            pictures(8).images[:4],
+            torch.arange(4),
+            run.recipe,
+            stage=3,
+            swap_chance=1.0,
+            generator=torch.Generator().manual_seed(0),
+        )
         step.loss.sum().backward()
         gradients.append([p.grad for p in run.model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
@@ -255,8 +318,9 @@ def test_each_head_can_have_its_own_pooling(model):
     one = {p: R.head_features(model, x, (1, 2), pooling=p) for p in ("cls", "patch")}
     mixed = R.head_features(model, x, (1, 2), pooling=("patch", "cls"))
     assert torch.equal(mixed[0], one["patch"][0]) and torch.equal(mixed[1], one["cls"][1])
-    run = R.refine(model, pictures(8), recipe=replace(TINY, pooling=("patch", "cls")),
-                   progress=False)  # fmt: skip
+    run = R.refine(
+        model, pictures(8), recipe=replace(TINY, pooling=("patch", "cls")), progress=False
+    )
     assert run.recipe.pooling == ("patch", "cls")
 
 

@@ -109,8 +109,16 @@ def in_words(images) -> str:
 class Batches:
     """Images that can be indexed: a tensor, or files that are decoded ahead of their step."""
 
-    def __init__(self, pixels, order: Callable[[int], Tensor], batch: int, device: torch.device, *,
-                 steps: int, ahead: int = 2):  # fmt: skip
+    def __init__(
+        self,
+        pixels,
+        order: Callable[[int], Tensor],
+        batch: int,
+        device: torch.device,
+        *,
+        steps: int,
+        ahead: int = 2,
+    ):
         parallel.check_same(len(pixels), "the number of images")
         first, own = parallel.rows(batch)
         self.mine = slice(first, first + own)

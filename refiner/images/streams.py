@@ -95,8 +95,9 @@ class ImageStream:
         return torch.stack([decode(x, self.size) for x in self.seen[:k]])
 
 
-def open_stream(name: str, *, size: int, split: str = "train", n: int | None = None,
-                block: int = 2048) -> ImageStream:  # fmt: skip
+def open_stream(
+    name: str, *, size: int, split: str = "train", n: int | None = None, block: int = 2048
+) -> ImageStream:
     """Opens tar shards or a Hugging Face set for :func:`refiner.refine`.
 
     Args:

@@ -416,12 +416,3 @@ def traffic(recipe: Recipe, trained: int, world: int) -> dict[str, float]:
         "reduce_scatter": predictions,
         "all_reduce": 4.0 * trained + statistics,
     }
-
-
-def on_the_wire(handed: dict[str, float], world: int) -> float:
-    """Bytes that each process receives in a step, when messages go around a ring."""
-    others = world - 1
-    return (
-        others * (handed["all_gather"] + handed["reduce_scatter"])
-        + 2 * others / world * handed["all_reduce"]
-    )
