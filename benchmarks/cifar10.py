@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,8 +161,9 @@ class Ladder:
         self.mae_recipe = replace(self.preset.mae, seed=seed)
         self.recipe = replace(self.preset.refine, seed=seed)
         self.longer = replace(self.recipe, steps=LONGER * self.recipe.steps)
-        if embedded and refiner.load_model(EMBEDDED).refiner_card["recipe"] != asdict(
-            self.mae_recipe
+        # A setting that is younger than the card has its default.
+        if embedded and self.mae_recipe != MAERecipe(
+            **refiner.load_model(EMBEDDED).refiner_card["recipe"]
         ):
             raise ValueError(f"{EMBEDDED} belongs to the cpu preset with seed 0")
         self.mae_name = EMBEDDED if embedded else self.folder / "mae"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -93,7 +93,7 @@ def train_cell(name: str, preset: str, seed: int) -> None:
     """Trains one cell, unless that was done."""
     recipe = cell_recipe(name, preset, seed=seed)
     folder = RUNS / preset / f"{name}-seed{seed}"
-    if (folder / "history.json").is_file() and kept_recipe(folder) == asdict(recipe):
+    if (folder / "history.json").is_file() and recipe == MAERecipe(**kept_recipe(folder)):
         return
     images = refiner.load_images("toybox", split="train", n=PRESETS[preset]["images"])
     print(f"{name}, seed {seed}: {recipe.steps} steps", flush=True)

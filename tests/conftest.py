@@ -7,6 +7,10 @@ import os
 # Set before torch starts; processes that tests start inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: the notebooks' threads would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import torch
 
