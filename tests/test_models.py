@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from refiner.base import places
+from refiner.base.errors import UserError
 from refiner.models import encoders, save
 from refiner.models import load as models
 
@@ -201,3 +204,122 @@ def test_embedded_checkpoints_load_and_are_small(name):
     assert {"command", "machine", "seconds", "results"} <= set(card)
     assert (places.data_folder() / f"{name}.safetensors").stat().st_size <= 12e6
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# ---------------------------------------------------------------- what strangers wrote
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model saved by us, and the same as timm writes it."""
+    ours = tmp_path_factory.mktemp("cards") / "ours"
+    save.save_model(models.build_vit(**SMALL, seed=0), ours)
+    theirs = Path(shutil.copytree(ours, ours.with_name("theirs")))
+    (theirs / "card.json").unlink()
+    return {"card.json": ours, "config.json": theirs}
+
+
+def changed_file(folders, tmp_path, name, change):
+    """A copy of the folder with that file, its content changed; the folder."""
+    folder = Path(shutil.copytree(folders[name], tmp_path / "m"))
+    content = (folder / name).read_bytes()
+    new = change if isinstance(change, bytes) else change(json.loads(content))
+    (folder / name).write_bytes(new if isinstance(new, bytes) else json.dumps(new).encode())
+    return folder
+
+
+def within(*path):
+    """A change of one field."""
+    *path, key, value = path
+
+    def change(content):
+        inner = content
+        for step in path:
+            inner = inner[step]
+        inner[key] = value
+        return content
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("card.json", b"", "empty, damaged or no JSON"),
+        ("card.json", b'{"name": "half', "empty, damaged or no JSON"),
+        ("card.json", b"\xff\xfe\x00", "empty, damaged or no JSON"),
+        ("card.json", b"[" * 100_000, "empty, damaged or no JSON"),
+        ("card.json", b"null", "its content is None; it needs to be a table"),
+        ("card.json", b"{}", "name is missing"),
+        (
+            "card.json",
+            within("preprocessing", [1]),
+            r"preprocessing is \[1\]; it needs to be a tab",
+        ),
+        (
+            "card.json",
+            within("preprocessing", "mean", [0.5]),
+            "mean is .*; it needs to be 3 values",
+        ),
+        ("card.json", within("preprocessing", "size", "32"), "preprocessing.size is '32'"),
+        ("card.json", within("architecture", "depth", 10**9), "depth is 1000000000"),
+        ("card.json", within("architecture", "depth", 4), "do not fit .* missing blocks.2.norm1"),
+        ("card.json", within("architecture", "dim", 60_000), "do not fit .* of wrong shape"),
+        ("card.json", within("architecture", "stages", 3), "there is no setting 'stages'"),
+        ("config.json", within("architecture", "hf-hub:a/b"), "one of timm's architectures"),
+        ("config.json", within("architecture", "local-dir:/x"), "one of timm's architectures"),
+        ("config.json", within("model_args", "checkpoint_path", "x.bin"), "no setting 'checkpoint"),
+        ("config.json", within("model_args", "pretrained", True), "no setting 'pretrained'"),
+        ("config.json", within("model_args", "depth", 10**9), "model_args.depth is 1000000000"),
+        ("config.json", within("model_args", "num_heads", 5), "timm cannot build"),
+        ("config.json", within("model_args", "depth", 3), "does not fit .*: missing blocks.2"),
+        ("config.json", within("pretrained_cfg", "mean", None), "pretrained_cfg.mean is None"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_its_field(folders, tmp_path, name, change, said):
+    folder = changed_file(folders, tmp_path, name, change)
+    with pytest.raises(UserError, match=said) as caught:
+        models.load_model(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_damage(folders, tmp_path):
+    content = (folders["card.json"] / "card.json").read_bytes()
+    folder = changed_file(folders, tmp_path, "card.json", b"\xef\xbb\xbf" + content)
+    assert models.load_model(folder).refiner_card["name"] == "random"
+
+
+class Runs:
+    """A pickle that leaves a trace when it is read by a reader that runs it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_folder_of_strangers_runs_nothing_and_asks_nobody(folders, tmp_path, monkeypatch):
+    """Whatever its config says; and weights are read by our reader, which runs no pickle."""
+
+    def asked(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    where = {"hf_hub_id": "a/b", "url": "http://a/b", "file": "/b", "source": "hf-hub"}
+
+    def misled(content):
+        return content | {"pretrained_cfg": content["pretrained_cfg"] | where}
+
+    folder = changed_file(folders, tmp_path, "config.json", misled)
+    x = torch.randn(1, 3, 32, 32)
+    ours = models.load_model(folders["card.json"])
+    assert torch.equal(models.load_model(folder)(x), ours(x))
+    (folder / "model.safetensors").unlink()
+    torch.save(ours.state_dict(), folder / "pytorch_model.bin")
+    assert torch.equal(models.load_model(folder)(x), ours(x))
+    trace = tmp_path / "trace"
+    torch.save({"state_dict": Runs(trace)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="was refused: reading it would call"):
+        models.load_model(folder)
+    assert not trace.exists()

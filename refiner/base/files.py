@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; needs nothing but the standard library."""
+"""Files that are written whole or not at all, and JSON that is checked when it is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from refiner.base.errors import UserError
+from refiner.base.settings import in_range
 
 
 @contextmanager
@@ -45,3 +49,31 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Writes JSON atomically, with a newline at the end; NaN and infinity are refused."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, kind: Any = object) -> Any:
+    """What a JSON file holds, checked against a declared type.
+
+    Args:
+        path: the file.
+        kind: for :func:`refiner.base.settings.in_range`, a TypedDict in the main.
+
+    Raises:
+        FileNotFoundError: without such a file.
+        UserError: saying what is wrong with the file, or with which of its fields.
+    """
+    with naming(path):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the file is empty, damaged or no JSON ({error})") from error
+        return in_range("", content, kind)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Says the file's name in front of errors about what is in it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

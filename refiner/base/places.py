@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from refiner.base.errors import UserError
+
 
 def measured(name: str) -> dict:
     """A study's result that comes with the course, for runs too long for a notebook.
@@ -155,6 +157,19 @@ GB = 1e9
 def amount(size: float) -> str:
     """Bytes for people."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
+
+
+def check_memory(size: float, what: str) -> None:
+    """Refuses what this machine cannot hold, before it is tried.
+
+    Raises:
+        UserError: saying how much was wanted and how much there is.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise UserError(f"{what} needs {amount(size)} of memory; {amount(free)} are free")
 
 
 def duration(seconds: float) -> str:

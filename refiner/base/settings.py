@@ -1,7 +1,7 @@
 """Settings: one declared range per field, and every error that comes of it.
 
 A field says its range in its type, ``batch: Annotated[int, Range(2)]``. What ``--set`` changes,
-what a notebook gives and what a loaded card says are checked by the same few lines.
+what a notebook gives and what a file on disk says are checked by the same few lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from refiner.base.errors import UserError
 
@@ -44,16 +55,20 @@ class Range:
 
 @dataclass(frozen=True)
 class Entries:
-    """Which tuples a field takes: of how many values, and in which order."""
+    """Which tuples or lists a field takes: of how many values, and in which order."""
 
     least: int = 0
     rising: bool = False
+    most: float = math.inf
 
-    def __contains__(self, values: tuple) -> bool:
-        return len(values) >= self.least and (not self.rising or list(values) == sorted(values))
+    def __contains__(self, values: tuple | list) -> bool:
+        in_order = not self.rising or list(values) == sorted(values)
+        return self.least <= len(values) <= self.most and in_order
 
     def __str__(self) -> str:
-        return "in rising order" if self.rising else f"{self.least} or more values"
+        if self.rising:
+            return "in rising order"
+        return f"{self.least} {'' if self.least == self.most else 'or more '}values"
 
 
 Count = Annotated[int, Range(1)]
@@ -84,6 +99,9 @@ def checked(settings: S) -> S:
 def in_range(name: str, value: Any, hint: Any) -> Any:
     """A value as a declared type has it, such as ``in_range("depth", 12, Count)``.
 
+    A ``TypedDict`` declares a table of a file: it needs the fields that are not ``NotRequired``
+    and may have others. Of one with ``total=False`` none is needed, and others are refused.
+
     Raises:
         UserError: naming the value and what it needs to be.
     """
@@ -92,7 +110,7 @@ def in_range(name: str, value: Any, hint: Any) -> Any:
         value = in_range(name, value, parts[0])
         for limits in parts[1:]:
             if value not in limits:
-                raise UserError(f"{name} is {value!r}; it needs to be {limits}")
+                raise UserError(f"{name} is {reprlib.repr(value)}; it needs to be {limits}")
     elif origin in (Union, UnionType):
         return None if value is None and NoneType in parts else _first(name, value, parts)
     elif origin is tuple:
@@ -101,8 +119,18 @@ def in_range(name: str, value: Any, hint: Any) -> Any:
         if len(value) != len(hints):
             raise UserError(f"{name} is {value!r}; it needs {len(hints)} values")
         value = tuple(in_range(name, v, h) for v, h in zip(value, hints, strict=True))
+    elif origin is NotRequired:
+        return in_range(name, value, parts[0])
+    elif origin is list:
+        value = [in_range(f"{name}[{i}]", v, parts[0]) for i, v in enumerate(_a(list, name, value))]
+    elif origin is dict:
+        value = {
+            k: in_range(_joined(name, k), v, parts[1]) for k, v in _a(dict, name, value).items()
+        }
+    elif is_typeddict(hint):
+        value = _table(name, _a(dict, name, value), hint)
     elif origin is Literal:
-        if value not in parts:
+        if not isinstance(value, str | int | float | NoneType) or value not in parts:
             raise UserError(f"{name} is {value!r}; choose {', '.join(map(repr, parts))}")
     elif is_dataclass(hint) and isinstance(value, hint | Mapping):
         if isinstance(value, Mapping):
@@ -152,7 +180,33 @@ def parse_setting(text: str) -> tuple[str, object]:
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return hints if is_typeddict(kind) else {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _table(name: str, value: dict, kind: type) -> dict:
+    """A table with the fields of a TypedDict in their ranges, and its others as they are."""
+    hints = _hints(kind)
+    if not kind.__total__:
+        _check_names(kind, value)
+    for key, hint in hints.items():
+        if kind.__total__ and key not in value and get_origin(hint) is not NotRequired:
+            raise UserError(f"{_joined(name, key)} is missing")
+    found = {k: in_range(_joined(name, k), value[k], h) for k, h in hints.items() if k in value}
+    return value | found
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _a(kind: type, name: str, value: Any) -> Any:
+    """A value that has to be a list or a table."""
+    if not isinstance(value, kind):
+        needed = {list: "a list", dict: "a table of names and values"}[kind]
+        raise UserError(
+            f"{name or 'its content'} is {reprlib.repr(value)}; it needs to be {needed}"
+        )
+    return value
 
 
 def _check_names(kind: type, values: Mapping) -> None:

@@ -35,6 +35,9 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from refiner.base.errors import UserError
+from refiner.base.files import naming
+from refiner.base.settings import in_range
+from refiner.models.cards import Architecture
 from refiner.models.encoders import plain_vit
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
@@ -354,22 +357,30 @@ def _need(state: Mapping, keys: tuple[str, ...], name: str, kind: str) -> None:
 
 def _check(state: Mapping, architecture: Mapping, name: str, kind: str) -> None:
     """Compares keys and shapes with the model's; no memory is used for it."""
+    with naming(name):  # a key such as blocks.99999999.x makes no model
+        in_range("", dict(architecture), Architecture)
     with torch.device("meta"):
-        expected = {k: v.shape for k, v in plain_vit(**architecture).state_dict().items()}
+        expected = plain_vit(**architecture).state_dict()
+    model = f"a ViT of {architecture['depth']} blocks, {architecture['dim']} wide"
+    check_shapes(expected, state, f"{name} ({kind}'s format) does not fit {model}")
+
+
+def check_shapes(expected: Mapping, state: Mapping, complaint: str) -> None:
+    """Compares keys and shapes of tensors.
+
+    Raises:
+        UserError: the complaint, and a list of what is missing, extra or of wrong shape.
+    """
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]
     wrong = [
-        f"{k} {list(state[k].shape)} instead of {list(shape)}"
-        for k, shape in expected.items()
-        if k in state and state[k].shape != shape
+        f"{k} {list(state[k].shape)} instead of {list(value.shape)}"
+        for k, value in expected.items()
+        if k in state and state[k].shape != value.shape
     ]
     problems = {"missing": missing, "extra": extra, "of wrong shape": wrong}
     if found := [f"{word} {_listed(keys)}" for word, keys in problems.items() if keys]:
-        depth, dim = architecture["depth"], architecture["dim"]
-        raise UserError(
-            f"{name} ({kind}'s format) does not fit a ViT of {depth} blocks, {dim} wide: "
-            + "; ".join(found)
-        )
+        raise UserError(f"{complaint}: {'; '.join(found)}")
 
 
 def _listed(keys: list[str], most: int = 6) -> str:

@@ -8,22 +8,29 @@ images have to be preprocessed for it.
 from __future__ import annotations
 
 import copy
-import json
+import sys
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from refiner.base.errors import UserError
-from refiner.base.places import data_folder
+from refiner.base.files import naming, read_json
+from refiner.base.places import check_memory, data_folder
 from refiner.base.settings import Count, in_range
+from refiner.models.cards import Card, Config
 from refiner.models.catalogue import Entry, find, nearest
-from refiner.models.convert import DECODER_PREFIXES, Converted, convert, read_file
+from refiner.models.convert import (
+    DECODER_PREFIXES,
+    Converted,
+    check_shapes,
+    convert,
+    read_file,
+)
 from refiner.models.download import download, from_hub
 from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
 
@@ -36,6 +43,7 @@ IMAGENET = {
     "crop_pct": 0.875,
 }
 FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # where timm keeps them in a folder
 
 
 def embedded_models() -> list[str]:
@@ -77,6 +85,10 @@ def build_vit(
         raise UserError(
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
         )
+    if torch.get_default_device().type != "meta":
+        hidden = details.get("mlp") or 4 * dim
+        weights = depth * 2 * dim * (2 * dim + hidden) + dim * (3 * patch**2 + (size // patch) ** 2)
+        check_memory(4 * weights, f"a ViT of {depth} blocks, {dim} wide, for {size} pixels")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -190,7 +202,7 @@ def _whole(path: Path) -> Path:
     if (path.parent / "card.json").is_file():
         return path.parent
     config = path.parent / "config.json"  # of timm, unless of another library
-    timms = config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8"))
+    timms = config.is_file() and "architecture" in read_json(config, dict[str, object])
     return path.parent if timms else path
 
 
@@ -201,26 +213,36 @@ def _is_carded(path: Path) -> bool:
 
 def _load_carded(path: Path) -> Encoder:
     """An embedded checkpoint, or a folder of ours or of timm's."""
-    source, config = f"local-dir:{path}", path / "config.json"
+    config = path / "config.json"
     if config.is_file() and not (path / "card.json").is_file():
-        return _load_timm_folder(source, config)
+        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if weights is None:
+            raise FileNotFoundError(f"{path} holds no weights: {' or '.join(WEIGHTS)} is missing")
+        return _load_timm_folder(f"local-dir:{path}", config, weights)
     card = read_card(path)
     if "architecture" not in card:  # one of timm's models, or refined from one
-        model = timm.create_model(source, pretrained=True)
-        check_supported(model, str(path))
+        if not config.is_file():
+            raise FileNotFoundError(f"{path}: config.json is missing, which tells the network")
+        model = _load_timm_folder(str(path), config, path / WEIGHTS[0])
     else:
-        model = build_vit(**card["architecture"])
-        model.load_state_dict(read_checkpoint(path)[1])
+        model = _built(card["architecture"], read_checkpoint(path)[1], str(path))
     model.refiner_card = card
     return model.eval()
+
+
+def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
+    """A plain ViT with these weights, which are compared with it before anything is built."""
+    with naming(name), torch.device("meta"):  # to draw random weights would take its time
+        model = build_vit(**architecture)
+        check_shapes(model.state_dict(), state, f"the weights do not fit {architecture}")
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransformer:
     """A checkpoint in another repository's format."""
     found = convert(read_file(path), name=str(path), num_heads=num_heads)
-    with torch.device("meta"):  # large models would take their time to draw random weights
-        model = build_vit(**found.architecture)
-    model.load_state_dict(found.encoder, assign=True)
+    model = _built(found.architecture, found.encoder, str(path))
     model.refiner_card = _file_card(found, name)
     return model
 
@@ -280,7 +302,7 @@ def read_checkpoint(
         return _file_card(found, path.stem), found.encoder, found.decoder
     card = read_card(path)
     files = [path / "model.safetensors", path / "decoder.safetensors"] if path.is_dir() else [path]
-    state = {k: v.float() for file in files if file.is_file() for k, v in load_file(file).items()}
+    state = {k: v.float() for file in files if file.is_file() for k, v in read_file(file).items()}
     decoder = {k: v for k, v in state.items() if k.startswith(DECODER_PREFIXES)}
     return card, {k: v for k, v in state.items() if k not in decoder}, decoder
 
@@ -299,8 +321,8 @@ def read_card(name: str | Path) -> dict:
                 f"{path} is not a saved model: {' and '.join(missing)} missing. "
                 "Give a folder that save_model, `refiner pretrain` or `refiner refine` wrote."
             )
-        return json.loads((path / "card.json").read_text())
-    return json.loads(path.with_suffix(".json").read_text())
+        return read_json(path / "card.json", Card)
+    return read_json(path.with_suffix(".json"), Card)
 
 
 def _load_timm(name: str) -> Encoder:
@@ -317,32 +339,69 @@ def _load_timm(name: str) -> Encoder:
         )
     if hub:
         repository = name.removeprefix("hf-hub:")
-        from_hub(repository, "model.safetensors")
-        return _load_timm_folder(name, from_hub(repository, "config.json"))
-    options = _timm_options(name, name)
+        weights = from_hub(repository, "model.safetensors")
+        return _load_timm_folder(name, from_hub(repository, "config.json"), weights)
+    architecture = name.split(".")[0]
+    options = _timm_options(name, name, {})
     path = _timm_file(name)
+    known = get_pretrained_cfg(name).to_dict()
     if path.suffix != ".safetensors":  # I-JEPA's original files
         model = _load_file(path, None, name=name)
-        return _carded(model, name, "timm")
-    overlay = {"pretrained_cfg_overlay": {"file": str(path)}}
-    model = timm.create_model(name, pretrained=True, **options, **overlay)
-    return _carded(model, name, "timm", {"architecture": name.split(".")[0], "model_args": options})
+        return _carded(model, name, "timm", known)
+    model = _timm_model(name, options, path, known)
+    recipe = {"architecture": architecture, "model_args": options}
+    return _carded(model, name, "timm", known, recipe)
 
 
-def _load_timm_folder(source: str, config: Path) -> Encoder:
-    """A folder or repository that timm wrote; ``config`` is its ``config.json``."""
-    told = json.loads(config.read_text())
-    name, given = told["architecture"], told.get("model_args", {})
-    options = given | _timm_options(name, source, **given)
-    model = timm.create_model(source, pretrained=True, **options)
-    return _carded(model, source, source, {"architecture": name, "model_args": options})
+def _load_timm_folder(source: str, config: Path, weights: Path) -> Encoder:
+    """A folder or repository that timm wrote, without timm's loader: it trusts ``config.json``."""
+    told = read_json(config, Config)
+    name, known = told["architecture"], told.get("pretrained_cfg", told)
+    given = told.get("model_args", {})
+    options = given | _timm_options(name, str(config), given)
+    model = _timm_model(name, options, weights, known)
+    return _carded(model, source, source, known, {"architecture": name, "model_args": options})
 
 
-def _timm_options(architecture: str, name: str, **given) -> dict:
-    """Arguments for timm; checks, before anything is fetched, that the class is supported."""
+def _timm_model(name: str, options: dict, weights: Path, known: dict) -> Encoder:
+    """One of timm's architectures with the weights of a file, which is read by us.
+
+    Args:
+        name: of the architecture.
+        options: arguments for it.
+        weights: the file.
+        known: what timm notes about the weights.
+    """
     with torch.device("meta"):
-        model = timm.create_model(architecture, **given | {"num_classes": 0})
-    check_supported(model, name)
+        twin = timm.create_model(name, **options)
+    state = dict(read_file(weights))
+    # timm's own, which renames and resizes what needs it; it may be strict about what it meets.
+    adapted = sys.modules[type(twin).__module__].checkpoint_filter_fn
+    try:
+        state = adapted(state, twin)
+    except Exception as error:
+        raise UserError(f"{weights} does not fit {name}: {error!r}") from error
+    names = known.get("classifier") or "head"
+    head = tuple(f"{n}." for n in ([names] if isinstance(names, str) else names))
+    state = {k: v for k, v in state.items() if k in twin.state_dict() or not k.startswith(head)}
+    check_shapes(twin.state_dict(), state, f"{weights} does not fit {name}")
+    check_memory(sum(4 * v.numel() for v in state.values()), f"the model of {weights}")
+    model = timm.create_model(name, **options)
+    model.load_state_dict(state)
+    return model
+
+
+def _timm_options(architecture: str, source: str, given: dict) -> dict:
+    """Arguments for timm; checks, before anything is built, that the class is supported."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, **given | {"num_classes": 0})
+    # Its constructors meet sizes that do not go together with errors of a dozen types.
+    except Exception as error:
+        raise UserError(
+            f"{source}: timm cannot build {architecture} with {given}: {error}"
+        ) from error
+    check_supported(model, source)
     # Rotary positions are computed for one size otherwise.
     return {"num_classes": 0} | ({"dynamic_img_size": True} if isinstance(model, Eva) else {})
 
@@ -358,10 +417,19 @@ def _timm_file(name: str) -> Path:
     return download(config.url)
 
 
-def _carded(model: torch.nn.Module, name: str, origin: str, recipe: dict | None = None) -> Encoder:
-    """A model of timm with the card that tells where it is from and what it needs."""
+def _carded(
+    model: torch.nn.Module, name: str, origin: str, known: dict, recipe: dict | None = None
+) -> Encoder:
+    """A model of timm with the card that tells where it is from and what it needs.
+
+    Args:
+        model: the model.
+        name: for ``load_model``.
+        origin: where it is from.
+        known: what timm notes about its weights.
+        recipe: how timm makes it.
+    """
     check_supported(model, name)
-    known = model.pretrained_cfg if recipe else get_pretrained_cfg(name).to_dict()
     config = timm.data.resolve_data_config(pretrained_cfg=known)
     card = getattr(model, "refiner_card", {}) | {
         "name": name,
