@@ -16,7 +16,7 @@ from PIL import Image
 from refiner.base import places
 from refiner.images import load as module
 from refiner.images import toybox
-from refiner.images.folders import read_files, resize
+from refiner.images.decode import read_files, resize
 from refiner.images.load import load_images
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
@@ -452,7 +452,15 @@ def test_a_class_may_be_called_train(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "eval"), ("train_set", "dev_set")],
+    [
+        ("Train", "Test"),
+        ("Training", "Testing"),
+        ("TRAIN", "eval"),
+        ("train_set", "dev_set"),
+        ("train+dev", "test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("train2017/images", "val2017/images"),
+    ],
 )
 def test_splits_go_by_many_names(names, tmp_path):
     for shade, name in enumerate(names, 1):
@@ -460,7 +468,7 @@ def test_splits_go_by_many_names(names, tmp_path):
             save(tmp_path / "set" / name / c / "0.png", (shade, 0, 0))
     images = quiet(tmp_path / "set")
     assert images.classes == ("a", "b") and first_pixels(images) == [1, 1]
-    split = "val" if names[1] == "dev_set" else "test"
+    split = "val" if names[1][:3] in ("dev", "val") else "test"
     assert first_pixels(quiet(tmp_path / "set", split=split)) == [2, 2]
 
 
@@ -481,11 +489,11 @@ def test_splits_are_found_past_folders_without_images(tmp_path):
 
 
 def test_classes_with_the_same_sub_folders_are_doubted(tmp_path):
-    for name in ("train+dev", "rest"):
+    for name in ("toy_train", "test_tube"):
         for c in "ab":
             save(tmp_path / "set" / name / c / "0.png")
-    with pytest.warns(UserWarning, match="rest, train.dev in .* the same sub-folders a, b"):
-        assert quiet(tmp_path / "set").classes == ("rest", "train+dev")
+    with pytest.warns(UserWarning, match="test_tube, toy_train in .* the same sub-folders a, b"):
+        assert quiet(tmp_path / "set").classes == ("test_tube", "toy_train")
 
 
 def test_files_that_pillow_reads_are_images_and_a_folder_of_others_is_named(tmp_path):
@@ -539,9 +547,12 @@ def test_every_mode_becomes_rgb(tmp_path):
     ("values", "expected"),
     [
         (np.float32([[0, 0.5], [1, 0.25]]), [[0, 128], [255, 64]]),
-        (np.float32([[0, 90], [200.4, -3]]), [[0, 90], [200, 0]]),
+        (np.float32([[0, 90], [200.4, 3]]), [[0, 90], [200, 3]]),
+        (np.float32([[-1, 0], [0.5, 1]]), [[0, 128], [191, 255]]),
         (np.float32([[0, np.nan], [1, np.inf]]), [[0, 0], [255, 0]]),
-        (np.int32([[0, 90], [255, -3]]), [[0, 90], [255, 0]]),
+        (np.int32([[0, 90], [255, 3]]), [[0, 90], [255, 3]]),
+        (np.int32([[-1000, 0], [1000, 500]]), [[0, 128], [255, 191]]),
+        (np.uint16([[0, 4095], [2048, 1]]), [[0, 255], [128, 0]]),
         (np.int32([[0, 257 * 90], [257 * 200, 300]]), [[0, 90], [200, 1]]),
         (np.int32([[0, 10**6], [2 * 10**6, 0]]), [[0, 128], [255, 0]]),
         (np.uint16([[0, 255], [257, 257 * 90]]), [[0, 1], [1, 90]]),
@@ -551,6 +562,25 @@ def test_gray_of_more_than_8_bits_keeps_its_brightness(values, expected, tmp_pat
     Image.fromarray(values).save(tmp_path / "x.tif")
     pixels = read_one(tmp_path / "x.tif", 2)
     assert (pixels == np.array(expected)[:, :, None]).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_scans_share_one_range_over_all_splits(kind, tmp_path, monkeypatch):
+    """Each by its own maximum would be equally bright; by 16 bits nearly black."""
+    tops = {"train/a": 1000, "train/b": 4000, "test/a": 500, "test/b": 250}
+    for name, top in tops.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), top, dtype=kind)).save(tmp_path / "set" / name / "0.tif")
+    expected = {"train": [62, 249], "test": [16, 31]}
+    for limit, split in ((2**31, "train"), (2**31, "test"), (1, "test")):
+        monkeypatch.setattr(module, "MEMORY_LIMIT", limit)
+        with pytest.warns(UserWarning, match="values from 0 to 4095 become 0 to 255, as 4 of"):
+            images = quiet(tmp_path / "set", split=split)
+        assert sorted(first_pixels(images)) == expected[split]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = quiet(tmp_path / "set", value_range=(1000, 3000))
+        assert first_pixels(images[images.labels.argsort()]) == [0, 255]
 
 
 def test_a_photo_is_turned_upright(tmp_path):
@@ -604,6 +634,28 @@ def test_a_picture_of_too_many_pixels_is_left_out_with_and_without_a_size(tmp_pa
     for size in (None, 8):
         with pytest.warns(UserWarning, match="1 of 2 images cannot be read.*large.png"):
             assert first_pixels(quiet(tmp_path / "set", size=size)) == [200]
+
+
+def test_a_very_long_picture_is_resized_in_the_middle_only(tmp_path):
+    shades = np.zeros((60_000, 1, 3), dtype=np.uint8)
+    shades[29_980:30_020] = 80
+    Image.fromarray(shades).save(tmp_path / "x.png")
+    assert (read_one(tmp_path / "x.png", 16) == 80).all()
+    rows = torch.from_numpy(shades).permute(2, 1, 0)[None]  # [1, 3, 1, 60000]
+    assert (resize(rows, 16) == 80).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_is_no_file_is_skipped(tmp_path):
+    """Opening a FIFO would wait for somebody to write into it."""
+    save(tmp_path / "set" / "a" / "0.png")
+    os.mkfifo(tmp_path / "set" / "a" / "1.png")
+    (tmp_path / "set" / "a" / "2.png").symlink_to("/dev/zero")
+    (tmp_path / "set" / "a" / "3.png").symlink_to("3.png")
+    (tmp_path / "set" / "a" / "4.png").symlink_to("nowhere")
+    (tmp_path / "set" / "itself").symlink_to("itself")
+    save(tmp_path / "set" / "b" / "0.png")
+    assert len(quiet(tmp_path / "set")) == 2
 
 
 def test_links_in_a_circle_count_no_image_twice(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -112,7 +113,7 @@ def test_an_id_always_means_the_same_image(stream):
     for i, pixels in take(stream, 28, seed=1):
         shard, image = divmod(i, SHARD)
         assert image < SIZES[shard]
-        assert torch.equal(pixels, streams.decode(png(100 * shard + image), 8))
+        assert torch.equal(pixels, stream.decode(png(100 * shard + image)))
         assert torch.equal(seen.setdefault(i, pixels), pixels)
     assert len(seen) == sum(SIZES)
 
@@ -175,16 +176,90 @@ def test_a_broken_image_is_replaced_and_named(tmp_path):
         take(open_stream(str(tmp_path / "bad.tar"), size=8), 1, batch=4)
 
 
-def test_a_cut_or_empty_shard_is_named(tmp_path):
-    write_tar(tmp_path / "cut.tar", {f"{i}.png": png(i, side=64) for i in range(3)})
-    content = (tmp_path / "cut.tar").read_bytes()
-    for cut in (b"no tar" * 200, content[:20_000]):  # of three images of 13 kB
-        (tmp_path / "cut.tar").write_bytes(cut)
-        with pytest.raises(OSError, match="cannot read .*cut.tar"):
-            take(open_stream(str(tmp_path / "cut.tar"), size=8), 8)
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([f"scan_0.{i}.png" for i in range(9)], range(9)),
+        (["2024.01.01.png", "2024.01.02.png", "2024.02.01.jpg"], range(3)),
+        ([f"2024.{i}.png" for i in range(streams.MOST_KEYS + 2)], range(streams.MOST_KEYS + 2)),
+        (["a.mask.png", "a.png", "a.json", "b.thumb.png", "b.JPG", "b.png"], [1, 4]),
+        (["a.seg.png", "a.image.png", "a.tif", "b.tif", "b.depth.tif"], [1, 3]),
+        (
+            ["._a.png", "a.png", ".hidden/b.png", "__MACOSX/._c.png", "./d.png", "d/a.png"],
+            [1, 4, 5],
+        ),
+        (["a.left.png", "a.right.png", "a.cls"], [0, 1]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:of each sample")
+def test_every_image_that_no_other_key_explains_is_read(names, expected, tmp_path):
+    write_tar(tmp_path / "x.tar", {name: b"%d" % i for i, name in enumerate(names)})
+    stream = open_stream(str(tmp_path / "x.tar"), size=8)
+    assert [int(x) for x in stream.encoded(0)] == list(expected)
+    assert [int(x) for x in stream.encoded(0, 2)] == list(expected)[2:]
+
+
+def test_a_choice_of_keys_is_told_once(tars):
+    with pytest.warns(UserWarning, match="s-000.tar is read png, not mask.png") as warned:
+        open_stream(tars, size=8).sample(21)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tar", "gone"])
+def test_a_broken_shard_is_told_and_the_others_are_read(damage, tmp_path):
+    for shard in range(3):
+        images = {f"{i}.png": png(10 * shard + i, side=64) for i in range(3)}
+        write_tar(tmp_path / f"s-{shard}.tar", images)
+    stream, broken = open_stream(str(tmp_path / "s-{0..2}.tar"), size=8), tmp_path / "s-1.tar"
+    if damage == "gone":
+        broken.unlink()
+    else:  # three images of 13 kB
+        broken.write_bytes(broken.read_bytes()[:20_000] if damage == "cut" else b"no tar" * 200)
+    readable = int(damage == "cut")
+    with pytest.warns(UserWarning, match=f"shard 1 of .* beyond its first {readable} images"):
+        ids = {i for i, _ in take(stream, 4)}
+    assert ids == {s * SHARD + i for s in (0, 2) for i in range(3)} | {SHARD} - {
+        SHARD * (not readable)
+    }
+
+
+def test_a_stream_without_any_image_is_an_error(tmp_path):
     write_tar(tmp_path / "text.tar", {"a.txt": b"words"})
-    with pytest.raises(OSError, match="no images in the shards of .*text.tar"):
-        take(open_stream(str(tmp_path / "text.tar"), size=8), 1)
+    (tmp_path / "no.tar").write_bytes(b"no tar" * 200)
+    for name in ("text", "no"):
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(OSError, match=f"no images in the shards of .*{name}.tar"),
+        ):
+            warnings.simplefilter("ignore")
+            take(open_stream(str(tmp_path / f"{name}.tar"), size=8), 1)
+
+
+@pytest.mark.parametrize("numbers", ["1..0", "0..999999999"])
+def test_shards_that_count_down_or_to_the_sky_are_refused(numbers):
+    with pytest.raises(ValueError, match="must count up, and to at most 1,000,000 shards"):
+        open_stream(f"x-{{{numbers}}}.tar", size=8)
+
+
+def test_a_member_larger_than_any_image_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MOST_BYTES", 1000)
+    write_tar(tmp_path / "x.tar", {"a.png": png(0), "zeros.png": bytes(1001)})
+    stream = open_stream(str(tmp_path / "x.tar"), size=8)
+    assert list(stream.encoded(0)) == [png(0), b""] and len(stream.sample(1)) == 1
+
+
+def test_scans_of_a_stream_share_one_range(tmp_path):
+    files = {}
+    for i, top in enumerate((900, 4000)):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), top, dtype=np.uint16)).save(file, "PNG")
+        files[f"{i}.png"] = file.getvalue()
+    write_tar(tmp_path / "x.tar", files)
+    stream = open_stream(str(tmp_path / "x.tar"), size=8)
+    with pytest.warns(UserWarning, match="values from 0 to 4095 become 0 to 255"):
+        assert stream.sample(2)[:, 0, 0, 0].tolist() == [56, 249]
+    given = open_stream(str(tmp_path / "x.tar"), size=8, value_range=(0, 8000))
+    assert given.sample(2)[:, 0, 0, 0].tolist() == [29, 128]
 
 
 # ---------------------------------------------------------------- refining
@@ -279,10 +354,36 @@ def test_a_hugging_face_set_is_streamed(parquet, model):
     assert len(seen) == 11
     for i, pixels in seen.items():
         shard, image = divmod(i, SHARD)
-        assert torch.equal(pixels, streams.decode(png(100 * shard + image), 8))
+        assert torch.equal(pixels, stream.decode(png(100 * shard + image)))
     assert list(islice(stream.read(1, 4), 1)) == [png(104)]
     run = refine(model, stream, recipe=TINY, progress=False)
     assert run.queue.ids.min() >= 0
+
+
+def test_rows_without_an_image_are_replaced_and_the_column_is_chosen_by_name(tmp_path):
+    pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "there.png").write_bytes(png(2))
+    rows = [
+        {"bytes": png(0), "path": None},
+        None,
+        {"bytes": None, "path": str(tmp_path / "there.png")},
+        {"bytes": None, "path": str(tmp_path / "missing.png")},
+    ]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {
+        "thumbnail": pyarrow.array([{"bytes": png(9), "path": None}] * 4, kind),
+        "image": pyarrow.array(rows, kind),
+        "audio": pyarrow.array([b"sound"] * 4, pyarrow.binary()),
+    }
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.table(columns), tmp_path / "set" / "train.parquet")
+    with pytest.warns(UserWarning, match="is read image, not thumbnail, audio"):
+        stream = open_stream(f"hf:{tmp_path / 'set'}", size=8)
+    assert "column 'image'" in repr(stream)
+    assert list(stream.encoded(0)) == [png(0), b"", png(2), b""]
+    with pytest.warns(UserWarning, match=r"image [13] of shard 0 .* cannot be read"):
+        assert {i for i, _ in take(stream, 4, batch=4)} == {0, 2}
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

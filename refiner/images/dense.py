@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.folders import image_files, read_files, squared
+from refiner.images.decode import read_files, squared
+from refiner.images.folders import Files, image_files
 from refiner.images.sets import ImageSet
 
 IGNORE = 255  # pixels without a class
@@ -115,7 +116,8 @@ def load_dense(
     check_dense(folder)
     files = _split_files(folder / "images", split)[:n]
     pairs = [(path, _annotation(path, folder)) for path in files]
-    pixels, broken = read_files(files, size, progress=progress)
+    value_range = Files(files, None, (), folder, folder / "images").value_range()
+    pixels, broken = read_files(files, size, value_range=value_range, progress=progress)
     if broken:
         path, reason = next(iter(broken.items()))
         raise UserError(f"cannot read {path}: {reason}")

@@ -1,4 +1,4 @@
-"""Folders of images: splits, classes, and reading files."""
+"""Folders of images: splits, classes, and the files in them."""
 
 from __future__ import annotations
 
@@ -6,71 +6,58 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.images.decode import EXTENSIONS, SAMPLE, ValueRange, measured_range
 
-# What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
-NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-EXTENSIONS = tuple(
-    sorted(
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in NOT_READ
-    )
-)
+# The names of splits, the usual one first.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "eval"),
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
+SPLIT_WORDS = {word: part for part, words in SPLIT_FOLDERS.items() for word in words}
+SAYS_NOTHING = ("", "images", "data")  # what is left of a name such as train_set
 
 
-@torch.no_grad()
-def resize(images: Tensor, size: int, *, chunk: int = 1024) -> Tensor:
-    """Resizes uint8 [N, 3, H, W] to uint8 [N, 3, size, size]: shorter side, then centre crop."""
-    h, w = images.shape[-2:]
-    if h == w == size:
-        return images
-    (height, width), (top, left) = fitted((h, w), size)
-    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
-    for start in range(0, len(images), chunk):
-        x = images[start : start + chunk].float()
-        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
-        x = x[:, :, top : top + size, left : left + size]
-        out[start : start + chunk] = x.round_().clamp_(0, 255).to(torch.uint8)
-    return out
+@dataclass(frozen=True)
+class Files:
+    """What a folder holds of a split.
+
+    Attributes:
+        paths: the files, sorted by class and path.
+        labels: int64 [N], None when unlabelled.
+        classes: the classes' names.
+        folder: that of the split.
+        root: that of all splits, if there are others.
+    """
+
+    paths: list[Path]
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    folder: Path
+    root: Path | None = None
+
+    def value_range(self) -> ValueRange:
+        """That of all splits' gray images of more than 8 bits, if a sample of this one has any."""
+        if not any(mode.startswith(("I", "F")) for _, mode in _headers(self.paths, SAMPLE)):
+            return None
+        files = list(image_files(self.root)) if self.root else self.paths
+        return measured_range(_some(files, SAMPLE), str(self.root or self.folder))
 
 
-def fitted(sides: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The sides whose shorter one is ``size``, and where the square in their middle begins."""
-    scale = size / min(sides)
-    sides = max(size, round(sides[0] * scale)), max(size, round(sides[1] * scale))
-    return sides, ((sides[0] - size) // 2, (sides[1] - size) // 2)
-
-
-def squared(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """A picture resized by the shorter side and cropped at the centre."""
-    if image.size == (size, size):
-        return image
-    sides, (left, top) = fitted(image.size, size)
-    return image.resize(sides, resample).crop((left, top, left + size, top + size))
-
-
-def files_of(folder: Path, split: str) -> tuple[list[Path], Tensor | None, tuple[str, ...], Path]:
-    """A split's files, labels, classes and folder; see :func:`_list_folder`."""
+def files_of(folder: Path, split: str) -> Files:
+    """A split's files, see :func:`_list_folder`."""
     root, present = _find_splits(folder)
-    folder = split_folder(root, split)
-    return *_list_folder(folder, [root / name for name in present.values()]), folder
+    folder, others = split_folder(root, split), [_entered(root / x) for x in present.values()]
+    return Files(*_list_folder(folder, others), folder, root)
 
 
 def split_folder(folder: Path, split: str) -> Path:
@@ -81,14 +68,14 @@ def split_folder(folder: Path, split: str) -> Path:
     """
     folder, present = _find_splits(folder)
     if split in present:
-        return folder / present[split]
+        return _entered(folder / present[split])
     if present:
         raise UserError(f"{folder} has no {split} sub-folder, only {', '.join(present.values())}")
     if split != "train":
         raise UserError(
             f"{folder} has no sub-folders train and {split}: load it whole and call .holdout()"
         )
-    return folder
+    return _entered(folder)
 
 
 def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -97,20 +84,46 @@ def _find_splits(folder: Path) -> tuple[Path, dict[str, str]]:
     Archives often unpack into one more folder, so the only sub-folder with images is entered.
     """
     inside = _sub_folders(folder)
-    words = {name: re.sub(r"[ _-]?(set|images|data)$", "", name.lower()) for name in inside}
-    present = {}
-    for part, known in SPLIT_FOLDERS.items():
-        if found := [name for word in known for name in inside if words[name] == word]:
-            present[part] = found[0]
+    parts: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in sorted(inside, key=_rank):
+        if found := _split_of(name):
+            part, rest = found
+            parts.setdefault(rest, {}).setdefault(part, name)
     # One of them beside other folders with images is a class: "train" is also a vehicle.
-    others = [name for name in inside if name not in present.values()]
-    if len(present) >= 2 or (present and not any(_with_images(folder, others))):
-        return folder, present
+    for rest, present in sorted(parts.items()):
+        others = [name for name in inside if name not in present.values()]
+        if len(present) >= 2 or (not rest and not any(_with_images(folder, others))):
+            return folder, present
     if len(some := list(islice(_with_images(folder, inside), 2))) == 1:
         deeper, present = _find_splits(folder / some[0])
         if present:
             return deeper, present
     return folder, {}
+
+
+def _split_of(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The split that a folder's name means, and the words that say something else.
+
+    "imgs_train" and "imgs_test" are splits as they differ in that one word alone, "toy_train" and
+    "test_tube" are classes.
+    """
+    words = [re.sub("set$", "", word) for word in re.findall(r"[^\W\d_]+", name.lower())]
+    part = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    known = (*SPLIT_WORDS, *SAYS_NOTHING)
+    return part and (part, tuple(word for word in words if word not in known))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """The usual names first."""
+    usual = list(SPLIT_WORDS)
+    return usual.index(name.lower()) if name.lower() in usual else len(usual), name
+
+
+def _entered(folder: Path) -> Path:
+    """A folder, or the one inside that holds all its images and is called the same or "images"."""
+    names = list(islice(_with_images(folder, _sub_folders(folder)), 2))
+    same = len(names) == 1 and names[0].lower() in (folder.name.lower(), *SAYS_NOTHING)
+    return _entered(folder / names[0]) if same else folder
 
 
 def _with_images(folder: Path, names: Sequence[str]) -> Iterator[str]:
@@ -123,7 +136,7 @@ def _sub_folders(folder: Path) -> list[str]:
     return sorted(
         x.name
         for x in os.scandir(folder)
-        if x.is_dir() and not x.name.startswith(".") and os.path.realpath(x) not in around
+        if _is(x, "dir") and not x.name.startswith(".") and os.path.realpath(x) not in around
     )
 
 
@@ -177,14 +190,12 @@ def _doubts(folder: Path, found: dict[str, list[Path]], classes: tuple[str, ...]
             f"all images in {folder} are of one class, {names[0]!r}: k-NN and probes have nothing "
             f"to tell apart; {advice}"
         )
-    inside = _sub_folders(folder / names[0])
-    if len(names) > 1 < len(inside) and all(
-        _sub_folders(folder / name) == inside for name in names[1:]
-    ):
+    inside = set.intersection(*(set(_sub_folders(folder / name)) for name in names))
+    if len(names) > 1 and (len(inside) > 1 or any(map(_split_of, inside))):
         yield (
             f"{', '.join(names[:5])} in {folder} are taken for classes, but all have the same "
-            f"sub-folders {', '.join(inside[:5])}: if those are the classes, call these train, val "
-            "or test, or give one of them"
+            f"sub-folders {', '.join(sorted(inside)[:5])}: if those are the classes, call these "
+            "train, val or test, or give one of them"
         )
     for name in (name for name, files in found.items() if not files):
         if seen := _extensions_in(folder / name):
@@ -204,28 +215,44 @@ def image_files(folder: Path) -> Iterator[Path]:
 
     Links are followed, but no folder is entered twice.
     """
-    seen = _around(folder)
-    for where, folders, files in os.walk(folder, followlinks=True):
-        inside = sorted((x for x in folders if not x.startswith(".")), reverse=True)
-        real = {os.path.realpath(Path(where, x)): x for x in inside}
-        folders[:] = sorted(real[path] for path in real.keys() - seen)
-        seen |= real.keys()
-        for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(where, name)
+    seen, ahead = _around(folder), [os.fspath(folder)]
+    while ahead:
+        try:
+            entries = sorted(os.scandir(ahead.pop()), key=lambda entry: entry.name)
+        except OSError:  # gone, or not ours to look into
+            continue
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in entries:  # a FIFO would be waited for
+            if entry.name.lower().endswith(EXTENSIONS) and _is(entry, "file"):
+                yield Path(entry.path)
+        inside = {os.path.realpath(x): x.path for x in reversed(entries) if _is(x, "dir")}
+        ahead += sorted((inside[real] for real in inside.keys() - seen), reverse=True)
+        seen |= inside.keys()
+
+
+def _is(entry: os.DirEntry, kind: str) -> bool:
+    """Whether it is a "file" or "dir", or a link to one; a link to itself would be an OSError."""
+    if entry.is_symlink():
+        return getattr(os.path, f"is{kind}")(entry)
+    return getattr(entry, f"is_{kind}")()
 
 
 def shorter_sides(folder: Path, sample: int = 64) -> list[int]:
     """Shorter sides of a sample of a folder's images, pixels; none where there is no folder."""
-    return [min(size) for size in _some_sizes(list(image_files(folder)), sample)]
+    return [min(size) for size, _ in _headers(list(image_files(folder)), sample)]
 
 
-def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, int]]:
-    """(width, height) of some of the files, without those that cannot be read."""
-    for path in paths[:: max(1, len(paths) // sample)]:
+def _some(paths: Sequence[Path], sample: int) -> Sequence[Path]:
+    """Some of the files, evenly spread."""
+    return paths[:: max(1, len(paths) // sample)]
+
+
+def _headers(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[tuple[int, int], str]]:
+    """(width, height) and mode of some of the files, without those that cannot be read."""
+    for path in _some(paths, sample):
         try:
             with Image.open(path) as image:  # reads the header only
-                yield image.size
+                yield image.size, image.mode
         # As in read_files, which names them later, with the other broken ones.
         except Exception:
             continue
@@ -233,80 +260,6 @@ def _some_sizes(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[int, 
 
 def common_size(paths: Sequence[Path]) -> int:
     """The square size that a sample of the files shares, else 224."""
-    sizes = set(_some_sizes(paths))
+    sizes = {size for size, _ in _headers(paths)}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     return width if width == height else 224
-
-
-def read_files(
-    paths: Sequence[Path], size: int, *, progress: bool = True, block: int = 64
-) -> tuple[Tensor, dict[Path, str]]:
-    """Decodes image files with a few threads.
-
-    Args:
-        paths: the files.
-        size: height and width of the result, pixels: shorter side resized, centre cropped.
-        progress: show a bar.
-        block: files a thread takes at once.
-
-    Returns:
-        uint8 [N, 3, size, size], and the files that cannot be read with the reason; their pixels
-        are zero.
-    """
-    pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
-    broken: dict[Path, str] = {}
-
-    def read(start: int) -> int:
-        some = paths[start : start + block]
-        for i, path in enumerate(some, start):
-            try:
-                pixels[i] = read_image(path, size).transpose(2, 0, 1)
-            # Pillow's decoders meet damaged files with errors of a dozen types.
-            except Exception as error:
-                broken[path] = str(error) or type(error).__name__
-        return len(some)
-
-    starts = range(0, len(paths), block)
-    with (
-        tqdm(total=len(paths), desc="reading images", unit="image", disable=not progress) as bar,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-    ):
-        for done in pool.map(read, starts):
-            bar.update(done)
-    return torch.from_numpy(pixels), broken
-
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """One file as uint8 [size, size, 3]."""
-    with Image.open(path) as image:
-        # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.
-        image.draft("RGB", (2 * size, 2 * size))
-        ImageOps.exif_transpose(image, in_place=True)
-        image = _to_rgb(image)
-    return np.asarray(squared(image, size, Image.Resampling.BICUBIC))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # a plain convert would clip at 255
-        gray = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        gray = gray * _brightness_scale(image.mode, float(gray.max()))
-        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _brightness_scale(mode: str, top: float) -> float:
-    """What makes 0 to 255 of the gray values of a mode; in 32 bits, their maximum tells the range.
-
-    Args:
-        mode: of Pillow: "I;16" has 16 bits, "I" and "F" are integers and floats of 32.
-        top: the largest value.
-    """
-    if mode == "F" and top <= 1:
-        return 255.0
-    if not mode.startswith("I;16") and top <= 255:
-        return 1.0
-    return 1 / 257 if top <= 65535 else 255 / top

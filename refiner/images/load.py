@@ -21,20 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder
 from refiner.images import named_sets, toybox
-from refiner.images.folders import (
-    class_folders,
-    common_size,
-    files_of,
-    read_files,
-    resize,
-    split_folder,
-)
+from refiner.images.decode import ValueRange, read_files, resize
+from refiner.images.folders import Files, class_folders, common_size, files_of, split_folder
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
@@ -90,6 +83,7 @@ def load_images(
     n: int | None = None,
     size: int | None = None,
     seed: int = 0,
+    value_range: ValueRange = None,
     cache: bool = True,
     progress: bool = True,
     device: str | torch.device = "cpu",
@@ -108,11 +102,12 @@ def load_images(
     - A folder: its sub-folders are the classes, sorted by name; images deeper inside belong to the
       class too. A folder that holds images and no such sub-folders is unlabelled. If two or more
       sub-folders, or all, are called train (training), val (valid, validation, dev) or test
-      (testing, eval), ``split`` chooses among them, also one folder further inside, as archives
-      unpack, and the classes are those of all splits together; if not, the whole folder is the
-      train split and other splits are an error (:meth:`ImageSet.holdout` makes one). Hidden files
-      and other file types are ignored. Images are turned upright (EXIF), converted to RGB
-      (transparency onto white), resized by the shorter side and cropped at the centre.
+      (testing, eval), or differ in that word alone (imgs_train, imgs_test), ``split`` chooses among
+      them, also one folder further inside, as archives unpack, and the classes are those of all
+      splits together; if not, the whole folder is the train split and other splits are an error
+      (:meth:`ImageSet.holdout` makes one). Hidden files and other file types are ignored. Images
+      are turned upright (EXIF), converted to RGB (transparency onto white), resized by the shorter
+      side and cropped at the centre.
 
     Args:
         name: one of the names above, or the path of a folder.
@@ -121,6 +116,9 @@ def load_images(
         size: height and width in pixels. Default: 32 for Toybox, CIFAR and digits; in other sets
             the size that a sample of 64 files agrees on if it is square, else 224.
         seed: of Toybox's scenes; for the other sets of the order, and so of which n.
+        value_range: the gray values that become black and white, where images of a folder have more
+            than 8 bits. By default one range for all splits, measured on a sample: 0 to the least
+            of 8, 10, 12, 14 or 16 bits that holds it, or what it spans if some are negative.
         cache: keep rendered Toybox images on disk, see :func:`cache_folder`.
         progress: show a bar while rendering or reading.
         device: where the images are rendered and kept.
@@ -137,8 +135,8 @@ def load_images(
 
     Warns:
         UserWarning: once, when images of a folder cannot be read (they are left out), when its
-            classes look wrong, or when a cache file is damaged (it is made again) or cannot be
-            written.
+            classes look wrong, when a range of gray values was measured, or when a cache file is
+            damaged (it is made again) or cannot be written.
     """
     check_source(name)
     _check_n(n)
@@ -153,7 +151,7 @@ def load_images(
     elif str(name) in named_sets.SOURCES:
         found = _load_named(str(name), split, n, size, seed, progress)
     else:
-        found = _read_set(*files_of(Path(name), split), n, size, seed, progress)
+        found = _read_set(files_of(Path(name), split), n, size, seed, progress, value_range)
     return found.to(device)
 
 
@@ -296,7 +294,8 @@ def _load_named(name: str, split: str, n: int | None, size, seed: int, progress:
     _check_split(split, tuple(named_sets.SOURCES[name].splits), name)
     paths, labels, classes = named_sets.list_files(name, split, cache_folder())
     labels = torch.tensor(labels, dtype=torch.int64)
-    found = _read_set(paths, labels, classes, cache_folder() / name, n, size, seed, progress)
+    files = Files(paths, labels, classes, cache_folder() / name)
+    found = _read_set(files, n, size, seed, progress)
     return replace(found, name=f"{name} {split}")
 
 
@@ -323,38 +322,38 @@ def load_holdout(
     Raises:
         ValueError: as :func:`load_images`, and for n or n_test above what the parts hold.
     """
-    paths, labels, classes, folder = files_of(Path(folder), "train")
-    size = size or common_size(paths)
-    order = balanced_order(labels, len(paths), seed=seed)
-    files = ImageSet(LazyImages(paths, size), labels, classes)[order]
+    files = files_of(Path(folder), "train")
+    size, value_range = size or common_size(files.paths), files.value_range()
+    order = balanced_order(files.labels, len(files.paths), seed=seed)
+    whole = ImageSet(LazyImages(files.paths, size), files.labels, files.classes)[order]
     parts = []
-    for part, limit, what in zip(files.holdout(share), (n, n_test), ("train", "test"), strict=True):
+    for part, limit, what in zip(whole.holdout(share), (n, n_test), ("train", "test"), strict=True):
         _check_n(limit)
-        _first(limit, len(part), f"the {what} part of {folder}")
-        some = part.images.paths, part.labels, classes, folder
-        parts.append(_read_set(*some, limit, size, seed, progress))
+        _first(limit, len(part), f"the {what} part of {files.folder}")
+        some = replace(files, paths=part.images.paths, labels=part.labels)
+        parts.append(_read_set(some, limit, size, seed, progress, value_range))
     return parts[0], parts[1]
 
 
 def _read_set(
-    paths: list[Path],
-    labels: Tensor | None,
-    classes: tuple[str, ...],
-    folder: Path,
+    files: Files,
     n: int | None,
     size: int | None,
     seed: int,
     progress: bool,
+    value_range: ValueRange = None,
 ) -> ImageSet:
     """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
-    order = balanced_order(labels, len(paths), seed=seed)[: _first(n, len(paths), str(folder))]
-    paths = [paths[i] for i in order]
-    labels = None if labels is None else labels[order]
-    size = size or common_size(paths)
+    folder, classes, available = files.folder, files.classes, len(files.paths)
+    order = balanced_order(files.labels, available, seed=seed)[: _first(n, available, str(folder))]
+    paths = [files.paths[i] for i in order]
+    labels = None if files.labels is None else files.labels[order]
+    size, value_range = size or common_size(paths), value_range or files.value_range()
     if len(paths) * 3 * size * size > MEMORY_LIMIT:
-        return ImageSet(LazyImages(paths, size), labels, classes, name=str(folder))
+        lazy = LazyImages(paths, size, value_range)
+        return ImageSet(lazy, labels, classes, name=str(folder))
 
-    pixels, broken = read_files(paths, size, progress=progress)
+    pixels, broken = read_files(paths, size, value_range=value_range, progress=progress)
     if not broken:
         return ImageSet(pixels, labels, classes, name=str(folder))
     if len(broken) == len(paths):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.folders import read_files, resize
+from refiner.images.decode import ValueRange, read_files, resize
 
 # ---------------------------------------------------------------- the set
 
@@ -200,12 +200,13 @@ class LazyImages:
     Attributes:
         paths: the files.
         size: S, in pixels.
+        value_range: see :func:`refiner.load_images`.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, paths: Sequence[Path], size: int):
-        self.paths, self.size = list(paths), size
+    def __init__(self, paths: Sequence[Path], size: int, value_range: ValueRange = None):
+        self.paths, self.size, self.value_range = list(paths), size, value_range
 
     @property
     def shape(self) -> torch.Size:
@@ -216,7 +217,8 @@ class LazyImages:
 
     def select(self, index) -> LazyImages:
         """Some of the files, still unread."""
-        return LazyImages([self.paths[i] for i in _positions(index, len(self))], self.size)
+        some = [self.paths[i] for i in _positions(index, len(self))]
+        return LazyImages(some, self.size, self.value_range)
 
     def __getitem__(self, index) -> Tensor:
         """Pixels, uint8 [B, 3, S, S], or [3, S, S] for an int.
@@ -225,7 +227,8 @@ class LazyImages:
             OSError: when a file cannot be read, with its name.
         """
         chosen = self.select(index)
-        pixels, broken = read_files(chosen.paths, self.size, progress=False)
+        options = {"value_range": self.value_range, "progress": False}
+        pixels, broken = read_files(chosen.paths, self.size, **options)
         if broken:
             path, reason = next(iter(broken.items()))
             raise OSError(f"cannot read {path}: {reason}")

@@ -101,7 +101,8 @@ def in_words(images) -> str:
     """How many images of which size there are."""
     if isinstance(images, ImageStream):
         n = f"{images.n} " if images.n else ""
-        return f"{images.shards} shards of {n}images, decoded to {images.size}×{images.size}"
+        where = f" (column {images.column})" if images.column else ""
+        return f"{images.shards} shards of {n}images{where}, decoded to {images.size}×{images.size}"
     pixels = getattr(images, "images", images)
     return f"{len(pixels)} images of {pixels.shape[2]}×{pixels.shape[3]}"
 

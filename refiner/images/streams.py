@@ -8,7 +8,10 @@ training's state: a resumed run reads on at that block and meets the images that
 run meets.
 
 Tar shards are those of WebDataset (github.com/webdataset/webdataset): ``shards-{000..010}.tar``,
-local or behind any address that fsspec opens. Hugging Face sets need the package ``datasets``.
+local or behind any address that fsspec opens. Their reader is our own, as the package webdataset
+(1.0.2) keeps no position that a run could resume from, and takes all files of a sample, which is
+whatever agrees up to the first dot, for one image's. Hugging Face sets need the package
+``datasets``.
 
 Shape legend: B images of a batch, S height and width.
 """
@@ -25,8 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
-from itertools import islice
-from pathlib import Path
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -34,9 +36,13 @@ from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import MissingPackage, UserError
-from refiner.images.folders import EXTENSIONS, read_image
+from refiner.images.decode import EXTENSIONS, SAMPLE, ValueRange, measured_range, read_image
 
 SHARD = 2**32  # ids from one shard's first image to the next one's
+MOST_SHARDS = 10**6
+MOST_BYTES = 2**28  # of an encoded image; what is larger counts as broken
+MOST_KEYS = 64  # images of a sample that are held to choose among
+PREFERRED = ("image", "img", "jpg", "jpeg", "png", "webp")  # keys and columns, best first
 Reader = Callable[[int, int], Iterator[bytes]]
 
 
@@ -45,12 +51,15 @@ class ImageStream:
     """Images of shards, decoded while they are read; what :func:`open_stream` returns.
 
     Attributes:
-        read: (shard, images to skip) → the encoded images of a shard in their order.
+        read: (shard, images to skip) → the encoded images of a shard in their order; empty where
+            one cannot be had.
         shards: how many there are.
         size: S, pixels.
         name: where they come from.
         n: images in all shards; None when nobody said. ``len()`` is then an error.
         block: images that are shuffled together; they are held encoded.
+        column: where the images stand, in a Hugging Face set.
+        value_range: see :func:`refiner.load_images`; without one, :meth:`sample` measures it.
     """
 
     read: Reader
@@ -59,6 +68,8 @@ class ImageStream:
     name: str = "stream"
     n: int | None = None
     block: int = 2048
+    column: str = ""
+    value_range: ValueRange = None
     seen: list[bytes] = field(default_factory=list)
 
     dtype = torch.uint8
@@ -73,9 +84,35 @@ class ImageStream:
 
     def __repr__(self) -> str:
         count = "" if self.n is None else f"{self.n} "
+        where = f", column {self.column!r}" if self.column else ""
         return (
-            f"ImageStream({self.name!r}: {count}images of {self.size} px in {self.shards} shards)"
+            f"ImageStream({self.name!r}{where}: {count}images of {self.size} px in "
+            f"{self.shards} shards)"
         )
+
+    def encoded(self, shard: int, skip: int = 0) -> Iterator[bytes]:
+        """The images of a shard as far as it can be read; a warning tells where that ends."""
+        count = skip
+        try:
+            for image in self.read(shard, skip):
+                count += 1
+                yield image
+        except (MissingPackage, ImportError):
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"shard {shard} of {self.name} cannot be read beyond its first {count} images "
+                f"({' '.join(str(error).split()) or type(error).__name__}); the rest is left out",
+                stacklevel=2,
+            )
+
+    def decode(self, encoded: bytes) -> Tensor | None:
+        """uint8 [3, S, S], or None when it cannot be read."""
+        try:
+            pixels = read_image(io.BytesIO(encoded), self.size, self.value_range)
+        except Exception:  # Pillow's decoders meet damaged files with errors of a dozen types
+            return None
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def sample(self, k: int) -> Tensor:
         """The first k readable images, uint8 [k, 3, S, S], read once.
@@ -84,19 +121,26 @@ class ImageStream:
             ValueError: when all shards hold fewer.
         """
         if len(self.seen) < k:
-            everything = (x for s in range(self.shards) for x in self.read(s, 0))
-            good = (x for x in everything if decode(x, self.size) is not None)
-            self.seen = list(islice(good, k))
+            everything = (x for s in range(self.shards) for x in self.encoded(s))
+            self.seen = list(islice((x for x in everything if self.decode(x) is not None), k))
+            files = map(io.BytesIO, self.seen[:SAMPLE])
+            self.value_range = self.value_range or measured_range(files, self.name)
         if len(self.seen) < k:
             raise UserError(
                 f"{len(self.seen)} images in {self.name} are fewer than one batch of {k}; "
                 "give more images or a smaller batch"
             )
-        return torch.stack([decode(x, self.size) for x in self.seen[:k]])
+        return torch.stack([self.decode(x) for x in self.seen[:k]])
 
 
 def open_stream(
-    name: str, *, size: int, split: str = "train", n: int | None = None, block: int = 2048
+    name: str,
+    *,
+    size: int,
+    split: str = "train",
+    n: int | None = None,
+    block: int = 2048,
+    value_range: ValueRange = None,
 ) -> ImageStream:
     """Opens tar shards or a Hugging Face set for :func:`refiner.refine`.
 
@@ -108,19 +152,24 @@ def open_stream(
         split: of a Hugging Face set.
         n: how many images there are, where it is known: an epoch's length, for the plan.
         block: images that are shuffled together.
+        value_range: see :func:`refiner.load_images`.
 
     Raises:
         FileNotFoundError: naming the shard that is not there.
         ModuleNotFoundError: when ``datasets`` is needed and missing.
-        ValueError: for a set without images.
+        ValueError: for a set without images, or a pattern that names no shard.
+
+    Warns:
+        UserWarning: where images had to be chosen among several of a sample, or several columns;
+            later, where a shard or an image cannot be read.
     """
-    name = str(name)
+    name, column = str(name), ""
     if name.startswith("hf:"):
-        read, shards = _hugging_face(name.removeprefix("hf:"), split)
+        read, shards, column = _hugging_face(name.removeprefix("hf:"), split)
     else:
         paths = shard_paths(name)
-        read, shards = partial(_read_tar, paths), len(paths)
-    return ImageStream(read, shards, size, name, n, block)
+        read, shards = partial(_read_tar, paths, []), len(paths)
+    return ImageStream(read, shards, size, name, n, block, column, value_range)
 
 
 # ---------------------------------------------------------------- tar shards
@@ -131,12 +180,17 @@ def shard_paths(pattern: str) -> list[str]:
 
     Raises:
         FileNotFoundError: for a local file that is missing, or when nothing matches.
+        ValueError: for numbers that fall, or more than a million.
     """
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found:
         low, high = found.groups()
+        if not 0 <= int(high) - int(low) < MOST_SHARDS:
+            raise UserError(
+                f"{found[0]} in {pattern} must count up, and to at most {MOST_SHARDS:,} shards"
+            )
         numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
-        each = [pattern[: found.start()] + i + pattern[found.end() :] for i in numbers]
+        each = (pattern[: found.start()] + i + pattern[found.end() :] for i in numbers)
         return [path for one in each for path in shard_paths(one)]
     if "://" in pattern:
         return [pattern]
@@ -148,34 +202,64 @@ def shard_paths(pattern: str) -> list[str]:
     return matching
 
 
-def _read_tar(paths: Sequence[str], shard: int, skip: int) -> Iterator[bytes]:
-    """Encoded images of one tar file, the first image of each sample (files of one stem)."""
+def _read_tar(paths: Sequence[str], told: list, shard: int, skip: int) -> Iterator[bytes]:
+    """Encoded images of one tar file: of each sample (files alike to the first dot) the best.
+
+    The first choice among several keys is told, and noted in ``told``.
+    """
     import fsspec
 
-    before, count = None, 0
-    try:
-        with (
-            fsspec.open(paths[shard], "rb") as file,
-            tarfile.open(fileobj=file, mode="r|*") as tar,
-        ):
+    failure = []  # raised behind the images that came before it
+
+    def pictures(tar: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], str, bytes]]:
+        """Folder and stem, key, and content of every image file that is not hidden."""
+        try:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
-                stem = folder, base.split(".")[0]
-                if not member.isfile() or not base.lower().endswith(EXTENSIONS) or stem == before:
-                    continue
-                before, count = stem, count + 1
-                if count > skip:
-                    yield tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError) as error:
-        raise OSError(f"cannot read {paths[shard]}: {error}") from error
+                stem, _, key = base.lower().partition(".")
+                hidden = any(part.startswith(".") for part in member.name.split("/") if part != ".")
+                if member.isfile() and base.lower().endswith(EXTENSIONS) and not hidden:
+                    small = member.size <= MOST_BYTES
+                    yield (folder, stem), key, tar.extractfile(member).read() if small else b""
+        except Exception as error:  # of tarfile, of a decompressor, of a protocol's own package
+            failure.append(error)
+
+    def chosen(tar: tarfile.TarFile) -> Iterator[bytes]:
+        for _, sample in groupby(pictures(tar), key=lambda picture: picture[0]):
+            # Names with dots of their own may all be alike to the first one.
+            while some := list(islice(sample, MOST_KEYS)):
+                best = min(_rank(key) for _, key, _ in some)
+                best_keys = {key for _, key, _ in some if _rank(key) == best}
+                if not told and (others := {key for _, key, _ in some} - best_keys):
+                    told.append(
+                        f"{' and '.join(sorted(best_keys))}, not {', '.join(sorted(others))}"
+                    )
+                    warnings.warn(
+                        f"of each sample in {paths[shard]} is read {told[0]}", stacklevel=2
+                    )
+                yield from (content for _, key, content in some if key in best_keys)
+
+    with fsspec.open(paths[shard], "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        yield from islice(chosen(tar), skip, None)
+    if failure:
+        raise failure[0]
+
+
+def _rank(key: str) -> int:
+    """How well a key or column names the image itself: "png" well, "mask.png" worst of all."""
+    first = key.lower().partition(".")[0]
+    if first in PREFERRED:
+        return PREFERRED.index(first)
+    return len(PREFERRED) + ("." in key)
 
 
 # ---------------------------------------------------------------- Hugging Face
 
 
-def _hugging_face(name: str, split: str) -> tuple[Reader, int]:
+def _hugging_face(name: str, split: str) -> tuple[Reader, int, str]:
+    """What reads a shard, how many there are, and the column of the images."""
     try:
-        from datasets import load_dataset
+        from datasets import Image, load_dataset
     except ModuleNotFoundError as error:
         raise MissingPackage(
             "hf: needs the package datasets: pip install 'mim-refiner-lab[stream]'"
@@ -185,44 +269,57 @@ def _hugging_face(name: str, split: str) -> tuple[Reader, int]:
     data = data if data.features else data._resolve_features()
     column = _image_column(data.features, name)
     if hasattr(data.features[column], "decode"):
-        from datasets import Image
-
         data = data.cast_column(column, Image(decode=False))
 
     def read(shard: int, skip: int) -> Iterator[bytes]:
         for row in data.shard(data.num_shards, shard).skip(skip):
-            value = row[column]
-            encoded = value["bytes"] if isinstance(value, dict) else value
-            yield Path(value["path"]).read_bytes() if encoded is None else encoded
+            yield _encoded(row[column])
 
-    return read, data.num_shards
+    return read, data.num_shards, column
+
+
+def _encoded(value: dict | bytes | str | None) -> bytes:
+    """What a row holds of an image: its bytes, or those of the file that it names; else nothing."""
+    import fsspec
+
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str):
+        return value or b""
+    try:
+        with fsspec.open(value, "rb") as file:
+            return file.read()
+    except Exception:  # a protocol's own errors, too
+        return b""
 
 
 def _image_column(features, name: str) -> str:
-    """The column of images, or of a file's bytes."""
-    for column, kind in features.items():
+    """The column of images, or of a file's bytes; of several the one that is called so."""
+
+    def is_image(kind) -> bool:
+        return type(kind).__name__ == "Image"
+
+    def holds_bytes(kind) -> bool:
         binary = getattr(kind, "dtype", None) in ("binary", "large_binary")
-        if type(kind).__name__ == "Image" or binary or (isinstance(kind, dict) and "bytes" in kind):
-            return column
-    raise UserError(f"{name} has no column of images, only {', '.join(features)}")
+        return binary or (isinstance(kind, dict) and "bytes" in kind)
+
+    found = [c for c, kind in features.items() if is_image(kind) or holds_bytes(kind)]
+    if not found:
+        raise UserError(f"{name} has no column of images, only {', '.join(features)}")
+    found.sort(key=lambda column: (_rank(column), not is_image(features[column])))
+    if found[1:]:
+        others = ", ".join(found[1:])
+        warnings.warn(f"of each row of {name} is read {found[0]}, not {others}", stacklevel=4)
+    return found[0]
 
 
 # ---------------------------------------------------------------- batches
 
 
-def decode(encoded: bytes, size: int) -> Tensor | None:
-    """uint8 [3, S, S], or None when it cannot be read."""
-    try:
-        pixels = read_image(io.BytesIO(encoded), size)
-    except Exception:  # Pillow's decoders meet damaged files with errors of a dozen types
-        return None
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
 class StreamBatches:
     """The images of each step, read and decoded ahead of it.
 
-    An image that cannot be decoded is replaced by another of its batch, with a warning once.
+    An image that cannot be had or decoded is replaced by another of its batch, with a warning once.
 
     Args:
         stream: the images.
@@ -325,8 +422,7 @@ class StreamBatches:
 
     def _take(self) -> tuple[Tensor, Tensor]:
         ids, encoded = zip(*islice(self.samples, self.share), strict=True)
-        size = self.stream.size
-        pixels = list(self.decoders.map(partial(decode, size=size), encoded))
+        pixels = list(self.decoders.map(self.stream.decode, encoded))
         good = [i for i, x in enumerate(pixels) if x is not None]
         if not good:
             raise OSError(f"no image of a whole batch of {self.stream.name} can be read")
@@ -363,7 +459,7 @@ class StreamBatches:
         order = self._order(-epoch - 1, len(self.own))
         while at < len(order):
             shard = int(self.own[order[at]])
-            for encoded in self.stream.read(shard, image):
+            for encoded in self.stream.encoded(shard, image):
                 image += 1
                 yield (epoch, at, image), shard * SHARD + image - 1, encoded
             at, image = at + 1, 0

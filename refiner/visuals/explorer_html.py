@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from refiner.images.folders import resize
+from refiner.images.decode import resize
 from refiner.probing.search import Graph
 from refiner.visuals.explorer_state import Colour, Exploration, Near, View
 from refiner.visuals.pictures import neighbor_grid

@@ -1,0 +1,207 @@
+"""Image files become pixels: any mode to RGB, gray of many bits to 8, any size to a square."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+# What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+EXTENSIONS = tuple(
+    sorted(
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in NOT_READ
+    )
+)
+ValueRange = tuple[float, float] | None  # the gray values that become 0 and 255
+DEEP = ("I", "F")  # how Pillow's modes of more than 8 bits begin
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give
+SAMPLE = 32  # files that a set's range is measured on
+LONGEST = 16  # of a longer picture, in shorter sides, only the middle is resized
+LARGE = 2**25  # pixels; larger pictures are decoded one at a time
+_one_large = Lock()
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@torch.no_grad()
+def resize(images: Tensor, size: int, *, chunk: int = 1024) -> Tensor:
+    """Resizes uint8 [N, 3, H, W] to uint8 [N, 3, size, size]: shorter side, then centre crop."""
+    top, left, h, w = _middle(*images.shape[-2:])
+    images = images[..., top : top + h, left : left + w]
+    if h == w == size:
+        return images
+    (height, width), (top, left) = fitted((h, w), size)
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
+    for start in range(0, len(images), chunk):
+        x = images[start : start + chunk].float()
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        x = x[:, :, top : top + size, left : left + size]
+        out[start : start + chunk] = x.round_().clamp_(0, 255).to(torch.uint8)
+    return out
+
+
+def fitted(sides: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sides whose shorter one is ``size``, and where the square in their middle begins."""
+    scale = size / min(sides)
+    sides = max(size, round(sides[0] * scale)), max(size, round(sides[1] * scale))
+    return sides, ((sides[0] - size) // 2, (sides[1] - size) // 2)
+
+
+def squared(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """A picture resized by the shorter side and cropped at the centre."""
+    if image.size == (size, size):
+        return image
+    left, top, w, h = _middle(*image.size)
+    if (w, h) != image.size:
+        image = image.crop((left, top, left + w, top + h))
+    sides, (left, top) = fitted(image.size, size)
+    return image.resize(sides, resample).crop((left, top, left + size, top + size))
+
+
+def _middle(a: int, b: int) -> tuple[int, int, int, int]:
+    """Start and length along both sides; a line of 1×60000 would be resized to gigabytes."""
+    most = LONGEST * min(a, b)
+    a_kept, b_kept = min(a, most), min(b, most)
+    return (a - a_kept) // 2, (b - b_kept) // 2, a_kept, b_kept
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_files(
+    paths: Sequence[Path],
+    size: int,
+    *,
+    value_range: ValueRange = None,
+    progress: bool = True,
+    block: int = 64,
+) -> tuple[Tensor, dict[Path, str]]:
+    """Decodes image files with a few threads.
+
+    Args:
+        paths: the files.
+        size: height and width of the result, pixels: shorter side resized, centre cropped.
+        value_range: see :func:`refiner.load_images`.
+        progress: show a bar.
+        block: files a thread takes at once.
+
+    Returns:
+        uint8 [N, 3, size, size], and the files that cannot be read with the reason; their pixels
+        are zero.
+    """
+    pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
+    broken: dict[Path, str] = {}
+
+    def read(start: int) -> int:
+        some = paths[start : start + block]
+        for i, path in enumerate(some, start):
+            try:
+                pixels[i] = read_image(path, size, value_range).transpose(2, 0, 1)
+            # Pillow's decoders meet damaged files with errors of a dozen types.
+            except Exception as error:
+                broken[path] = str(error) or type(error).__name__
+        return len(some)
+
+    starts = range(0, len(paths), block)
+    with (
+        tqdm(total=len(paths), desc="reading images", unit="image", disable=not progress) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for done in pool.map(read, starts):
+            bar.update(done)
+    return torch.from_numpy(pixels), broken
+
+
+def read_image(file: Path | IO[bytes], size: int, value_range: ValueRange = None) -> np.ndarray:
+    """One file as uint8 [size, size, 3]; without a range, gray of many bits is measured itself."""
+    with Image.open(file) as image:
+        # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.
+        image.draft("RGB", (2 * size, 2 * size))
+        with _one_large if image.width * image.height > LARGE else nullcontext():
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(squared(_to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
+
+
+def _to_rgb(image: Image.Image, value_range: ValueRange) -> Image.Image:
+    if image.mode.startswith(DEEP):  # a plain convert would clip at 255
+        gray = np.asarray(image).astype(np.float32)
+        low, high = value_range or _range_of([_extremes(image)])
+        gray = np.nan_to_num((gray - low) * 255 / (high - low), posinf=0, neginf=0)
+        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------- gray of more than 8 bits
+
+
+def measured_range(files: Iterable[Path | IO[bytes]], name: str) -> ValueRange:
+    """The one range of a set's gray values of more than 8 bits; None where it has none.
+
+    Scaled by its own maximum, each image would get another brightness; scaled by all that 16 or 32
+    bits can hold, scans of 12 bits would be nearly black.
+
+    Args:
+        files: a sample of the set.
+        name: of the set, for the warning.
+
+    Warns:
+        UserWarning: saying the range.
+    """
+    found = []
+    for file in files:
+        try:
+            with Image.open(file) as image:  # reads the header only
+                if image.mode.startswith(DEEP):
+                    found.append(_extremes(image))
+        except Exception:  # read_files names them, with the other broken ones
+            continue
+    if not found:
+        return None
+    low, high = _range_of(found)
+    warnings.warn(
+        f"{name} has gray images of more than 8 bits: values from {low:g} to {high:g} become 0 to "
+        f"255, as {len(found)} of them suggest; value_range=(low, high) sets another range",
+        stacklevel=4,
+    )
+    return low, high
+
+
+def _extremes(image: Image.Image) -> tuple[float, float, bool]:
+    """Least and largest finite value, and whether values are floats."""
+    gray = np.asarray(image)
+    gray = gray[np.isfinite(gray)] if image.mode == "F" else gray
+    return (float(gray.min()), float(gray.max()), image.mode == "F") if gray.size else (0, 1, True)
+
+
+def _range_of(extremes: Sequence[tuple[float, float, bool]]) -> tuple[float, float]:
+    """From 0 to the least usual depth that holds all values; what they span, if some are negative.
+
+    Floats up to 1 come from 0 to 1, or from -1 to 1.
+    """
+    lows, highs, floats = zip(*extremes, strict=True)
+    low, high = min(lows), max(highs)
+    if all(floats) and -1 <= low and high <= 1:
+        return (0.0 if low >= 0 else -1.0), 1.0
+    if low < 0:
+        return low, max(high, low + 1)
+    return 0.0, float(next((2**b - 1 for b in DEPTHS if high < 2**b), high))
