@@ -2,21 +2,25 @@
 
 import hashlib
 import http.server
+import io
 import threading
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from test_convert import ijepa_file, maws_file, refiner_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from refiner.base.errors import UserError
 from refiner.models import download as d
 from refiner.models.catalogue import Entry
 from refiner.models.convert import HEADS
 from refiner.models.load import load_model
 
-CONTENT = bytes(range(256)) * 4000  # about a megabyte
+SIZE = 1_024_000
+CONTENT = save({"x": torch.arange(SIZE - 80, dtype=torch.int64).to(torch.uint8)})
+CONTENT = save({"x": torch.arange(2 * SIZE - 80 - len(CONTENT)).to(torch.uint8)})
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -28,16 +32,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.path, self.headers.get("Range")))
         if how == "absent":
             return self.send_error(404)
-        start = 0
+        if how == "garbled":
+            return self.wfile.write(b"this is no HTTP\r\n\r\n")
+        start, mark = 0, hashlib.md5(self.server.content).hexdigest()
         if (wanted := self.headers.get("Range")) and how != "plain":
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             if start >= len(self.server.content):
                 return self.send_error(416)
+        if self.headers.get("If-Range", mark) != mark:
+            start = 0  # another version than the part is of
         body = self.server.content[start:]
         self.send_response(206 if start else 200)
-        if how != "unsized":
-            self.send_header("Content-Length", str(len(body)))
+        if start:
+            first = start + 1 if how == "shifted" else start
+            self.send_header("Content-Range", f"bytes {first}-{SIZE - 1}/{SIZE}")
+        if how in ("marked", "renewed"):
+            self.send_header("ETag", mark)
+        if how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+        elif how != "unsized":
+            self.send_header("Content-Length", "many" if how == "miscounted" else str(len(body)))
         self.end_headers()
+        if how == "chunked":
+            body = b"fffff\r\n" + body[:1000]
+        if how == "renewed" and self.server.content != CONTENT:  # replaced while it is fetched
+            body, self.server.content = body[:300_000], CONTENT
         if how == "breaks":
             body = body[:300_000]
         if how == "stuck":
@@ -46,6 +65,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def pickled() -> bytes:
+    """A checkpoint as torch wrote it before it wrote zip files."""
+    file = io.BytesIO()
+    torch.save({"x": torch.ones(30)}, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -76,14 +102,23 @@ def quiet(address, **options):
 
 def left(cache):
     """Files in the cache, but for the locks, which stay."""
-    return sorted(p.name for p in cache.glob("*") if p.suffix != ".lock")
+    return sorted(p.name for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+def put(address, content, version=None):
+    """What an earlier run left of an address."""
+    place = d.cache_path(address)
+    place.parent.mkdir(parents=True)
+    place.with_name(f"{place.name}.part").write_bytes(content)
+    if version is not None:
+        place.with_name(f"{place.name}.version").write_text(version)
 
 
 @pytest.mark.parametrize("how", ["ranges", "plain", "unsized"])
 def test_a_file_arrives_whole_under_its_name_and_once(server, cache, how):
     address = f"{server.address}/{how}/w%20x.pth?download=true"
     path = quiet(address, sha256=SHA)
-    assert path == cache / "w x.pth" and path.read_bytes() == CONTENT
+    assert path == d.cache_path(address) and path.read_bytes() == CONTENT
     assert quiet(address) == path and len(server.asked) == 1
     assert left(cache) == ["w x.pth"]
 
@@ -95,30 +130,41 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(server, cache):
     assert starts[:3] == [None, "bytes=300000-", "bytes=600000-"] and len(starts) == 4
 
 
-def test_a_part_of_an_earlier_run_is_used(server, cache):
-    cache.mkdir(parents=True)
-    (cache / "w.pth.part").write_bytes(CONTENT[:777_777])
-    assert quiet(f"{server.address}/ranges/w.pth", sha256=SHA).read_bytes() == CONTENT
-    assert server.asked == [("/ranges/w.pth", "bytes=777777-")]
+MARK = hashlib.md5(CONTENT).hexdigest()
 
 
-def test_a_server_without_ranges_starts_again(server, cache):
-    cache.mkdir(parents=True)
-    (cache / "w.pth.part").write_bytes(b"x" * 5000)
-    assert quiet(f"{server.address}/plain/w.pth").read_bytes() == CONTENT
+@pytest.mark.parametrize(
+    ("how", "part", "version", "sha256", "asked"),
+    [
+        ("ranges", CONTENT[:777_777], None, SHA, "bytes=777777-"),
+        ("marked", CONTENT[:777_777], MARK, None, "bytes=777777-"),
+        ("marked", b"of another version", "older", None, "bytes=18-"),
+        ("ranges", b"nobody could tell", None, None, None),
+        ("plain", b"the server has no ranges", None, SHA, "bytes=24-"),
+        ("ranges", CONTENT + b"more", None, SHA, "bytes=1024004-"),
+        ("shifted", CONTENT[:777_777], None, SHA, "bytes=777777-"),
+    ],
+)
+def test_a_part_of_an_earlier_run_is_used_where_it_fits(
+    server, cache, how, part, version, sha256, asked
+):
+    address = f"{server.address}/{how}/w.pth"
+    put(address, part, version)
+    assert quiet(address, sha256=sha256).read_bytes() == CONTENT
+    assert server.asked[0][1] == asked and left(cache) == ["w.pth"]
 
 
-def test_a_part_that_is_too_long_is_thrown_away(server, cache):
-    cache.mkdir(parents=True)
-    (cache / "w.pth.part").write_bytes(CONTENT + b"more")
-    assert quiet(f"{server.address}/ranges/w.pth").read_bytes() == CONTENT
+def test_a_file_that_changes_amid_its_transfer_is_fetched_anew(server, cache):
+    server.content = CONTENT[::-1]
+    assert quiet(f"{server.address}/renewed/w.pth").read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=300000-"]
 
 
 def test_a_transfer_without_progress_gives_up_and_keeps_the_part(server, cache):
     with pytest.raises(FileNotFoundError, match=r"broke off after 1,000 of 1,024,000 bytes; fetch"):
         quiet(f"{server.address}/stuck/w.pth")
-    assert (cache / "w.pth.part").read_bytes() == CONTENT[:1000]
-    assert not (cache / "w.pth").exists()
+    (part,) = (p for p in cache.rglob("*.part"))
+    assert part.read_bytes() == CONTENT[:1000] and "w.pth" not in left(cache)
 
 
 @pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"md5": "abc"}])
@@ -143,8 +189,65 @@ def test_an_absent_file_says_what_to_put_where(server, cache):
         quiet(address)
     said = str(caught.value)
     assert "the server says 404" in said and "\n" not in said
-    assert f"fetch {address} on a connected machine and put it at {cache / 'w.pth'}" in said
+    assert f"fetch {address} on a connected machine and put it at {d.cache_path(address)}" in said
     assert "w.pth" not in left(cache)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{}/garbled/w.pth",
+        "{}/chunked/w.pth",
+        "http://127.0.0.1:many/w.pth",
+        "http://[::1/w.pth",
+        "http:///w.pth",
+        "http://a..b/w.pth",
+        "http://127.0.0.1:1/with space/w.pth",
+        "{}/ranges/ü.pth",
+    ],
+)
+def test_whatever_the_network_says_is_one_sentence(server, cache, address):
+    address = address.format(server.address)
+    with pytest.raises((FileNotFoundError, UserError)) as caught:
+        quiet(address)
+    assert address in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "last", ["", "..", "%2e%2e", "..%2f..%2fw.pth", "%2fetc%2fw.pth", "a%5cw.pth", "w%00.pth"]
+)
+def test_an_address_never_leads_out_of_the_cache(server, cache, last):
+    with pytest.raises(UserError, match="does not end in a file's name"):
+        quiet(f"{server.address}/ranges/{last}")
+    assert not server.asked and not cache.exists()
+
+
+def test_two_addresses_with_one_name_are_two_files(server, cache):
+    first = quiet(f"{server.address}/ranges/w.pth").read_bytes()
+    server.content = save({"x": torch.ones(3)})
+    second = quiet(f"{server.address}/ranges/other/w.pth").read_bytes()
+    assert (first, second) == (CONTENT, server.content)
+
+
+@pytest.mark.parametrize("how", ["unsized", "ranges", "miscounted"])
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><title>Log in</title>", CONTENT[:-1], pickled()[:-9], b""]
+)
+def test_what_is_no_checkpoint_is_not_kept(server, cache, how, content):
+    server.content = content
+    with pytest.raises(UserError, match="incomplete or no checkpoint"):
+        quiet(f"{server.address}/{how}/w.pth")
+    assert not left(cache)
+
+
+def test_a_cached_file_of_the_catalogue_is_compared_with_its_checksum_once(server, cache):
+    known = {"file": "known.pth", "md5": hashlib.md5(CONTENT).hexdigest()[:8]}
+    path = quiet(f"{server.address}/ranges/w.pth", **known)
+    assert path == cache / "known.pth" and quiet("http://nowhere.invalid/w.pth", **known) == path
+    path.write_bytes(b"x" + CONTENT[1:])
+    for _ in range(2):
+        with pytest.raises(UserError, match="known.pth has the md5 .*; delete it to fetch it"):
+            quiet(f"{server.address}/ranges/w.pth", **known)
 
 
 def test_several_at_once_fetch_it_once(server, cache):
@@ -154,7 +257,7 @@ def test_several_at_once_fetch_it_once(server, cache):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [cache / "w.pth"] * 4 and found[0].read_bytes() == CONTENT
+    assert found == [d.cache_path(address)] * 4 and found[0].read_bytes() == CONTENT
     assert len(server.asked) == 1 and left(cache) == ["w.pth"]
 
 

@@ -11,3 +11,7 @@ class NotFinite(UserError, FloatingPointError):
 
 class MissingPackage(UserError, ModuleNotFoundError):
     """An optional package is not installed; the message says how to install it."""
+
+
+class Damaged(UserError):
+    """A file that is incomplete, was changed, or is of another kind than its name says."""

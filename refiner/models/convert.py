@@ -29,12 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
-from refiner.base.errors import UserError
+from refiner.base.errors import Damaged, UserError
 from refiner.base.files import naming
 from refiner.base.settings import in_range
 from refiner.models.cards import Architecture
@@ -86,24 +85,26 @@ class Converted:
 def read_file(path: str | Path) -> Mapping:
     """Reads a checkpoint without running anything in it.
 
-    ``.safetensors`` by that library, all else by ``torch.load(weights_only=True)``. Of Python's
-    own types only plain containers, NumPy numbers and ``argparse.Namespace`` (the settings in full
-    checkpoints of MAE and its kin) are let through.
+    Its first bytes, not its name, say whether ``torch.load(weights_only=True)`` or safetensors
+    reads it. Of Python's own types only plain containers, NumPy numbers and ``argparse.Namespace``
+    (the settings in full checkpoints of MAE and its kin) are let through.
 
     Raises:
         FileNotFoundError: without such a file.
-        ValueError: for a damaged or incomplete file, and for one that wants to run code.
+        Damaged: for a damaged or incomplete file.
+        UserError: for one that wants to run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
+        zipped = zipfile.is_zipfile(path)
+        with open(path, "rb") as file:
+            pickled = file.read(1) == b"\x80"
+        if not (zipped or pickled):
             return load_file(path)
         with torch.serialization.safe_globals(_harmless()):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -111,13 +112,14 @@ def read_file(path: str | Path) -> Mapping:
                 "calls code can do anything to your machine; ask its authors for the weights alone "
                 "(safetensors, or a plain state_dict)"
             ) from None
-        if "Unsupported operand" in str(error) and path.read_bytes()[:1] == b"\x80":
+        if "Unsupported operand" in str(error) and pickled:
             raise UserError(
                 f"{path} was refused: it is a Python pickle, not torch's, and reading it could run "
                 "code; ask its authors for the weights alone (safetensors, or a plain state_dict)"
             ) from None
         raise _damaged(path) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
+    # Readers meet damage with errors of a dozen types.
+    except Exception as error:
         raise _damaged(path) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
@@ -136,9 +138,9 @@ def _harmless() -> list:
     ]
 
 
-def _damaged(path: Path) -> ValueError:
+def _damaged(path: Path) -> Damaged:
     size = path.stat().st_size
-    return ValueError(
+    return Damaged(
         f"{path} ({size:,} bytes) is damaged, incomplete or no checkpoint; download it again"
     )
 

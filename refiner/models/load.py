@@ -31,7 +31,7 @@ from refiner.models.convert import (
     convert,
     read_file,
 )
-from refiner.models.download import download, from_hub
+from refiner.models.download import download, file_name, from_hub
 from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
@@ -187,7 +187,8 @@ def _located(name: str | Path) -> Path | None:
     if path.exists():
         return _whole(path)
     if entry is not None and entry.address:
-        return download(entry.address, file=entry.file, md5=entry.md5)
+        file = entry.file or file_name(entry.address)
+        return download(entry.address, file=file, md5=entry.md5)
     if name.startswith(("http://", "https://")):
         return download(name)
     if path.suffix in FILE_KINDS or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
@@ -414,7 +415,7 @@ def _timm_file(name: str) -> Path:
     if config.hf_hub_id:
         repository = config.hf_hub_id
         return from_hub(repository, config.hf_hub_filename or "model.safetensors")
-    return download(config.url)
+    return download(config.url, file=file_name(config.url))
 
 
 def _carded(
