@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, TensorDataset
 
+import refiner
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import preprocess, preprocessing_card
 from refiner.probing.features import Features, extract
@@ -118,22 +121,68 @@ def test_images_do_not_mix():
         assert torch.allclose(turned[name].flip(-2), found[name], rtol=1e-5, atol=1e-5)
 
 
-def test_every_kind_of_input_gives_the_same():
+def pictures(images):
+    return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+
+
+KINDS_OF_INPUT = {
+    "set": lambda x: ImageSet(x, torch.arange(10), tuple("0123456789")),
+    "loader of pairs": lambda x: DataLoader(TensorDataset(x, torch.arange(10)), batch_size=3),
+    "batches": lambda x: [x[:7], x[7:]],
+    "generator": lambda x: (x[i : i + 1] for i in range(10)),
+    "floats are already preprocessed": lambda x: [preprocess(x, CARD)],
+    "float tensor": lambda x: preprocess(x, CARD).double(),
+    "array": lambda x: x.numpy(),
+    "array, channels last": lambda x: x.permute(0, 2, 3, 1).numpy(),
+    "tensors": list,
+    "single ones and a batch": lambda x: [x[0], x[1], x[2:9], x[9]],
+    "dataset of pairs": lambda x: TensorDataset(x, torch.arange(10)),
+    "pictures": pictures,
+    "batches of pictures": lambda x: [(pictures(x[:4]), 1), (pictures(x[4:]), 2)],
+    "rows with pictures": lambda x: [{"label": 3, "image": p} for p in pictures(x)],
+    "dicts": lambda x: [{"labels": 0, "pixel_values": preprocess(x, CARD)}],
+    "one view": lambda x: [([x[:5]], torch.arange(5)), ([x[5:]], torch.arange(5))],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_INPUT)
+def test_every_kind_of_input_gives_the_same(kind):
     model, images = tiny(), pixels()
-    expected = quiet(model, images)
-    labels = torch.arange(10)
-    inputs = {
-        "set": ImageSet(images, labels, tuple("0123456789")),
-        "loader of pairs": DataLoader(TensorDataset(images, labels), batch_size=3),
-        "batches": [images[:7], images[7:]],
-        "generator": (images[i : i + 1] for i in range(10)),
-        "floats are already preprocessed": [preprocess(images, CARD)],
-        "float tensor": preprocess(images, CARD),
-    }
-    for name, some in inputs.items():
-        found = quiet(model, some)
-        for kind in expected:
-            assert torch.allclose(found[kind], expected[kind], rtol=1e-5, atol=1e-5), name
+    expected, found = quiet(model, images), quiet(model, KINDS_OF_INPUT[kind](images))
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_floats_that_are_not_normalised_are_scaled_with_a_warning(top):
+    model, images = tiny(), pixels()
+    for kind in ("tensors", "batches", "dicts"):
+        floats = images.float() * (top / 255)
+        some = [{"image": floats}] if kind == "dicts" else KINDS_OF_INPUT[kind](floats)
+        with pytest.warns(UserWarning, match=f"are taken as 0 to {top}, and resized"):
+            found = quiet(model, some)
+        assert torch.allclose(found["cls"], quiet(model, images)["cls"], rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_of_any_size_are_fitted_one_by_one():
+    model, images = tiny(), [pixels(1), pixels(1, size=20), pixels(1, size=9)]
+    alone = torch.cat([quiet(model, x)["cls"] for x in images], dim=1)
+    together = quiet(model, [x for (picture,) in map(pictures, images) for x in [picture]])
+    assert torch.allclose(together["cls"], alone, rtol=1e-5, atol=1e-5)
+
+
+class Compiled(nn.Module):
+    """As torch.compile wraps a model, without its import of seven seconds."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+
+@pytest.mark.parametrize("wrap", [Compiled, nn.DataParallel])
+def test_a_wrapped_model_is_unwrapped(wrap):
+    model, images = tiny(), pixels()
+    assert torch.equal(quiet(wrap(model), images)["cls"], quiet(model, images)["cls"])
 
 
 def test_no_blocks_tokens_outlive_the_next_block():
@@ -183,7 +232,7 @@ def test_the_model_is_left_as_it_was(broken):
     wants = [p.requires_grad for p in model.parameters()]
     if broken:
         with pytest.raises(ValueError):
-            quiet(model, [pixels(), pixels()[0]])
+            quiet(model, [pixels(), pixels()[:, :1]])
     else:
         first = quiet(model, pixels())
         assert torch.equal(first["final"], quiet(model, pixels())["final"])  # no dropout
@@ -229,14 +278,49 @@ def test_no_images_is_an_error(nothing):
         quiet(tiny(), nothing)
 
 
-@pytest.mark.parametrize("wrong", [pixels()[:, :1], pixels()[0], pixels().long()])
-def test_what_is_not_a_batch_of_images_is_refused(wrong):
-    with pytest.raises(ValueError, match="uint8 or float"):
-        quiet(tiny(), [wrong])
-    with pytest.raises(ValueError, match="uint8 images"):
-        preprocess(wrong, CARD)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: [x[:, :1]], "of 1 channels, .*repeat a gray one"),
+        (lambda x: torch.cat([x, x[:, :1]], 1), "of 4 channels"),
+        (lambda x: x[0, 0], "not torch.uint8"),
+        (lambda x: [x.long()], "uint8 or float"),
+        (lambda x: "folder", "pictures, or batches of them, not str"),
+        (lambda x: ["a.png"], "not str"),
+        (lambda x: None, "not NoneType"),
+        (lambda x: [([x, x], torch.arange(10))], "2 views of its images: give one of them"),
+        (lambda x: [[x, x]], "2 views"),
+        (lambda x: [{"mask": x}], "a dict with mask, and none of them is called pixel_values"),
+        (lambda x: torch.randn(2, 3, 20, 20), "of 20×20 pixels do not fit the model.*give 16×16"),
+        (lambda x: [preprocess(x, CARD)[0], torch.randn(3, 8, 8)], "have different sizes"),
+    ],
+)
+def test_what_is_not_a_batch_of_images_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(tiny(), wrong(pixels()))
+
+
+@pytest.mark.filterwarnings("ignore:float images without")
+def test_floats_of_two_ranges_are_refused():
+    images = pixels()
+    with pytest.raises(ValueError, match="but those before them from 0 to 1"):
+        quiet(tiny(), [images / 255, preprocess(images, CARD)])
+
+
+def test_preprocess_and_batch_sizes_are_checked():
+    for wrong in (pixels()[:, :1], pixels()[0], pixels().long()):
+        with pytest.raises(ValueError, match="uint8 images"):
+            preprocess(wrong, CARD)
     with pytest.raises(ValueError, match="batch_size"):
         quiet(tiny(), pixels(), batch_size=0)
+
+
+def test_models_without_tokens_are_refused_saying_what_is_supported():
+    resnet = timm.create_model("resnet10t", num_classes=0)
+    with pytest.raises(ValueError, match="is a ResNet; supported are VisionTransformer, Beit"):
+        quiet(resnet, pixels())
+    with pytest.raises(ValueError, match="in a DataParallel: give what it holds"):
+        refiner.refine(nn.DataParallel(tiny()), pixels(), progress=False)
 
 
 # ---------------------------------------------------------------- memory

@@ -135,10 +135,11 @@ def read_image(file: Path | IO[bytes], size: int, value_range: ValueRange = None
         image.draft("RGB", (2 * size, 2 * size))
         with _one_large if image.width * image.height > LARGE else nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(squared(_to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
+            return np.asarray(squared(to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
 
 
-def _to_rgb(image: Image.Image, value_range: ValueRange) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: ValueRange = None) -> Image.Image:
+    """A picture of any mode as RGB, transparency onto white."""
     if image.mode.startswith(DEEP):  # a plain convert would clip at 255
         gray = np.asarray(image).astype(np.float32)
         low, high = value_range or _range_of([_extremes(image)])

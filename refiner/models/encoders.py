@@ -122,8 +122,28 @@ def check_supported(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: saying what is supported.
     """
+    kind = type(model).__name__
+    if isinstance(_inside(model), nn.Module):
+        raise UserError(f"{name} is in a {kind}: give what it holds, ._orig_mod or .module")
     if not isinstance(model, Encoder) or getattr(model, "rope_mixed", False):
-        raise UserError(f"{name} is a {type(model).__name__}; supported are {SUPPORTED}")
+        raise UserError(f"{name} is a {kind}; supported are {SUPPORTED}")
+
+
+def _inside(model: nn.Module) -> object:
+    """What torch.compile, DataParallel or another wrapper holds."""
+    return getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+
+
+def encoder_of(model: nn.Module) -> Encoder:
+    """The model itself, where torch.compile, DataParallel or another wrapper holds it.
+
+    Raises:
+        ValueError: as :func:`check_supported`.
+    """
+    if isinstance(inside := _inside(model), nn.Module):
+        return encoder_of(inside)
+    check_supported(model, "the model")
+    return model
 
 
 def check_refinable(model: Encoder) -> None:
@@ -132,6 +152,7 @@ def check_refinable(model: Encoder) -> None:
     Raises:
         ValueError: saying why.
     """
+    check_supported(model, "the model")
     if isinstance(model, Hiera):
         raise UserError(
             "Hiera can be probed but not refined: its blocks have different widths and its tokens "
@@ -447,9 +468,13 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
         raise UserError(
             f"preprocess takes uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}"
         )
-    how = card["preprocessing"]
-    size, (h, w) = how["size"], images.shape[2:]
-    x = images.float() / 255
+    return prepared(images.float() / 255, card)
+
+
+def prepared(x_BCHW: Tensor, card: dict) -> Tensor:
+    """Brightness from 0 to 1, [B, 3, H, W], as a model's input; see :func:`preprocess`."""
+    how, x = card["preprocessing"], x_BCHW
+    size, (h, w) = how["size"], x.shape[2:]
     if (h, w) != (size, size):
         side = round(min(h, w) * how.get("crop_pct", 1.0))
         top, left = (h - side) // 2, (w - side) // 2

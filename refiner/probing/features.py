@@ -24,12 +24,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.images.sets import ImageSet, LazyImages
+from refiner.images.sets import ImageSet
 from refiner.models.encoders import (
     Encoder,
     block_numbers,
     borrowed,
     default_batch,
+    encoder_of,
     final_features,
     final_pooling,
     has_class_token,
@@ -38,6 +39,7 @@ from refiner.models.encoders import (
     preprocessing_card,
     walk,
 )
+from refiner.probing.batches import image_batches
 
 NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
 
@@ -108,10 +110,11 @@ def extract(
 
     Args:
         model: a timm VisionTransformer, or one of the other classes of
-            :mod:`refiner.models.encoders`.
-        images: an ImageSet, a uint8 tensor [N, 3, H, W], or an iterable of batches such as a
-            DataLoader, each ``x`` or ``(x, labels, …)``. Float batches are taken as already
-            preprocessed.
+            :mod:`refiner.models.encoders`; also compiled, or in a DataParallel.
+        images: an ImageSet, uint8 [N, 3, H, W] (a tensor or an array), a list of pictures, a
+            dataset of images, or batches such as a DataLoader's: each is ``x``, ``(x, labels, …)``
+            or a dict with "pixel_values", "image" or the like. Floats with values below 0 are
+            taken as already preprocessed, others as brightness up to 1, or up to 255.
         batch_size: images at once; by default as many as make 8,192 tokens on a CPU and 131,072
             on a GPU. An iterable brings its own batches.
         device: where to run; default CUDA if there is one, else the model's device.
@@ -130,8 +133,13 @@ def extract(
 
     Raises:
         ValueError: without images, for features that are not finite, a batch that is not
-            [B, 3, H, W], or a block that the model does not have.
+            [B, 3, H, W], floats of a size that the model does not take, another class of model, or
+            a block that the model does not have.
+
+    Warns:
+        UserWarning: when float images are not normalised yet.
     """
+    model = encoder_of(model)
     if device is None and not torch.cuda.is_available():
         device = next(model.parameters()).device
     device = torch.device(device or "cuda")
@@ -151,12 +159,16 @@ def extract(
         tqdm(total=total, desc="features", unit="image", disable=not progress) as bar,
     ):
         own = next(model.parameters()).dtype
-        for batch in _ahead(_batches(images, batch_size)):
+        for batch in _ahead(image_batches(images, batch_size, card)):
             x = batch.to(device, non_blocking=True)
             x = preprocess(x, card) if x.dtype == torch.uint8 else x
             # Turned off, it is so inside of somebody else's autocast too.
             with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
-                pooled = _pooled_pass(model, x.to(own), numbers)
+                try:
+                    pooled = _pooled_pass(model, x.to(own), numbers)
+                except (AssertionError, RuntimeError) as error:  # timm's, for another size
+                    _check_side(x, card["preprocessing"]["size"], error)
+                    raise
             for kind, value in pooled.items():
                 store.put(kind, value.float().cpu())
             bar.update(len(batch))
@@ -176,6 +188,16 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str,
     pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
     pooled["patch"] = torch.stack([patch[i] for i in numbers])
     return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
+
+
+def _check_side(x: Tensor, side: int, error: Exception) -> None:
+    """Blames what went wrong on the images' size, if that is not the model's."""
+    h, w = x.shape[2:]
+    if (h, w) != (side, side):
+        raise UserError(
+            f"normalised images of {h}×{w} pixels do not fit the model ({error}): give {side}×"
+            f"{side}, or uint8 images, which are resized"
+        ) from error
 
 
 class _Store:
@@ -237,27 +259,6 @@ class _Store:
             f"the {kind} features{first} are not finite: the weights or the input hold NaN, or "
             "values overflow (then try dtype=torch.float32)"
         )
-
-
-def _batches(images, batch_size: int) -> Iterator[Tensor]:
-    """Batches of pixels, uint8 or float [B, 3, H, W]; an error if there are none."""
-    if isinstance(images, ImageSet):
-        images = images.images
-    if isinstance(images, Tensor | LazyImages):
-        items = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-    else:
-        items = (item[0] if isinstance(item, list | tuple) else item for item in images)
-    empty = True
-    for x in items:
-        if x.ndim != 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise UserError(
-                f"images must be uint8 or float [B, 3, H, W], not {x.dtype} {list(x.shape)}"
-            )
-        if len(x):
-            empty = False
-            yield x
-    if empty:
-        raise UserError("there are no images to extract features from")
 
 
 def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
