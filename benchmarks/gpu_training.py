@@ -9,9 +9,8 @@ import tarfile
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 
-import torch
 from measured import knn_curves, rounded
 
 import refiner
@@ -170,22 +169,21 @@ def thinned(history: list[dict], entries: int = 40) -> list[dict]:
 # ---------------------------------------------------------------- what an encoder knows
 
 
-def report(model, bank, choosing, test, job) -> dict:
+def report(model, bank, test, job) -> dict:
     """Every block by k-NN of both conventions, the best training-free reading, linear probes.
 
     Args:
-        bank: the labelled images that vote and that probes are fitted on.
-        choosing: train images by which the reading is chosen.
+        bank: the labelled images that vote, that probes are fitted on and a reading is chosen by.
         test: asked once for each figure.
     """
-    keys, chosen, asked = (
-        refiner.extract(model, s, device=job.device, progress=False) for s in (bank, choosing, test)
+    keys, asked = (
+        refiner.extract(model, s, device=job.device, progress=False) for s in (bank, test)
     )
-    labels = bank.labels, choosing.labels, test.labels
+    labels = bank.labels, test.labels
     k = min(200, len(bank) // 2)
     found = {}
     for pooling in ("cls", "patch"):
-        data = keys[pooling], labels[0], asked[pooling], labels[2]
+        data = keys[pooling], labels[0], asked[pooling], labels[1]
         at = {"device": job.device}
         found[pooling] = {
             "k200": rounded(
@@ -193,7 +191,7 @@ def report(model, bank, choosing, test, job) -> dict:
             ),
             "k10": rounded(refiner.knn_accuracy(*data, k=10, **at)),
         }
-    found["reading"] = best_reading(keys, chosen, asked, labels, k, job.device)
+    found["reading"] = best_reading(keys, asked, labels, k, job.device)
     some = slice(0, 64 if job.tiny else 10_000)
     for pooling in ("cls", "patch"):
         if job.left > 20:  # the only slow ones
@@ -201,54 +199,22 @@ def report(model, bank, choosing, test, job) -> dict:
                 keys[pooling][:, some],
                 labels[0][some],
                 asked[pooling],
-                labels[2],
+                labels[1],
                 device=job.device,
             )
             found[pooling]["linear"] = rounded(probe.accuracy)
     return found
 
 
-def best_reading(keys, chosen, asked, labels, k: int, device) -> dict:
+def best_reading(keys, asked, labels, k: int, device) -> dict:
     """The block, pooling and whitening that vote best on train images, and their test accuracy."""
-
-    def accuracy(choice, queries, truth, k: int) -> float:
-        block, pooling, power = choice
-        x, y = (pooled(f, block, pooling).to(device) for f in (keys, queries))
-        change = whitening(x, power)
-        bank, other = ((v - x.mean(0)) @ change for v in (x, y))
-        score = refiner.knn_accuracy(
-            bank, labels[0], other, truth, k=k, standardize=False, device=device
-        )
-        return round(float(score), 4)
-
-    choices = product(range(len(keys["cls"])), ("cls", "patch", "both"), (0.0, 0.5, 0.75, 1.0))
-    scores = {choice: accuracy(choice, chosen, labels[1], 10) for choice in choices}
-    best = max(scores, key=scores.get)
-    return {
-        "block": best[0] + 1,
-        "pooling": best[1],
-        "power": best[2],
-        "chosen_by": scores[best],
-        "k10": accuracy(best, asked, labels[2], 10),
-        "k200": accuracy(best, asked, labels[2], k),
-    }
-
-
-def pooled(features, block: int, pooling: str) -> torch.Tensor:
-    """[N, D] of a block, or [N, 2 D] with both poolings side by side, each of deviation one."""
-    if pooling != "both":
-        return features[pooling][block]
-    return torch.cat([features[p][block] for p in ("cls", "patch")], dim=1)
-
-
-def whitening(x_ND: torch.Tensor, power: float) -> torch.Tensor:
-    """A matrix [D, D] that standardises (power 0), or scales principal axes by λ^(-power / 2)."""
-    scale_D = 1 / x_ND.std(0, correction=0).clamp_min(1e-6)
-    if not power:
-        return scale_D.diag()
-    unit_ND = (x_ND - x_ND.mean(0)) * scale_D
-    values, axes = torch.linalg.eigh(unit_ND.T @ unit_ND / len(unit_ND))
-    return scale_D[:, None] * axes * values.clamp_min(1e-4 * values.max()) ** (-power / 2)
+    choice = refiner.best_reading(keys, labels[0], device=device)
+    best, chosen_by = next(iter(choice.scores.items()))
+    x, z = (choice.reading.apply(features) for features in (keys, asked))
+    how = {"k": [10, k], "standardize": False, "device": device}
+    few, many = refiner.knn_accuracy(x, labels[0], z, labels[1], **how).tolist()
+    chosen = {"block": best.block, "pooling": best.pooling, "power": best.transform.power}
+    return chosen | {"chosen_by": chosen_by, "k10": round(few, 4), "k200": round(many, 4)}
 
 
 # ---------------------------------------------------------------- CIFAR-10
@@ -256,7 +222,7 @@ def whitening(x_ND: torch.Tensor, power: float) -> torch.Tensor:
 
 def cifar(job) -> None:
     """MAE → refine, in the time there is, and every block before and after."""
-    train, choosing, test = cifar_sets(job)
+    train, test = cifar_sets(job)
     mae_seconds, refine_seconds = lengths(job)
     mae_recipe, recipe = MAE, REFINE
     if job.tiny:
@@ -268,7 +234,7 @@ def cifar(job) -> None:
         job.note(files=keep(job, parts))
     if heads:  # they know this encoder already
         recipe = replace(recipe, head_steps=0)
-    before = report(model, train, choosing, test, job)
+    before = report(model, train, test, job)
     job.note(before=before)
     if refine_seconds:
         if job.left < math.inf and not job.seconds:  # as measuring took longer or shorter
@@ -276,7 +242,7 @@ def cifar(job) -> None:
         run = refined_in(refine_seconds, model, train, recipe, job, **heads)
         parts |= {"refined": run.model.state_dict(), "heads": run.heads.state_dict()}
         job.note(files=keep(job, parts), card=run.model.refiner_card["architecture"])
-        after = report(run.model, train, choosing, test, job)
+        after = report(run.model, train, test, job)
         job.note(after=after)
         job.draw("cifar", drawn({"before": before, "refined": after}))
 
@@ -295,7 +261,7 @@ def afterwards(job) -> float:
 
 
 def cifar_sets(job):
-    """Train images, those held out to choose by, and the test images."""
+    """Train and test images."""
     source = job.cifar or "cifar10"
     if job.cifar and job.cifar.is_file():
         with tarfile.open(job.cifar) as archive:
@@ -304,8 +270,7 @@ def cifar_sets(job):
     train, test = (
         refiner.load_images(source, split=s, size=32, progress=False) for s in ("train", "test")
     )
-    train, choosing = train.holdout(0.1)
-    return train, choosing, test
+    return train, test
 
 
 def keep(job, parts: dict) -> int:

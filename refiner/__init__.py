@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.models.load import load_model as load_model
     from refiner.models.mae import reconstruct as reconstruct
     from refiner.models.save import save_model as save_model
+    from refiner.probing.choosing import best_reading as best_reading
+    from refiner.probing.choosing import rank_readings as rank_readings
     from refiner.probing.clusters import clustering as clustering
     from refiner.probing.clusters import kmeans as kmeans
     from refiner.probing.features import extract as extract
@@ -66,6 +68,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.probing.probes import factor_probe as factor_probe
     from refiner.probing.probes import linear_probe as linear_probe
     from refiner.probing.probes import low_shot as low_shot
+    from refiner.probing.readings import Reading as Reading
+    from refiner.probing.readings import Transform as Transform
+    from refiner.probing.readings import whiten as whiten
     from refiner.probing.search import nearest_neighbors as nearest_neighbors
     from refiner.training.decoders import decode_blocks as decode_blocks
     from refiner.training.finetuning import FinetuneRecipe as FinetuneRecipe
@@ -118,6 +123,11 @@ _HOME = {
     "linear_probe": "probing.probes",
     "low_shot": "probing.probes",
     "factor_probe": "probing.probes",
+    "Reading": "probing.readings",
+    "Transform": "probing.readings",
+    "best_reading": "probing.choosing",
+    "rank_readings": "probing.choosing",
+    "whiten": "probing.readings",
     "nearest_neighbors": "probing.search",
     "decode_blocks": "training.decoders",
     "finetune": "training.finetuning",

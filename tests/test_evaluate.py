@@ -242,7 +242,7 @@ def test_the_linear_probe_is_the_best_of_the_grid_and_scikit_learns(sides):
         {"cls": torch.stack(blocks), "patch": torch.stack(blocks[::-1])}, (1, 2, 3, 4, 5)
     )
     chosen = choose_probe(features, y, seed=3)
-    fit, held = refiner.probing.probes._held_out(y, 0.2, 3)
+    fit, held = refiner.probing.probes.held_out(y, 0.2, 3)
     best = {}
     for poolings in (("cls",), ("cls", "patch")):
         for width in (1, 4):

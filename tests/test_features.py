@@ -66,12 +66,14 @@ def reference(model, images):
         x = (image.double() / 255 - mean[:, None, None]) / std[:, None, None]
         with torch.no_grad():
             tokens = model.norm_pre(model._pos_embed(model.patch_embed(x[None])))
-            row = {"cls": [], "patch": []}
+            row = {"cls": [], "patch": [], "registers": []}
             patches = range(tokens.shape[1] - 16, tokens.shape[1])
             for block in model.blocks:
                 tokens = block(tokens)
                 row["cls"].append(tokens[0, 0])
                 row["patch"].append(sum(tokens[0, i] for i in patches) / 16)
+                between = tokens[0, model.has_class_token : patches.start]
+                row["registers"].append(sum(between, 0 * tokens[0, 0]) / max(1, len(between)))
             normed = model.norm(tokens)
             pooled = normed[0, 0] if model.has_class_token else normed[0, -16:].mean(0)
             rows.append(row | {"final": [model.fc_norm(pooled[None])[0]]})
@@ -88,7 +90,8 @@ def test_features_equal_a_plain_reference(kind, double):
     expected = reference(model, images)
     found = quiet(model.double() if double else model, images, batch_size=4)
     has_class = KINDS[kind].get("class_token", True)
-    assert set(found) == ({"cls", "patch", "final"} if has_class else {"patch", "final"})
+    kinds = {"cls": has_class, "registers": "registers" in kind, "patch": True, "final": True}
+    assert set(found) == {name for name, there in kinds.items() if there}
     for name, x in found.items():
         assert x.dtype == torch.float32 and x.shape == expected[name].shape
         # float32 rounding, relative to the features' size

@@ -218,19 +218,6 @@ def test_a_machine_that_cannot_compile_trains_without(job, monkeypatch):
     assert job.found["not_compiled"] == "RuntimeError: no compiler"
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_whitening_scales_every_axis_by_its_power(monkeypatch, power):
-    """Of standardised features with covariance C, what is left is C to the 1 - power."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    training = importlib.import_module("gpu_training")
-    x = torch.randn(500, 5).double() @ torch.randn(5, 5).double() * 3 + 1
-    y = (x - x.mean(0)) @ training.whitening(x, power)
-    unit = (x - x.mean(0)) / x.std(0, correction=0)
-    values = torch.linalg.eigvalsh(unit.T @ unit / 500)
-    found = torch.linalg.eigvalsh(y.T @ y / 500)
-    assert torch.allclose(found, values ** (1 - power), rtol=1e-4)
-
-
 def test_every_script_starts_without_the_package_and_its_peers(bare):
     """Their imports, one after the other in one process, each as if it were alone."""
     code = f"""

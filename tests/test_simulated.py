@@ -13,9 +13,10 @@ from refiner.images.views import View
 from refiner.models.load import build_vit
 from refiner.models.mae import MAERecipe, reconstruct
 from refiner.probing import clusters, measures
-from refiner.probing.features import extract
+from refiner.probing.features import Features, extract
 from refiner.probing.logistic import fit_logistic
 from refiner.probing.neighbors import knn_accuracy, knn_predict
+from refiner.probing.readings import whiten
 from refiner.probing.search import nearest_neighbors
 from refiner.training import decoders, pretraining
 from refiner.training.planning import NOT_COUNTED
@@ -223,6 +224,7 @@ PROBING = {  # what it gives, and where that has to lie
         ).inertia,
         CPU,
     ),
+    "whitening": lambda at: (whiten(features(3, 60, 16, device=at)), at),
     "CKA": lambda at: (measures.linear_cka(*[features(3, 60, 16, device=at)] * 2), CPU),
     "LiDAR": lambda at: (measures.lidar(features(2, 60, 5, 16, device=at)), CPU),
 }
@@ -241,7 +243,7 @@ LOOKING = {  # what notebooks ask of a model on the GPU, about images on the hos
         *(t["x"][0], t["y"]) * 2, ks=[1, 5], device=t["at"]
     )["refiner"](),
     "the best reading": lambda t: t["gpu_training"].best_reading(
-        *[{"cls": t["x"], "patch": t["x"]}] * 3, [t["y"]] * 3, 5, t["at"]
+        *[Features({"cls": t["x"], "patch": t["x"]}, (1, 2))] * 2, [t["y"]] * 2, 5, t["at"]
     ),
 }
 

@@ -149,7 +149,7 @@ def _probe_model(
     for part in missing:
         bar.set_description_str(part.replace("_", "-"))
         for pooling in (p for p in NAMES if p in keys):
-            if pooling != "final" or part in ("knn", "linear"):
+            if pooling in ("cls", "patch") or part in ("knn", "linear"):
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
                 found.setdefault(pooling, {})[part] = _tried(part, sides)
         done.append(part)

@@ -348,7 +348,9 @@ def keep_patches(
 
 
 def pool(model: Encoder, x_BTD: Tensor, pooling: str) -> Tensor:
-    """Class token ("cls") or mean of the patch tokens ("patch"), [B, D]."""
+    """Class token ("cls"), mean of the patch tokens ("patch") or of "registers", [B, D]."""
+    if pooling == "registers":
+        return x_BTD[:, has_class_token(model) : prefix_tokens(model)].mean(1)
     return x_BTD[:, 0] if pooling == "cls" else x_BTD[:, prefix_tokens(model) :].mean(1)
 
 

@@ -41,7 +41,12 @@ from refiner.models.encoders import (
 )
 from refiner.probing.batches import image_batches
 
-NAMES = {"cls": "class token", "patch": "patch mean", "final": "after the final norm"}
+NAMES = {
+    "cls": "class token",
+    "patch": "patch mean",
+    "registers": "mean of the registers",
+    "final": "after the final norm",
+}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -49,10 +54,11 @@ class Features(Mapping):
     """Features by kind, all float32 on the CPU.
 
     ``["cls"]`` and ``["patch"]`` are [L, N, D]: class token and mean of the patch tokens after
-    each block, before the final norm. ``["final"]`` is [N, D]: after the final norm, the class
-    token or, in a model without one or made for mean pooling, the patch mean. Where blocks have
-    different widths (Hiera), narrower ones are filled up with zeros to D, the width of the last:
-    distances, cosines and linear probes stay what they are.
+    each block, before the final norm. ``["registers"]`` is the mean of what else stands before the
+    patches, where a model has registers or a second class token. ``["final"]`` is [N, D]: after the
+    final norm, the class token or, in a model without one or made for mean pooling, the patch mean.
+    Where blocks have different widths (Hiera), narrower ones are filled up with zeros to D, the
+    width of the last: distances, cosines and linear probes stay what they are.
 
     Attributes:
         tensors: the tensors by kind.
@@ -178,15 +184,17 @@ def extract(
 def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
     """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
     wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
-    cls, patch = {}, {}
+    cls, patch, registers = {}, {}, {}
     for number, x_BTD in walk(model, x):
         if number in wanted:
             if with_cls:
                 cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
+            if prefix > with_cls:
+                registers[number] = x_BTD[:, with_cls:prefix].mean(1, dtype=torch.float32)
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
             patch[number] = F.pad(mean_BD, (0, model.num_features - mean_BD.shape[1]))
-    pooled = {"cls": torch.stack([cls[i] for i in numbers])} if with_cls else {}
-    pooled["patch"] = torch.stack([patch[i] for i in numbers])
+    kinds = {"cls": cls, "patch": patch, "registers": registers}
+    pooled = {kind: torch.stack([x[i] for i in numbers]) for kind, x in kinds.items() if x}
     return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
 
 

@@ -70,7 +70,7 @@ def shuffled_by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]
     return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
-def _held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions to fit on and to choose with; a class of one image stays in the first part."""
     if not 0 < share < 1:
         raise UserError(f"validation must be a share above 0 and below 1, not {share}")
@@ -168,7 +168,7 @@ def linear_probe(
     grid = penalty_grid(penalties)
     device = device_for(device, x_LND)
     classes, y = y.unique(return_inverse=True)
-    fit, held = _held_out(y, validation, seed)
+    fit, held = held_out(y, validation, seed)
     if len(grid) > 1 and not len(held):
         raise UserError("no image left to choose a penalty with: give one penalty, or more images")
     problem = PenaltyChoice(
@@ -215,6 +215,7 @@ class LowShot:
         images: how many labelled images each size has in all, [S].
         mean, spread: mean and standard deviation over the draws, float32 [S, L].
         draws: every draw's accuracy, [S, K, L].
+        right: which test images a draw gets right, bool [S, K, L, M].
     """
 
     sizes: tuple[int | float, ...]
@@ -222,6 +223,7 @@ class LowShot:
     mean: Tensor
     spread: Tensor
     draws: Tensor
+    right: Tensor
 
 
 def low_shot(
@@ -271,7 +273,7 @@ def low_shot(
     wanted = [[s] * len(counts) for s in shots]
     wanted += [[max(1, round(f * n)) for n in counts] for f in fractions]
     orders = [shuffled_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
-    accuracy = torch.empty(len(wanted), draws, len(x_LND))
+    right = torch.empty(len(wanted), draws, len(x_LND), len(t), dtype=torch.bool)
     with (
         full_precision(device),
         tqdm(
@@ -288,14 +290,16 @@ def low_shot(
             for block, z_MD in enumerate(z_LMD):
                 z_ME = scaling.of_blocks(torch.tensor([block]))(z_MD[None].to(device))[0]
                 label = classes[(z_ME @ weights_LKCE[block].mT).argmax(-1).cpu()]
-                accuracy[size, :, block] = (label == t).float().mean(1)
-    accuracy = accuracy if np.ndim(train_x) == 3 else accuracy[..., 0]
+                right[size, :, block] = label == t
+    right = right if np.ndim(train_x) == 3 else right[:, :, 0]
+    accuracy = right.float().mean(-1)
     return LowShot(
         (*shots, *fractions),
         tuple(map(sum, wanted)),
         accuracy.mean(1),
         accuracy.std(1, correction=0),
         accuracy,
+        right,
     )
 
 
@@ -421,7 +425,7 @@ def factor_probe(
             [_targets(f[name], circular.get(name)).to(device) for name in plain]
             for f in (train_factors, test_factors)
         ]
-        fit, held = _held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
+        fit, held = held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
         rows = []
         with full_precision(device):
             for x_ND, z_MD in tqdm(
