@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.models.load import load_model as load_model
     from refiner.models.mae import reconstruct as reconstruct
     from refiner.models.save import save_model as save_model
+    from refiner.probing.attentive import attentive_probe as attentive_probe
     from refiner.probing.choosing import best_reading as best_reading
     from refiner.probing.choosing import rank_readings as rank_readings
     from refiner.probing.clusters import clustering as clustering
@@ -65,6 +66,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.probing.neighbors import knn_accuracy as knn_accuracy
     from refiner.probing.neighbors import knn_predict as knn_predict
     from refiner.probing.neighbors import knn_report as knn_report
+    from refiner.probing.neighbors import knn_swept as knn_swept
     from refiner.probing.probes import factor_probe as factor_probe
     from refiner.probing.probes import linear_probe as linear_probe
     from refiner.probing.probes import low_shot as low_shot
@@ -115,11 +117,13 @@ _HOME = {
     "collapse_std": "probing.measures",
     "linear_cka": "probing.measures",
     "intrinsic_dimension": "probing.measures",
+    "attentive_probe": "probing.attentive",
     "kmeans": "probing.clusters",
     "clustering": "probing.clusters",
     "knn_accuracy": "probing.neighbors",
     "knn_predict": "probing.neighbors",
     "knn_report": "probing.neighbors",
+    "knn_swept": "probing.neighbors",
     "linear_probe": "probing.probes",
     "low_shot": "probing.probes",
     "factor_probe": "probing.probes",

@@ -11,12 +11,14 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 import refiner
 from refiner.base import tensors
+from refiner.base.errors import UserError
 from refiner.base.tensors import standardized
 from refiner.probing import search
 from refiner.probing.neighbors import (
     knn_accuracy,
     knn_predict,
     knn_report,
+    knn_swept,
     neighbor_agreement,
 )
 from refiner.probing.search import Graph, nearest_neighbors
@@ -426,6 +428,28 @@ def test_a_report_agrees_with_itself_and_with_the_parts():
     graph = nearest_neighbors(b, a, k=20)
     assert torch.equal(report.graph[1].indices, graph.indices)
     assert torch.allclose(report.graph[1].similarities, graph.similarities, atol=1e-6)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_sweep_chooses_on_train_alone_and_scores_as_the_choice_does(standardize):
+    """Against one leave-one-out and one test score for each k and temperature."""
+    x, y, z, t = problem(blocks=2)
+    ks, temperatures = [200, 20, 1, 5], [0.05, 2.0]  # 200 are more than there are
+    how = {"standardize": standardize}
+    found = knn_swept(x, y, z, t, k=ks, temperatures=temperatures, **how)
+    for block in range(2):
+        cells = [(k, heat) for k in (1, 5, 20) for heat in temperatures]
+        own = [knn_accuracy(x[block], y, k=k, temperature=heat, **how) for k, heat in cells]
+        k, heat = cells[int(torch.stack(own).argmax())]
+        assert found.k[block] == k and found.temperature[block] == pytest.approx(heat)
+        score = knn_accuracy(x[block], y, z[block], t, k=k, temperature=heat, **how)
+        assert found.accuracy[block] == score
+        one = knn_swept(x[block], y, z[block], t, k=ks, temperatures=temperatures, **how)
+        assert one.accuracy == score and one.k.shape == ()
+    blind = knn_swept(x, y, z, t.roll(1), k=ks, temperatures=temperatures, **how)
+    assert torch.equal(blind.k, found.k) and torch.equal(blind.temperature, found.temperature)
+    with pytest.raises(UserError, match="numbers of neighbors below"):
+        knn_swept(x, y, z, t, k=[10**4])
 
 
 def test_a_report_loses_the_axes_that_were_not_asked_for():

@@ -180,6 +180,21 @@ def test_neighbor_grid_over_another_set_and_without_labels():
 # ---------------------------------------------------------------- curves and bars
 
 
+def test_query_maps_light_what_is_attended_and_show_the_queries_that_differ_most():
+    """Three queries look everywhere, one at the last patch; a class token stands before them."""
+    images, maps = image_set(2), torch.full((2, 4, 10), 0.1)
+    maps[:, 2] = torch.nn.functional.one_hot(torch.tensor(9), 10)
+    ax = plots.query_maps(images, maps, shown=2)
+    assert texts(ax)[:3] == ["image", "mean", "query 3"] and len(texts(ax)) == 4
+    picture, mean, alone = (shown(image) for image in ax.images[0:6:2])
+    np.testing.assert_allclose(picture, images.images[0].permute(1, 2, 0) / 255, atol=1e-6)
+    np.testing.assert_allclose(alone[4:, 4:], picture[4:, 4:], rtol=1e-5)
+    np.testing.assert_allclose(alone[:4, :4], 0.1 * picture[:4, :4], rtol=1e-5)
+    assert (mean[:4] < 0.5 * picture[:4] + 1e-6).all()
+    with pytest.raises(ValueError, match="2 images do not match"):
+        plots.query_maps(images, maps[:1])
+
+
 def test_block_curve_counts_blocks_from_one_and_names_the_best():
     values = torch.tensor([0.1, 0.4, 0.3])
     spread = torch.tensor([0.01, 0.02, 0.03])

@@ -258,15 +258,15 @@ def _chunks(groups: int, bytes_a_group: int, device: torch.device) -> list[slice
     return [slice(i, min(i + step, groups)) for i in range(0, groups, step)]
 
 
-def penalty_grid(penalties: Sequence[float]) -> tuple[float, ...]:
-    """The penalties without repeats, falling.
+def penalty_grid(penalties: Sequence[float], name: str = "penalties") -> tuple[float, ...]:
+    """The penalties, or what ``name`` says, without repeats, falling.
 
     Raises:
         ValueError: for none, or for one that is not a positive number.
     """
     grid = tuple(sorted({float(p) for p in penalties}, reverse=True))
     if not grid or not 0 < grid[-1] <= grid[0] < math.inf:
-        raise UserError(f"penalties must be above 0, not {list(penalties)}")
+        raise UserError(f"{name} must be above 0, not {list(penalties)}")
     return grid
 
 

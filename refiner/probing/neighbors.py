@@ -203,6 +203,68 @@ def knn_predict(
     return (votes[0], predictions[0]) if np.ndim(train_x) == 2 else (votes, predictions)
 
 
+@dataclass(frozen=True, eq=False)
+class KNNChoice:
+    """What :func:`knn_swept` returns, on the CPU; without the axis L for features [N, D].
+
+    Attributes:
+        accuracy: on the test images, float32 [L].
+        k: the number of neighbors that was chosen, int64 [L].
+        temperature: of the votes, chosen, float32 [L].
+    """
+
+    accuracy: Tensor
+    k: Tensor
+    temperature: Tensor
+
+
+def knn_swept(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    k: Sequence[int] = (5, 10, 15, 20, 50, 100, 200),
+    temperatures: Sequence[float] = (0.07, 0.1, 0.2),
+    standardize: bool = True,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> KNNChoice:
+    """k-NN accuracy of every block with k and temperature chosen among the train images.
+
+    Each train image is classified by the others; what is best there is asked once on test (in a tie
+    the fewest neighbors, the lowest temperature). The grid is that of the public benchmark of
+    frozen encoders by Psomas et al. (github.com/billpsomas/efficient-probing), which reports the
+    best on test. Numbers of neighbors that train does not have are left out.
+
+    Raises:
+        ValueError: as :func:`knn_report`.
+    """
+    n, truth = (
+        np.shape(train_x)[-2],
+        class_labels(test_y, as_features(test_x, "test features"), "test"),
+    )
+    ks = sorted({int(one) for one in k if one < n})
+    if not ks or not temperatures:
+        raise UserError(f"give temperatures, and numbers of neighbors below {n}, not {list(k)}")
+    found = []
+    sides = [
+        _block_neighbors(train_x, train_y, side, ks[-1], standardize, device, progress)
+        for side in (None, test_x)
+    ]
+    for own, asked in zip(*sides, strict=True):
+        right_ST, accuracy_ST = (
+            torch.stack(
+                [(classify(*some, ks, t, None)[1] == y).float().mean(1) for t in temperatures], 1
+            )
+            for some, y in ((own, own[2].cpu()), (asked, truth.cpu()))
+        )
+        s, t = divmod(int(right_ST.argmax()), len(temperatures))
+        found.append((accuracy_ST[s, t], ks[s], temperatures[t]))
+    columns = [torch.as_tensor(column) for column in zip(*found, strict=True)]
+    return KNNChoice(*(c if np.ndim(train_x) == 3 else c[0] for c in columns))
+
+
 def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress):
     """Yields each block's neighbors: indices [Q, k], similarities [Q, k], and the labels.
 

@@ -145,6 +145,49 @@ def neighbor_grid(
     return ax
 
 
+def query_maps(
+    images: ImageSet | Tensor,
+    attention: Tensor,
+    *,
+    shown: int = 5,
+    title: str = "Where the queries look",
+    ax: Axes | None = None,
+) -> Axes:
+    """Where the queries of an attentive probe look: images, lit by attention, one row an image.
+
+    The second column is the mean over all queries. The others are single queries: first the one
+    whose map is farthest from that mean, then each the farthest from those before.
+
+    Args:
+        images: [N, 3, H, W] or an ImageSet of N.
+        attention: [N, M, T] of one block (``AttentiveProbe.attention``); the last tokens are a
+            square of patches.
+        shown: single queries.
+    """
+    side = int(attention.shape[-1] ** 0.5)
+    maps_NMT = attention.detach().float().cpu()[..., -(side**2) :]
+    if len(maps_NMT) != len(images):
+        raise UserError(f"{len(images)} images do not match attention {list(attention.shape)}")
+    mean_NT, flat_MX = maps_NMT.mean(1), maps_NMT.transpose(0, 1).flatten(1)
+    chosen, far_M = [], (flat_MX - mean_NT.flatten()).norm(dim=1)
+    for _ in range(min(shown, maps_NMT.shape[1])):
+        chosen.append(int(far_M.argmax()))
+        far_M = far_M.minimum((flat_MX - flat_MX[chosen[-1]]).norm(dim=1))
+    columns = {"image": torch.ones_like(mean_NT), "mean": mean_NT}
+    columns |= {f"query {m + 1}": maps_NMT[:, m] for m in chosen}
+    pictures, count = _pixels(images), len(columns)
+    (ax,) = axes_for(ax, 1, (1.2 * count, 1.2 * len(pictures) + 0.6))
+    for column, (name, maps_NT) in enumerate(columns.items()):
+        ax.text(column + 0.5, -0.08, name, ha="center", va="bottom")
+        for row, (picture, light_T) in enumerate(zip(pictures, maps_NT, strict=True)):
+            light = light_T.view(1, 1, side, side) / light_T.max()
+            light = torch.nn.functional.interpolate(light, picture.shape[:2])[0, 0, :, :, None]
+            _tile(ax, picture * (0.1 + 0.9 * light.numpy()), column, row)
+    _grid(ax, count, len(pictures))
+    ax.set_title(plain(title), pad=20)
+    return ax
+
+
 def _mark(ax: Axes, column: float, row: float, right: bool, size: float) -> None:
     colour, line, sign = (RIGHT, "-", "✓") if right else (WRONG, (0, (3, 1.5)), "✗")
     look = {"fill": False, "edgecolor": colour, "linewidth": 2, "linestyle": line}

@@ -19,6 +19,7 @@ from refiner.base.errors import UserError
 from refiner.visuals.pictures import contact_sheet as contact_sheet
 from refiner.visuals.pictures import factor_heatmap as factor_heatmap
 from refiner.visuals.pictures import neighbor_grid as neighbor_grid
+from refiner.visuals.pictures import query_maps as query_maps
 from refiner.visuals.pictures import reconstruction as reconstruction
 from refiner.visuals.pictures import similarity_map as similarity_map
 from refiner.visuals.style import COLOURS as COLOURS
