@@ -36,7 +36,7 @@ from refiner.base.tensors import class_labels, device_for, step_generator
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder, block_numbers, borrowed, has_class_token
 from refiner.probing.logistic import penalty_grid
-from refiner.probing.probes import _held_out
+from refiner.probing.probes import held_out
 from refiner.probing.tokens import Tokens
 
 RATES = (1e-1, 3e-2, 1e-2, 3e-3)
@@ -270,7 +270,7 @@ def attentive_probe(
         for part, name in ((train, "train"), (test, "test"))
     )
     classes, y = y.unique(return_inverse=True)
-    fit, held = _held_out(y, validation, seed)
+    fit, held = held_out(y, validation, seed)
     if queries < 1 or epochs < 1 or batch_size < 2:
         raise UserError("queries and epochs must be at least 1, batch_size at least 2")
     if class_token and not has_class_token(model):
