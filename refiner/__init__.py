@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what editors and type checkers read; the table below is what Python does
     from refiner.base.errors import UserError as UserError
     from refiner.course.run import record as record
+    from refiner.evaluation.benchmark_row import benchmark_row as benchmark_row
     from refiner.evaluation.compare import evaluate as evaluate
     from refiner.evaluation.probe import probe as probe
     from refiner.evaluation.protocols import EvaluationSettings as EvaluationSettings
@@ -153,6 +154,7 @@ _HOME = {
     "attention_explorer": "visuals.widgets",
     "view_explorer": "visuals.widgets",
     "queue_explorer": "visuals.widgets",
+    "benchmark_row": "evaluation.benchmark_row",
     "evaluate": "evaluation.compare",
     "probe": "evaluation.probe",
     "EvaluationSettings": "evaluation.protocols",

@@ -1,17 +1,23 @@
 """Attentive probes against a plain one written out block by block, closed forms and invariants."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from test_encoders import hiera
 from test_features import tiny
 from torch import nn
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import step_generator
+from refiner.evaluation.benchmark_row import FIELDS, benchmark_row
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import preprocess, walk
 from refiner.probing.attentive import attention_over_tokens, attentive_probe, efficient_pooling
+from refiner.probing.features import extract
+from refiner.probing.neighbors import knn_swept
+from refiner.probing.probes import linear_probe
 
 QUICK = {"queries": 4, "epochs": 2, "batch_size": 16, "rates": (1e-1, 1e-2), "progress": False}
 
@@ -221,3 +227,39 @@ def test_images_that_cannot_be_probed(model, sets):
         headless.blocks[1].mlp.fc2.bias[0] = torch.nan
     with pytest.raises(UserError, match="after block 2 are not finite"):
         attentive_probe(headless, train, test, **QUICK)
+
+
+def test_blocks_of_one_stage_are_probed_together_and_of_several_are_refused(sets):
+    """Hiera's last four blocks lie in three stages: two of them in one."""
+    probe = attentive_probe(hiera(), *sets, blocks=[3, 4], **QUICK)
+    assert probe.queries.shape[:2] == (2, 4) and probe.blocks == (3, 4)
+    with pytest.raises(UserError, match="give blocks=… of one stage"):
+        attentive_probe(hiera(), *sets, **QUICK)
+
+
+# ---------------------------------------------------------------- the benchmark's row
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_a_row_has_the_benchmarks_columns_and_the_probes_numbers(sets, with_token, monkeypatch):
+    model = tiny() if with_token else tiny(class_token=False, global_pool="avg")
+    model.refiner_card = model.refiner_card | {"name": "tiny", "method": "none"}
+    short = partial(attentive_probe, **QUICK | {"progress": False})
+    monkeypatch.setattr(
+        "refiner.evaluation.benchmark_row.attentive_probe", lambda *a, progress, **o: short(*a, **o)
+    )
+    row = benchmark_row(model, *sets, family="GEN", class_token=with_token, progress=False)
+    assert tuple(row) == FIELDS and row["arch"] == "ViT-24/4" and row["family"] == "GEN"
+    variants = row["lp_variant"], row["lp_gap"], row["gap_reason"], row["ep_variant"]
+    assert variants == (
+        ("cls", "no", "", "ep_all") if with_token else ("pos", "yes", "no_cls", "ep")
+    )
+    (x, y), (z, t) = ((extract(model, s, progress=False).main[-1], s.labels) for s in sets)
+    assert row["lp"] == pytest.approx(100 * float(linear_probe(x, y, z, t).accuracy), abs=0.006)
+    near = knn_swept(x, y, z, t, standardize=False)
+    found = row["knn"], row["knn_k"], row["knn_T"]
+    expected = (100 * float(near.accuracy), int(near.k), float(near.temperature))
+    assert found == pytest.approx(expected, abs=0.006)
+    probe = short(model, *sets, blocks=[-1], class_token=with_token)
+    assert row["ep"] == pytest.approx(100 * probe.accuracy.item(), abs=0.006)
+    assert row["ep_queries"] == 4
