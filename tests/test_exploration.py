@@ -271,6 +271,21 @@ def bad(**changes):
     return lambda: prepare(images, features, progress=False, **arguments)
 
 
+def test_labels_may_be_words_or_ids_with_gaps():
+    pixels, y = make_images().images, make_images().labels
+    features = {"a": FEATURES["after"][-1:].numpy()}
+    for labels, names in (
+        ([NAMES[i] for i in y], sorted(NAMES)),
+        ((y * 10**9).numpy(), ["0", "1000000000", "2000000000", "3000000000"]),
+        (y.to(torch.uint8), ["0", "1", "2", "3"]),
+    ):
+        explored = prepare(pixels, features, labels=labels, k=K, progress=False)
+        assert explored.classes == tuple(names)
+        accuracy = prepare(pixels, features, labels=y, k=K, progress=False).tables["a"].accuracy
+        assert np.array_equal(explored.tables["a"].accuracy, accuracy)
+        assert explored.find(names[1]) == tuple(np.flatnonzero(explored.labels == 1).tolist())
+
+
 HOLED = FEATURES["after"].clone()
 HOLED[1, 17, 2] = torch.nan
 UNEQUAL = [np.zeros((3, 4, 4), np.uint8)] * 2 + [np.zeros((3, 4, 6), np.uint8)]
@@ -288,6 +303,7 @@ UNEQUAL = [np.zeros((3, 4, 4), np.uint8)] * 2 + [np.zeros((3, 4, 6), np.uint8)]
         (bad(features={"a": torch.zeros(N)}), r"'a' must be floats \[L, N, D\]"),
         (bad(labels=torch.zeros(9, dtype=torch.int64)), "60 images do not match labels"),
         (bad(labels=torch.zeros(N)), "whole numbers from 0"),
+        (bad(labels=torch.arange(N) - 1), "that of image 0 is -1: leave images without a class"),
         (bad(classes=("a", "b")), "label 3 has no name among 2 classes"),
         (bad(k=N), f"k must be from 1 to {N - 1}"),
     ],

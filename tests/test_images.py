@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -139,12 +140,58 @@ def test_holdout_deals_equal_classes_out_in_turn(share):
         assert first_pixels(held) == dealt.sort().values.tolist()
 
 
-def test_holdout_says_what_labels_it_cannot_split():
-    images = ImageSet(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, -1, 0]))
-    with pytest.raises(ValueError, match="classes from 0, not -1"):
-        images.holdout(0.5)
+def test_holdout_of_single_images_is_refused_and_ids_may_be_huge():
+    pixels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="every class has one image"):
-        ImageSet(images.images, torch.arange(4)).holdout(0.5)
+        ImageSet(pixels, torch.arange(4)).holdout(0.5)
+    rest, held = ImageSet(pixels, [10**15, 7, 10**15, 7]).holdout(0.5)
+    assert sorted(rest.labels.tolist()) == sorted(held.labels.tolist()) == [7, 10**15]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["b", "a", "b", "c"], ()),
+        (np.array(["b", "a", "b", "c"], dtype=object), ("a", "b", "c")),
+        (pandas.Series(["b", "a", "b", "c"], index=[9, 8, 7, 6]), ["a", "b", "c"]),
+        (pandas.Series(["b", "a", "b", "c"], dtype="category"), ()),
+        (pandas.Series([1, 0, 1, 2], index=[9, 8, 7, 6]), ("a", "b", "c")),
+        ([1, 0, 1, 2], np.array(["a", "b", "c"])),
+        (np.array([1, 0, 1, 2], dtype=np.uint16), ("a", "b", "c")),
+        (np.array([1, 0, 1, 2], dtype=object), ("a", "b", "c")),
+        (torch.tensor([1, 0, 1, 2], dtype=torch.int8), ("a", "b", "c")),
+    ],
+)
+def test_labels_of_every_kind_become_places_among_the_classes(labels, classes):
+    images = ImageSet(np.zeros((4, 2, 2, 3), dtype=np.uint8), labels, classes, {"f": [1, 2, 3, 4]})
+    assert images.labels.dtype == torch.int64 and images.labels.tolist() == [1, 0, 1, 2]
+    assert images.classes == ("a", "b", "c") and images.images.shape == (4, 3, 2, 2)
+    assert images[1:3].labels.tolist() == [0, 1] and images[[0]].factors["f"].tolist() == [1]
+
+
+def test_numbers_as_classes_are_names():
+    pixels = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    assert ImageSet(pixels, [True, False], classes=[1, 2]).classes == ("1", "2")
+    assert ImageSet(pixels, ["2", "1"], classes=[1, 2]).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": [0, -1]}, "that of image 1 is -1: leave images without a class out"),
+        ({"labels": [0, 2]}, "label 2 has no name among 2 classes"),
+        ({"labels": ["a", "x"]}, "the label 'x' is none of the 2 classes"),
+        ({"labels": [0.0, 1.0]}, "must be words or whole numbers from 0, not float64"),
+        ({"labels": [0, None]}, "must be words or whole numbers from 0, not object"),
+        ({"labels": [[0], [1]]}, r"do not match labels of shape \[2, 1\]"),
+        ({"images": torch.zeros(2, 1, 2, 2)}, r"uint8 \[N, 3, H, W\], not \[2, 1, 2, 2\]"),
+        ({"images": np.zeros((2, 2, 2, 4), np.uint8)}, r"not of 2 channels, \[2, 2, 2, 4\]"),
+    ],
+)
+def test_what_is_no_set_is_refused_in_a_sentence(changed, message):
+    given = {"images": torch.zeros(2, 3, 2, 2, dtype=torch.uint8), "classes": ("a", "b")}
+    with pytest.raises(ValueError, match=message):
+        ImageSet(**given | changed)
 
 
 def test_balanced_order_deals_classes_out_as_far_as_they_last():

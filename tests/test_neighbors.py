@@ -497,44 +497,135 @@ def test_a_series_with_another_index_is_labels_too():
     assert torch.equal(knn_report(x, series).predictions, knn_report(x, y).predictions)
 
 
-def test_labels_that_are_no_numbers_of_classes_are_refused_before_anything_is_built():
-    x, y = normal(50, 4), torch.arange(50) % 2
-    for labels, message in (
-        (["cat", "dog"] * 25, "numpy.unique"),
-        (y * 1_300_000, "go up to 1300000"),
-        (y - 1, "one is -1: leave images without a class out"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            knn_accuracy(x, labels)
-        with pytest.raises(ValueError, match=message):
-            refiner.linear_probe(x, labels, x, y)
-        with pytest.raises(ValueError, match=message):
-            refiner.clustering(x, labels)
+def test_words_are_classes_numbered_over_both_sets():
+    (x, y, z, t), names = problem(), np.array(["ant", "bee", "cat", "dog", "eel", "fly", "gnu"])
+    some = y != 1  # a bee is met in the test images alone
+    x, y = x[..., some, :], y[some]
+    words = names[y.numpy()].tolist(), names[t.numpy()]
+    assert torch.equal(
+        knn_report(x, words[0], z, words[1]).confusion, knn_report(x, y, z, t).confusion
+    )
+    probes = refiner.linear_probe(x, words[0], z, words[1]), refiner.linear_probe(x, y, z, t)
+    assert torch.equal(probes[0].accuracy, probes[1].accuracy)
+    clusters = [refiner.clustering(z, labels, k=3, restarts=1)["ari"] for labels in (words[1], t)]
+    assert torch.equal(*clusters)
+
+
+def test_huge_ids_have_columns_only_if_they_occur():
+    x, y, z, t = problem()
+    plain, huge = knn_report(x, y, z, t), knn_report(x, y * 10**12, z, t * 10**12)
+    assert torch.equal(huge.predictions, plain.predictions * 10**12)
+    assert torch.equal(huge.accuracy, plain.accuracy)
+    present = torch.cat([y, t]).unique()
+    assert torch.equal(huge.classes, present * 10**12)
+    assert torch.equal(huge.votes, plain.votes[..., present])
+    assert torch.equal(huge.confusion, plain.confusion[..., present, :][..., present])
+    votes, predicted = knn_predict(x, y * 10**12, z)
+    assert torch.equal(predicted, plain.predictions * 10**12)
+    assert votes.shape[-1] == len(y.unique())
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("labels", "message"),
     [
-        lambda x: x.numpy(),
-        lambda x: [row.numpy() for row in x],
-        lambda x: x.clone().requires_grad_(),
-        lambda x: x.T.contiguous().T,
+        (lambda y: y - 1, "that of image 0 is -1: leave images without a class out"),
+        (lambda y: y.double(), "words or whole numbers from 0, not torch.float64"),
+        (lambda y: [None, 1] * 25, "words or whole numbers from 0, not object"),
+        (lambda y: y[:-1], "do not match labels"),
+        (lambda y: None, "no labels"),
     ],
 )
-def test_features_of_every_kind_give_the_same(kind):
+def test_what_is_no_label_is_refused(labels, message):
+    x, y = normal(50, 4), torch.arange(50) % 2
+    for call in (
+        lambda: knn_accuracy(x, labels(y)),
+        lambda: refiner.linear_probe(x, labels(y), x, y),
+        lambda: refiner.clustering(x, labels(y)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+KINDS = {
+    "array": lambda x: x.numpy(),
+    "rows": lambda x: [row.numpy() for row in x],
+    "tensors": list,
+    "lists": lambda x: x.tolist(),
+    "with gradients": lambda x: x.clone().requires_grad_(),
+    "rows with gradients": lambda x: list(x.clone().requires_grad_()),
+    "not contiguous": lambda x: x.T.contiguous().T,
+    "half": lambda x: x.half(),
+    "half array": lambda x: x.numpy().astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_every_kind_give_the_same_in_their_kind(kind):
+    given = KINDS[kind]
     x, z, y, t = normal(60, 4), normal(30, 4, seed=1), torch.arange(60) % 3, torch.arange(30) % 3
-    expected = knn_report(x, y, z, t, k=[1, 5])
-    found = knn_report(kind(x), y, kind(z), t, k=np.array([1, 5]))
-    assert torch.equal(found.predictions, expected.predictions)
-    assert torch.equal(knn_predict(kind(x), y, kind(z), k=np.int64(5))[1], expected.predictions[1])
-    graph = nearest_neighbors(kind(z), kind(x), k=5)
+    x, z = x.half().float(), z.half().float()  # half has the same numbers
+    is_tensor = kind not in ("array", "rows", "lists", "half array")
+    near = {"rel": 2e-2, "abs": 2e-2} if "half" in kind else {"rel": 1e-5, "abs": 1e-6}
+    report, expected = (
+        knn_report(given(x), y, given(z), t, k=np.array([1, 5])),
+        knn_report(x, y, z, t, k=[1, 5]),
+    )
+    assert torch.equal(report.predictions, expected.predictions)
+    graph = nearest_neighbors(given(z), given(x), k=np.int64(5))
     assert torch.equal(graph.indices, nearest_neighbors(z, x, k=5).indices)
-    probes = [refiner.linear_probe(a, y, b, t).accuracy for a, b in ((x, z), (kind(x), kind(z)))]
-    assert probes[0] == probes[1]
-    for measure in (refiner.rankme, refiner.uniformity, refiner.intrinsic_dimension):
-        assert float(measure(kind(x))) == pytest.approx(float(measure(x)), rel=1e-6)
-    kinds = [refiner.clustering(a, y, k=3, restarts=2)["nmi"] for a in (x, kind(x))]
-    assert kinds[0] == kinds[1]
+    factors = [
+        {"f": 1.0 * torch.arange(n), "class": np.array(["a", "b"] * (n // 2))} for n in (60, 30)
+    ]
+    probe = refiner.linear_probe(given(x), y, given(z), t, penalties=[0.01])
+    assert torch.equal(torch.as_tensor(probe.predict(given(z))), probe.predict(z))
+    assert refiner.kmeans(given(x), np.int64(3), restarts=1).centers.shape == (3, 4)
+    shots = [
+        refiner.low_shot(a, y, b, t, shots=[2], draws=2) for a, b in ((x, z), (given(x), given(z)))
+    ]
+    assert shots[0].mean.tolist() == pytest.approx(shots[1].mean.tolist(), **near)
+    functions = [
+        lambda a, b: refiner.knn_accuracy(a, y, b, t, k=np.int64(3)),
+        lambda a, b: refiner.knn_predict(a, y, b, k=np.int64(3)),
+        lambda a, b: refiner.factor_probe(a, factors[0], b, factors[1], categorical=["class"]),
+        lambda a, b: refiner.clustering(a, y, k=3, restarts=1),
+        lambda a, b: refiner.linear_cka(a),
+        lambda a, b: refiner.linear_cka(a, a),
+    ]
+    for name in ("rankme", "participation_ratio", "alpha_req", "uniformity", "collapse_std"):
+        functions.append(lambda a, b, name=name: getattr(refiner, name)(a))
+    functions.append(lambda a, b: refiner.intrinsic_dimension(a))
+    for function in functions:
+        found, wanted = flat(function(given(x), given(z))), flat(function(x, z))
+        assert all(isinstance(value, torch.Tensor) == is_tensor for value in found)
+        for a, b in zip(found, wanted, strict=True):
+            assert np.asarray(a) == pytest.approx(np.asarray(b), nan_ok=True, **near)
+
+
+def flat(found) -> list:
+    values = found.values() if isinstance(found, dict) else found
+    return list(values) if isinstance(found, dict | tuple) else [found]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([[1.0, 2.0], [1.0]], "must be an array of floats, not list"),
+        ("features", "features must be floats|array of floats"),
+        (torch.zeros(0, 4), r"at least one, but the .* are torch.float32 \[0, 4\]"),
+        (np.zeros((3, 4), dtype=np.int64), "must be floats"),
+    ],
+)
+def test_what_is_no_features_is_refused(wrong, message):
+    x, y = normal(60, 4), torch.arange(60) % 3
+    for call in (
+        lambda: knn_accuracy(x, y, wrong, y[:0]),
+        lambda: nearest_neighbors(wrong, x),
+        lambda: refiner.linear_probe(x, y, wrong, y[:0]),
+        lambda: refiner.rankme(wrong),
+        lambda: refiner.kmeans(wrong, 2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_yes_and_no_are_classes():

@@ -258,7 +258,7 @@ def test_what_notebooks_look_at_comes_back_to_the_images(tools, scripts, what):
     with tools.answering(2000), tools.simulated(tools.GPU):
         tools.hollow(mae, run.heads, device=tools.GPU)
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
-        labelled = ImageSet(images, torch.empty(8, dtype=torch.int64), ("a", "b"))
+        labelled = ImageSet(images, torch.empty(8, dtype=torch.int64))
         things |= {"images": images, "set": labelled, "at": tools.GPU, **scripts}
         things |= {"x": torch.empty(2, 60, 16), "y": torch.empty(60, dtype=torch.int64)}
         found = LOOKING[what](things)

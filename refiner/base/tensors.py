@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from refiner.base.errors import UserError
 
 GROUP = 8  # keys whose maximum stands for them
-MOST_CLASSES = 2**17  # labels beyond are no numbers of classes, and votes would not fit
+MOST_CLASSES = 2**15  # labels beyond are ids: a column for each number up to them would not fit
 GROUPED_KEYS = 4096  # from here on the maxima of groups pay
 # A CPU chunk below 32 MiB comes from reused memory; larger ones cost a page fault every 4 KiB.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
@@ -63,12 +64,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def as_features(x, name: str) -> Tensor:
-    """Features as a tensor of floats without gradients; they may be an array or a list of arrays.
+    """Features as a tensor of floats without gradients; they may be an array or a list of rows.
 
     Raises:
         ValueError: for other types than floats, NaN or infinity, or where there are none.
     """
-    x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    try:
+        if isinstance(x, list | tuple) and any(isinstance(row, Tensor) for row in x):
+            x = torch.stack([torch.as_tensor(row) for row in x])
+        x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+    except (TypeError, ValueError, RuntimeError) as error:  # of what is no array, or has no rows
+        raise UserError(
+            f"the {name} must be an array of floats, not {type(x).__name__}: {error}"
+        ) from None
     if not x.is_floating_point() or 0 in x.shape:
         raise UserError(
             f"features must be floats, at least one, but the {name} are {x.dtype} {list(x.shape)}"
@@ -77,6 +85,33 @@ def as_features(x, name: str) -> Tensor:
     if not x.sum().isfinite() and not x.isfinite().all():
         raise UserError(f"the {name} hold NaN or infinity; look at the model or its precision")
     return x
+
+
+def axes_of(x) -> int:
+    """How many axes an array has, or a list of lists."""
+    if hasattr(x, "ndim"):
+        return x.ndim
+    return 1 + axes_of(x[0]) if isinstance(x, list | tuple) else 0
+
+
+def in_kind(function: Callable) -> Callable:
+    """A function of features that gives arrays for arrays: in tensors, tuples and dicts of them."""
+
+    @wraps(function)
+    def run(x, *args, **options):
+        found = function(x, *args, **options)
+        first = x[0] if isinstance(x, list | tuple) and len(x) else x
+        return found if isinstance(first, Tensor) else _arrays(found)
+
+    return run
+
+
+def _arrays(found):
+    if isinstance(found, Tensor):
+        return found.numpy()
+    if isinstance(found, dict):
+        return {key: _arrays(value) for key, value in found.items()}
+    return tuple(map(_arrays, found)) if isinstance(found, tuple) else found
 
 
 def feature_pair(queries, keys, names: tuple[str, str] = ("queries", "keys")):
@@ -123,39 +158,95 @@ def mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-7 * mean.abs(), 1 / std, 0)
 
 
+def numbered(*labels) -> list:
+    """Labels that are words, as their places in the alphabet of all sets; others as they are.
+
+    Raises:
+        ValueError: where only some of the sets have words.
+    """
+    given = [y if y is None or isinstance(y, Tensor) else np.asarray(y) for y in labels]
+    words = [y is not None and not isinstance(y, Tensor) and _are_words(y) for y in given]
+    if not any(words):
+        return given
+    if not all(w or y is None for y, w in zip(given, words, strict=True)):
+        raise UserError("some labels are words and others numbers: give words or numbers to all")
+    names = np.unique(np.concatenate([y.astype(str).ravel() for y in given if y is not None]))
+    return [None if y is None else np.searchsorted(names, y.astype(str)) for y in given]
+
+
+def _are_words(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "UST" or (
+        labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels.flat)
+    )
+
+
 def class_labels(labels, features: Tensor, name: str) -> Tensor:
     """Labels as int64, one for each of the features; they may be an array, a list or a series.
 
+    Words are numbered by themselves: those of several sets go through :func:`numbered` together.
+
     Raises:
-        ValueError: unless they are whole numbers from 0 to below MOST_CLASSES.
+        ValueError: unless they are words, or whole numbers from 0.
     """
     if labels is None:
         raise UserError(f"the {name} images have no labels")
-    labels = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    n = features.shape[-2]
+    return _whole(labels, features.shape[-2], f"{name} features", f"the {name} labels")
+
+
+def _whole(labels, n: int, what: str, name: str) -> Tensor:
+    (labels,) = numbered(labels)
     if tuple(labels.shape) != (n,):
-        raise UserError(f"{n} {name} features do not match labels of shape {list(labels.shape)}")
+        raise UserError(f"{n} {what} do not match labels of shape {list(labels.shape)}")
     if not isinstance(labels, Tensor):
-        whole = labels.dtype.kind in "biu"
+        whole = labels.dtype.kind in "biu" or all(isinstance(y, Integral) for y in labels)
         labels = torch.from_numpy(labels.astype(np.int64)) if whole else labels
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         raise UserError(
-            f"the {name} labels must be whole numbers from 0, not {labels.dtype}; "
+            f"{name} must be words or whole numbers from 0, not {labels.dtype}; "
             "numpy.unique(labels, return_inverse=True)[1] numbers classes of any kind"
         )
-    labels = labels.long()
-    least, most = (int(labels.min()), int(labels.max())) if n else (0, 0)
-    if least < 0:
+    labels = labels.detach().long()
+    if n and int(labels.min()) < 0:
         raise UserError(
-            f"the {name} labels must be whole numbers from 0, and one is {least}: leave images "
-            "without a class out"
-        )
-    if most >= MOST_CLASSES:
-        raise UserError(
-            f"the {name} labels go up to {most}: number the classes from 0, for example by "
-            "numpy.unique(labels, return_inverse=True)[1]"
+            f"{name} must be whole numbers from 0, and that of image {int(labels.argmin())} is "
+            f"{int(labels.min())}: leave images without a class out"
         )
     return labels
+
+
+def named_labels(labels, n: int, classes: Sequence = ()) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels of one set as places among its classes' names, int64 [n], and those names.
+
+    Words are looked up among the names, or become the names, in alphabetical order, where there are
+    none. Numbers stay what they are.
+
+    Raises:
+        ValueError: as :func:`class_labels`, and for labels beyond the names or not among them.
+    """
+    classes = tuple(map(str, classes))
+    given = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    if not isinstance(given, Tensor) and _are_words(given) and given.size:
+        words = given.astype(str)
+        classes = classes or tuple(np.unique(words).tolist())
+        place = {name: i for i, name in enumerate(classes)}
+        if unknown := sorted(set(words.ravel().tolist()) - set(place)):
+            raise UserError(f"the label {unknown[0]!r} is none of the {len(classes)} classes")
+        given = np.array([place[word] for word in words.ravel()])
+    labels = _whole(given, n, "images", "the labels")
+    if n and classes and int(labels.max()) >= len(classes):
+        raise UserError(f"label {int(labels.max())} has no name among {len(classes)} classes")
+    return labels, classes
+
+
+def columns(*labels: Tensor) -> Tensor:
+    """The class of each column of a table: every one up to the largest, int64 [C].
+
+    Beyond MOST_CLASSES labels are ids, and only those that occur have a column.
+    """
+    most = max(int(y.max()) for y in labels)
+    if most < MOST_CLASSES:
+        return torch.arange(most + 1)
+    return torch.cat([y.cpu() for y in labels]).unique()
 
 
 def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:

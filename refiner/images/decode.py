@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from refiner.base.errors import UserError
+
 # What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 EXTENSIONS = tuple(
@@ -27,6 +29,7 @@ EXTENSIONS = tuple(
         if kind in Image.OPEN and kind not in NOT_READ
     )
 )
+FORM = "images must be uint8 or float [B, 3, H, W]"
 ValueRange = tuple[float, float] | None  # the gray values that become 0 and 255
 DEEP = ("I", "F")  # how Pillow's modes of more than 8 bits begin
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give
@@ -79,6 +82,28 @@ def _middle(a: int, b: int) -> tuple[int, int, int, int]:
     most = LONGEST * min(a, b)
     a_kept, b_kept = min(a, most), min(b, most)
     return (a - a_kept) // 2, (b - b_kept) // 2, a_kept, b_kept
+
+
+# ---------------------------------------------------------------- arrays and pictures
+
+
+def as_pixels(x) -> Tensor:
+    """[B, C, H, W] or [C, H, W] of a tensor, an array (channels last too) or a picture."""
+    if isinstance(x, Image.Image):
+        return torch.from_numpy(np.array(to_rgb(x))).permute(2, 0, 1)
+    if not isinstance(x, Tensor | np.ndarray):
+        raise UserError(f"{FORM}, pictures, or batches of them, not {type(x).__name__}")
+    x = x if isinstance(x, Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
+    if x.ndim in (3, 4) and x.shape[-3] != 3 and x.shape[-1] == 3:
+        x = x.movedim(-1, -3)
+    if x.ndim not in (3, 4) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise UserError(f"{FORM}, not {x.dtype} {list(x.shape)}")
+    if x.shape[-3] != 3:
+        raise UserError(
+            f"{FORM}, not of {x.shape[-3]} channels, {list(x.shape)}: repeat a gray one "
+            "(x.expand(-1, 3, -1, -1)), and leave out what is no colour (x[:, :3])"
+        )
+    return x
 
 
 # ---------------------------------------------------------------- files

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.decode import ValueRange, read_files, resize
+from refiner.base.tensors import named_labels
+from refiner.images.decode import ValueRange, as_pixels, read_files, resize
 
 # ---------------------------------------------------------------- the set
 
@@ -24,9 +25,10 @@ class ImageSet:
     ImageSet; an int gives a set of one image.
 
     Attributes:
-        images: uint8 [N, 3, H, W]; for a large folder a :class:`LazyImages`, which is indexed the
-            same way and reads the files on demand.
-        labels: int64 [N], indices into ``classes``; None when unlabelled.
+        images: uint8 [N, 3, H, W], given as a tensor or an array; for a large folder a
+            :class:`LazyImages`, which is indexed the same way and reads the files on demand.
+        labels: int64 [N], indices into ``classes``; None when unlabelled. They may be given as a
+            list, an array or a series, and as names of classes.
         classes: the classes' names; empty when unlabelled.
         factors: one float array [N] per known factor of variation; empty when unknown. For units
             see :data:`refiner.images.toybox.FACTORS`.
@@ -43,12 +45,21 @@ class ImageSet:
     masks: Tensor | None = None
 
     def __post_init__(self):
-        n = len(self.images)
+        if isinstance(self.images, np.ndarray):
+            self.images = as_pixels(self.images)
+        n, shape = len(self.images), list(self.images.shape)
+        if len(shape) != 4 or shape[1] != 3:
+            raise UserError(f"images must be uint8 [N, 3, H, W], not {shape}")
+        self.classes = tuple(map(str, self.classes))
+        self.factors = {str(name): np.asarray(values) for name, values in self.factors.items()}
         lengths = {"factor " + k: len(v) for k, v in self.factors.items()}
         lengths |= {k: len(v) for k in ("labels", "masks") if (v := getattr(self, k)) is not None}
         wrong = [f"{length} {what}" for what, length in lengths.items() if length != n]
         if wrong:
             raise UserError(f"{n} images do not match {', '.join(wrong)}")
+        # On a GPU they come from a set that was checked, and the host would have to wait.
+        if self.labels is not None and not getattr(self.labels, "is_cuda", False):
+            self.labels, self.classes = named_labels(self.labels, n, self.classes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,7 +115,7 @@ class ImageSet:
             The rest and the held-out part; together every image once.
 
         Raises:
-            ValueError: when a part would be empty, or for labels below 0.
+            ValueError: when a part would be empty.
         """
         held = round(share * len(self))
         if not 0 < held < len(self):
@@ -144,24 +155,17 @@ def balanced_order(labels: Tensor | None, n: int, *, seed: int = 0) -> Tensor:
 
     Returns:
         int64 [N], a permutation.
-
-    Raises:
-        ValueError: for labels below 0.
     """
     shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     if labels is None:
         return shuffled
-    if n and int(labels.min()) < 0:
-        raise UserError(
-            f"labels are classes from 0, not {int(labels.min())}: leave images without a class "
-            "out, or give no labels"
-        )
     # Sorting by rank deals the classes out in turn.
     return shuffled[torch.argsort(_ranks(labels.cpu()[shuffled]), stable=True)]
 
 
 def _ranks(y: Tensor) -> Tensor:
     """How many of its own class come before each image, int64 [N]."""
+    y = y.unique(return_inverse=True)[1]  # ids may be huge
     by_class = torch.argsort(y, stable=True)
     counts = torch.bincount(y)
     starts = counts.cumsum(0) - counts
@@ -178,7 +182,7 @@ def _by_share(order: Tensor, labels: Tensor, share: float) -> tuple[Tensor, int]
         labels: int64 [N].
         share: above 0 and below 1.
     """
-    y = labels[order]
+    y = labels[order].unique(return_inverse=True)[1]
     counts = torch.bincount(y)
     present = counts[counts > 0]
     # Classes that differ by one image at most are dealt out in equal numbers.

@@ -11,13 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.decode import to_rgb
+from refiner.images.decode import FORM, as_pixels
 from refiner.images.sets import ImageSet, LazyImages
 from refiner.images.streams import PREFERRED
 from refiner.models.encoders import prepared, preprocess
 
 KEYS = ("pixel_values", "images", *PREFERRED, "x", "inputs")  # of images in a dict, best first
-FORM = "images must be uint8 or float [B, 3, H, W]"
 
 
 def image_batches(images, size: int, card: dict) -> Iterator[Tensor]:
@@ -94,28 +93,9 @@ def _images_in(item) -> Tensor | list[Tensor]:
             raise UserError(f"{FORM}, not an empty list")
         pictures = [isinstance(x, Image.Image) or np.ndim(x) == 3 for x in item]
         if len(item) > 1 and all(pictures):
-            return [_pixels(x) for x in item]
+            return [as_pixels(x) for x in item]
         return _images_in(item[0])
-    return _pixels(item)
-
-
-def _pixels(x) -> Tensor:
-    """[B, C, H, W] or [C, H, W] of a tensor, an array (channels last too) or a picture."""
-    if isinstance(x, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(x))).permute(2, 0, 1)
-    if not isinstance(x, Tensor | np.ndarray):
-        raise UserError(f"{FORM}, pictures, or batches of them, not {type(x).__name__}")
-    x = x if isinstance(x, Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
-    if x.ndim in (3, 4) and x.shape[-3] != 3 and x.shape[-1] == 3:
-        x = x.movedim(-1, -3)
-    if x.ndim not in (3, 4) or not (x.dtype == torch.uint8 or x.is_floating_point()):
-        raise UserError(f"{FORM}, not {x.dtype} {list(x.shape)}")
-    if x.shape[-3] != 3:
-        raise UserError(
-            f"{FORM}, not of {x.shape[-3]} channels, {list(x.shape)}: repeat a gray one "
-            "(x.expand(-1, 3, -1, -1)), and leave out what is no colour (x[:, :3])"
-        )
-    return x
+    return as_pixels(item)
 
 
 def _ready(x: Tensor, floats: _Floats) -> Tensor:

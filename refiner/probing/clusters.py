@@ -24,6 +24,7 @@ from refiner.base.tensors import (
     class_labels,
     device_for,
     full_precision,
+    in_kind,
     standardized,
 )
 from refiner.probing.measures import check_sets
@@ -76,7 +77,7 @@ def kmeans(
     Raises:
         ValueError: as :func:`refiner.rankme`, or for a k that is not from 1 to N.
     """
-    x = check_sets(x)
+    x, k = check_sets(x), int(k)
     n = x.shape[-2]
     if not 1 <= k <= n:
         raise UserError(f"k={k} clusters asked for, but there are {n} images")
@@ -177,6 +178,7 @@ def _plus_plus(x_ND: Tensor, k: int, restarts: int, seed: int) -> Tensor:
 # ---------------------------------------------------------------- clusters against classes
 
 
+@in_kind
 def clustering(
     x: Tensor,
     labels: Tensor,
@@ -218,6 +220,7 @@ def clustering(
     """
     x = check_sets(x)
     labels = class_labels(labels, x, "clustered")
+    assignments = None if assignments is None else torch.as_tensor(assignments)
     if assignments is not None and assignments.shape != x.shape[:-1]:
         raise UserError(
             f"assignments of {list(assignments.shape)} do not match features {list(x.shape)}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import as_features, full_precision
+from refiner.base.tensors import as_features, full_precision, in_kind
 from refiner.probing.search import nearest_neighbors
 
 CHUNK_BYTES = 2**26  # of scores held at once
@@ -25,6 +25,7 @@ CHUNK_BYTES = 2**26  # of scores held at once
 # ---------------------------------------------------------------- spectra
 
 
+@in_kind
 def rankme(x: Tensor, *, center: bool = False) -> Tensor:
     """RankMe, or effective rank: how many directions the features really use.
 
@@ -48,6 +49,7 @@ def rankme(x: Tensor, *, center: bool = False) -> Tensor:
     return _each(x, lambda x_ND: _effective_rank(_spectrum(x_ND, center=center).sqrt()))
 
 
+@in_kind
 def participation_ratio(x: Tensor) -> Tensor:
     """Participation ratio: ``(Σλ)² / Σλ²``, λ the eigenvalues of the covariance.
 
@@ -71,6 +73,7 @@ def participation_ratio(x: Tensor) -> Tensor:
     return _each(x, ratio)
 
 
+@in_kind
 def alpha_req(x: Tensor, *, ranks: tuple[int, int] = (11, 100)) -> Tensor:
     """α-ReQ: how fast the eigenvalues of the covariance decay, ``λ_j ∝ j^-α``.
 
@@ -108,6 +111,7 @@ def alpha_req(x: Tensor, *, ranks: tuple[int, int] = (11, 100)) -> Tensor:
     return _each(x, slope)
 
 
+@in_kind
 def lidar(views: Tensor, *, delta: float = 1e-4) -> Tensor:
     """LiDAR: the effective rank of what tells images apart, beyond what tells their views apart.
 
@@ -169,6 +173,7 @@ def _gram(x_ND: Tensor, *, center: bool = False, side: str = "smaller") -> Tenso
 # ---------------------------------------------------------------- on the unit sphere
 
 
+@in_kind
 def alignment(views: Tensor, *, alpha: float = 2.0) -> Tensor:
     """How far apart views of one image lie: mean of ``‖u - v‖^α`` over pairs of unit vectors.
 
@@ -196,6 +201,7 @@ def alignment(views: Tensor, *, alpha: float = 2.0) -> Tensor:
     return _each(views, distance, views=True)
 
 
+@in_kind
 def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
     """How evenly features cover the sphere: ``log mean exp(-t ‖u_i - u_j‖²)`` over all i ≠ j.
 
@@ -226,6 +232,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
     return _each(x, log_mean)
 
 
+@in_kind
 def collapse_std(x: Tensor) -> Tensor:
     """Standard deviation of unit-length features, times √D: 1 if isotropic, 0 if collapsed.
 
@@ -254,6 +261,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@in_kind
 def linear_cka(x: Tensor, y: Tensor | None = None, *, debiased: bool = False) -> Tensor:
     """Linear CKA of every block of x with every block of y.
 
@@ -339,6 +347,7 @@ def _hsic_by_images(every: list[Tensor], debiased: bool) -> Tensor:
 # ---------------------------------------------------------------- intrinsic dimension
 
 
+@in_kind
 def intrinsic_dimension(x: Tensor, *, discard: float = 0.1) -> Tensor:
     """TwoNN: the dimension of the surface that features lie on, from two neighbors each.
 

@@ -18,8 +18,11 @@ from refiner.base.tensors import (
     as_features,
     chunk_rows,
     class_labels,
+    columns,
     device_for,
     feature_pair,
+    in_kind,
+    numbered,
     standardized,
 )
 from refiner.probing.search import Graph, check_k, search
@@ -36,7 +39,8 @@ class KNNReport:
         predictions: int64 [S, L, Q].
         votes: float32 [S, L, Q, C], a query's adding up to 1; None if not kept.
         truth: int64 [Q], the test images' labels.
-        n_classes: C, the largest label plus one.
+        classes: int64 [C], the label of each column of votes: 0 to the largest one, or where that
+            is beyond 2^15 only those that occur.
         graph: the neighbors, [L, Q, largest k], cosines of the standardised features. Of a
             leave-one-out report it goes to :func:`refiner.visuals.maps.umap_embedding` as it is.
 
@@ -47,14 +51,17 @@ class KNNReport:
     predictions: Tensor
     votes: Tensor | None
     truth: Tensor
-    n_classes: int
+    classes: Tensor
     graph: Graph
 
     @property
     def confusion(self) -> Tensor:
         """Test images by class (row) and prediction (column), int64 [S, L, C, C]."""
-        c = self.n_classes
-        cells = self.truth * c + self.predictions
+        c = len(self.classes)
+        rows, predicted = (
+            torch.searchsorted(self.classes, y) for y in (self.truth, self.predictions)
+        )
+        cells = rows * c + predicted
         counts = torch.zeros(*cells.shape[:-1], c * c, dtype=torch.int64)
         counts.scatter_add_(-1, cells, torch.ones_like(cells))
         return counts.unflatten(-1, (c, c))
@@ -88,10 +95,11 @@ def knn_report(
 
     Args:
         train_x: [N, D], or [L, N, D] for L blocks.
-        train_y: integers [N], classes from 0.
+        train_y: classes [N], integers from 0 or words. Words count by their place in the alphabet
+            of train and test labels together.
         test_x: [Q, D] or [L, Q, D]. Without it the train images are classified by each other, none
             by itself (leave-one-out).
-        test_y: integers [Q].
+        test_y: classes [Q].
         k: number of neighbors, or a list of numbers.
         temperature: of the votes; large values weigh all neighbors alike.
         standardize: shift and scale each feature by the train set's mean and standard deviation,
@@ -100,7 +108,7 @@ def knn_report(
         device, progress: see :func:`nearest_neighbors`.
 
     Returns:
-        A :class:`KNNReport`. C is the largest label plus one.
+        A :class:`KNNReport`.
 
     Raises:
         ValueError: for shapes or lengths that do not match, labels that are not classes, k larger
@@ -113,21 +121,21 @@ def knn_report(
         raise UserError("k must be a number or a list of at least one")
     ascending = sorted(set(ks))
     train_x = as_features(train_x, "train features")
-    train_y = class_labels(train_y, train_x, "train")
-    truth = train_y
+    train_y, test_y = numbered(train_y, test_y)
+    truth = train_y = class_labels(train_y, train_x, "train")
     if test_x is not None:
         test_x = as_features(test_x, "test features")
         truth = class_labels(test_y, test_x, "test")
     truth = truth.cpu()
-    n_classes = int(max(train_y.max(), truth.max())) + 1
+    classes = columns(train_y, truth)
     found = []
     for indices, scores, labels in _block_neighbors(
-        train_x, train_y, test_x, ascending[-1], standardize, device, progress
+        train_x, train_y, classes, test_x, ascending[-1], standardize, device, progress
     ):
         votes, predicted = classify(
-            indices, scores, labels, ascending, temperature, n_classes if keep_votes else None
+            indices, scores, labels, ascending, temperature, len(classes), keep_votes
         )
-        found.append((predicted, votes, indices.cpu(), scores.cpu()))
+        found.append((classes[predicted], votes, indices.cpu(), scores.cpu()))
     order = [ascending.index(k) for k in ks]
     predictions = torch.stack([p for p, *_ in found], dim=1)[order]  # [S, L, Q]
     votes = torch.stack([v for _, v, *_ in found], dim=1)[order] if keep_votes else None
@@ -135,9 +143,10 @@ def knn_report(
     asked = (slice(None) if np.ndim(k) else 0, slice(None) if train_x.ndim == 3 else 0)
     parts = [None if x is None else x[asked] for x in (accuracy, predictions, votes)]
     graph = Graph(torch.stack([i for *_, i, _ in found]), torch.stack([s for *_, s in found]))
-    return KNNReport(*parts, truth, n_classes, graph[0] if train_x.ndim == 2 else graph)
+    return KNNReport(*parts, truth, classes, graph[0] if train_x.ndim == 2 else graph)
 
 
+@in_kind
 def knn_accuracy(
     train_x: Tensor,
     train_y: Tensor,
@@ -173,6 +182,7 @@ def knn_accuracy(
     ).accuracy
 
 
+@in_kind
 def knn_predict(
     train_x: Tensor,
     train_y: Tensor,
@@ -188,19 +198,22 @@ def knn_predict(
 
     Returns:
         Votes float32 [L, Q, C], a query's adding up to 1, and predicted classes int64 [L, Q], both
-        on the CPU; without the L for features of [N, D]. C is the largest train label plus one.
+        on the CPU; without the L for features of [N, D]. The C columns of votes are the classes
+        from 0 to the largest train label, or where that is beyond 2^15 those that occur, in order.
 
     Raises:
         ValueError: as :func:`knn_report`.
     """
-    found = [
-        classify(indices, scores, labels, [k], temperature, int(labels.max()) + 1)
-        for indices, scores, labels in _block_neighbors(
-            train_x, train_y, test_x, k, standardize, device, progress
-        )
-    ]
+    train_x = as_features(train_x, "train features")
+    train_y = class_labels(train_y, train_x, "train")
+    classes, k, found = columns(train_y), int(k), []
+    for indices, scores, labels in _block_neighbors(
+        train_x, train_y, classes, test_x, k, standardize, device, progress
+    ):
+        votes, predicted = classify(indices, scores, labels, [k], temperature, len(classes))
+        found.append((votes, classes[predicted]))
     votes, predictions = (torch.stack(part, dim=1)[0] for part in zip(*found, strict=True))
-    return (votes[0], predictions[0]) if np.ndim(train_x) == 2 else (votes, predictions)
+    return (votes[0], predictions[0]) if train_x.ndim == 2 else (votes, predictions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,33 +253,38 @@ def knn_swept(
     Raises:
         ValueError: as :func:`knn_report`.
     """
-    n, truth = (
-        np.shape(train_x)[-2],
-        class_labels(test_y, as_features(test_x, "test features"), "test"),
-    )
+    train_x = as_features(train_x, "train features")
+    test_x = as_features(test_x, "test features")
+    train_y, test_y = numbered(train_y, test_y)
+    train_y, truth = class_labels(train_y, train_x, "train"), class_labels(test_y, test_x, "test")
+    n, classes = train_x.shape[-2], columns(train_y, truth)
     ks = sorted({int(one) for one in k if one < n})
     if not ks or not temperatures:
         raise UserError(f"give temperatures, and numbers of neighbors below {n}, not {list(k)}")
     found = []
     sides = [
-        _block_neighbors(train_x, train_y, side, ks[-1], standardize, device, progress)
+        _block_neighbors(train_x, train_y, classes, side, ks[-1], standardize, device, progress)
         for side in (None, test_x)
     ]
     for own, asked in zip(*sides, strict=True):
         right_ST, accuracy_ST = (
             torch.stack(
-                [(classify(*some, ks, t, None)[1] == y).float().mean(1) for t in temperatures], 1
+                [
+                    (classify(*some, ks, t, len(classes), False)[1] == y).float().mean(1)
+                    for t in temperatures
+                ],
+                1,
             )
-            for some, y in ((own, own[2].cpu()), (asked, truth.cpu()))
+            for some, y in ((own, own[2].cpu()), (asked, torch.searchsorted(classes, truth.cpu())))
         )
         s, t = divmod(int(right_ST.argmax()), len(temperatures))
         found.append((accuracy_ST[s, t], ks[s], temperatures[t]))
-    columns = [torch.as_tensor(column) for column in zip(*found, strict=True)]
-    return KNNChoice(*(c if np.ndim(train_x) == 3 else c[0] for c in columns))
+    chosen = [torch.as_tensor(part) for part in zip(*found, strict=True)]
+    return KNNChoice(*(c if train_x.ndim == 3 else c[0] for c in chosen))
 
 
-def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress):
-    """Yields each block's neighbors: indices [Q, k], similarities [Q, k], and the labels.
+def _block_neighbors(train_x, train_y, classes, test_x, k, standardize, device, progress):
+    """Yields each block's neighbors: indices [Q, k], similarities [Q, k], and the labels' columns.
 
     A block at a time, on the device, so that copies and votes of one block only are held.
     """
@@ -274,7 +292,7 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress)
     test_x, train_x = feature_pair(
         train_x if alone else test_x, train_x, names=("test features", "train features")
     )
-    train_y = class_labels(train_y, train_x, "train")
+    train_y = torch.searchsorted(classes, train_y.cpu())
     check_k(k, test_x, train_x, alone)
     device = device_for(device, test_x)
     blocks = [(train_x, test_x)] if train_x.ndim == 2 else list(zip(train_x, test_x, strict=True))
@@ -285,28 +303,29 @@ def _block_neighbors(train_x, train_y, test_x, k, standardize, device, progress)
         yield *search(test, train, k, exclude_self=alone), train_y.to(device)
 
 
-def classify(indices, scores, labels, ascending, temperature: float, n_classes: int | None):
-    """Votes float32 [S, Q, C] (None without n_classes) and predictions int64 [S, Q], on the CPU."""
+def classify(
+    indices, scores, labels, ascending, temperature: float, n_classes: int, keep_votes: bool = True
+):
+    """Votes float32 [S, Q, C] (None if not kept) and predictions int64 [S, Q], on the CPU."""
     if temperature <= 0:
         raise UserError(f"temperature must be positive, not {temperature}")
-    width = n_classes or int(labels.max()) + 1
-    step = chunk_rows(indices.device, 8 * width * (1 + len(ascending)))
+    step = chunk_rows(indices.device, 8 * n_classes * (1 + len(ascending)))
     votes, predictions = [], []
     for some, close in zip(indices.split(step), scores.split(step), strict=True):
         # Divided by the nearest neighbor's weight: the same winners, and no overflow.
         weights_Qk = ((close - close[:, :1]).double() / temperature).exp()
         classes_Qk = labels[some]
-        votes_QC = weights_Qk.new_zeros(len(weights_Qk), width)
+        votes_QC = weights_Qk.new_zeros(len(weights_Qk), n_classes)
         start, winners, shares = 0, [], []
         for k in ascending:  # each adds to the votes of the one before
             votes_QC.scatter_add_(1, classes_Qk[:, start:k], weights_Qk[:, start:k])
             winners.append(votes_QC.argmax(1))
-            if n_classes:
+            if keep_votes:
                 shares.append((votes_QC / votes_QC.sum(1, keepdim=True)).float())
             start = k
         predictions.append(torch.stack(winners).cpu())
-        votes += [torch.stack(shares).cpu()] if n_classes else []
-    return torch.cat(votes, dim=1) if n_classes else None, torch.cat(predictions, dim=1)
+        votes += [torch.stack(shares).cpu()] if keep_votes else []
+    return torch.cat(votes, dim=1) if keep_votes else None, torch.cat(predictions, dim=1)
 
 
 # ---------------------------------------------------------------- what a graph tells

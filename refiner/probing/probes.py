@@ -30,7 +30,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import class_labels, device_for, feature_pair, full_precision
+from refiner.base.tensors import (
+    as_features,
+    axes_of,
+    class_labels,
+    device_for,
+    feature_pair,
+    full_precision,
+    in_kind,
+    numbered,
+)
 from refiner.probing.logistic import (
     PENALTIES,
     PenaltyChoice,
@@ -52,6 +61,7 @@ CATEGORICAL = ("pattern", "class")
 def _check(train_x, train_y, test_x, test_y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features [L, N, D] and [L, M, D], labels on the CPU; one clear error for what cannot be."""
     x_LND, z_LMD = _blocks(train_x, test_x)
+    train_y, test_y = numbered(train_y, test_y)
     y, t = class_labels(train_y, x_LND, "train").cpu(), class_labels(test_y, z_LMD, "test").cpu()
     if len(y.unique()) < 2:
         raise UserError("a probe needs at least two classes in the train labels")
@@ -113,6 +123,7 @@ class LinearProbe:
 
     def predict(self, x: Tensor) -> Tensor:
         """Labels of features [L, M, D] (or [M, D]), int64 [L, M] (or [M])."""
+        x = as_features(x, "features")
         if x.ndim != self.weights.ndim or x.shape[-1] != self.weights.shape[-2]:
             raise UserError(
                 f"features {list(x.shape)} do not fit a probe of weights {list(self.weights.shape)}"
@@ -145,7 +156,8 @@ def linear_probe(
 
     Args:
         train_x, test_x: features [L, N, D] and [L, M, D], or [N, D] and [M, D]; any float dtype.
-        train_y, test_y: int labels [N] and [M]. A test image of a class that train lacks counts as
+        train_y, test_y: labels [N] and [M], integers or words (which count by their place in the
+            alphabet of both sets together). A test image of a class that train lacks counts as
             wrong. A class of a single train image is fitted on, never chosen with.
         penalties: values of λ; scikit-learn's C is 1 / (λ·N). One value needs no choice.
         validation: share of each class's train images that choose.
@@ -195,9 +207,9 @@ def linear_probe(
             columns.append([part.cpu() for part in column])
             bar.update(len(x_GND))
     parts = [torch.cat(column) for column in zip(*columns, strict=True)]
-    parts = parts if np.ndim(train_x) == 3 else [part[0] for part in parts]
+    parts = parts if axes_of(train_x) == 3 else [part[0] for part in parts]
     accuracy, penalty, right, weights, bias, objective, gap = parts
-    right = right.T if np.ndim(train_x) == 3 else right
+    right = right.T if axes_of(train_x) == 3 else right
     return LinearProbe(
         accuracy, penalty, right, grid, weights, bias, classes, objective, gap, gap <= tolerance
     )
@@ -291,7 +303,7 @@ def low_shot(
                 z_ME = scaling.of_blocks(torch.tensor([block]))(z_MD[None].to(device))[0]
                 label = classes[(z_ME @ weights_LKCE[block].mT).argmax(-1).cpu()]
                 right[size, :, block] = label == t
-    right = right if np.ndim(train_x) == 3 else right[:, :, 0]
+    right = right if axes_of(train_x) == 3 else right[:, :, 0]
     accuracy = right.float().mean(-1)
     return LowShot(
         (*shots, *fractions),
@@ -372,6 +384,7 @@ def possible_shots(shots: Sequence[int], fractions: Sequence[float], labels: Ten
 # ---------------------------------------------------------------- what else is in the features
 
 
+@in_kind
 def factor_probe(
     train_x: Tensor,
     train_factors: Mapping[str, np.ndarray | Tensor],
@@ -417,7 +430,8 @@ def factor_probe(
     found: dict[str, Tensor] = {}
     for name in train_factors:
         if name in categorical:
-            y, t = (torch.as_tensor(f[name]).long() for f in (train_factors, test_factors))
+            y, t = numbered(train_factors[name], test_factors[name])
+            y, t = (torch.as_tensor(v).long() for v in (y, t))  # whole floats, in Toybox
             found[name] = linear_probe(x_LND, y, z_LMD, t, progress=progress, **common).accuracy
     plain = [name for name in train_factors if name not in found]
     if plain:
@@ -442,7 +456,7 @@ def factor_probe(
                     _ridge_scores(x_NE, z_ME, *targets, grid, fit.to(device), held.to(device))
                 )
         found |= dict(zip(plain, torch.tensor(rows).T, strict=True))
-    pick = (lambda scores: scores) if np.ndim(train_x) == 3 else (lambda scores: scores[0])
+    pick = (lambda scores: scores) if axes_of(train_x) == 3 else (lambda scores: scores[0])
     return {name: pick(found[name]) for name in train_factors}
 
 
@@ -452,7 +466,7 @@ def _check_factors(train: Mapping, test: Mapping, n: int, m: int) -> None:
             f"train and test must have the same factors, not {sorted(train)} and {sorted(test)}"
         )
     for name in train:
-        a, b = np.asarray(train[name]), np.asarray(test[name])
+        a, b = map(np.asarray, numbered(train[name], test[name]))
         if a.shape != (n,) or b.shape != (m,):
             raise UserError(
                 f"factor {name!r} has values {list(a.shape)} and {list(b.shape)}, "
@@ -466,7 +480,7 @@ def _check_factors(train: Mapping, test: Mapping, n: int, m: int) -> None:
 
 def _targets(values, period: float | None) -> Tensor:
     """What the ridge predicts: the value [N, 1], or a point on the circle [N, 2]."""
-    v = torch.as_tensor(values, dtype=torch.float64)
+    v = torch.as_tensor(np.asarray(values), dtype=torch.float64)
     if period is None:
         return v[:, None]
     angle = v * (2 * torch.pi / period)

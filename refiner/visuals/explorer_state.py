@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.files import readable
-from refiner.base.tensors import mean_and_scale, standardized
+from refiner.base.tensors import as_features, mean_and_scale, named_labels, standardized
 from refiner.images import toybox
 from refiner.images.sets import ImageSet
 from refiner.probing.features import Features
@@ -145,7 +145,7 @@ class Exploration:
     tables: dict[str, Table]  # by model
     k: int  # neighbors that vote and are shown
     labels: np.ndarray | None  # int64 [N]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # their names, or numbers; empty without labels
     factors: dict[str, np.ndarray]  # by name [N]
     sample: np.ndarray  # positions [S] of the images whose neighbors were searched
     pictures: dict[int, str] = field(default_factory=dict)  # thumbnails that have been shown
@@ -175,16 +175,9 @@ class Exploration:
         start = State(names[0], names[-1], depth, layout=layout, colour=self.colours[0])
         return start if len(names) > 1 else replace(start, block=1, right_block=depth)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The classes' names, or their numbers; empty without labels."""
-        if self.labels is None or self.classes:
-            return self.classes
-        return tuple(map(str, range(int(self.labels.max()) + 1)))
-
     def name_of(self, label: int | None) -> str:
-        """A class's name, or its number; empty without one."""
-        return "" if label is None else self.names[label]
+        """A class's name; empty without a label."""
+        return "" if label is None else self.classes[label]
 
     # ------------------------------------------------------------ a state's view
 
@@ -234,7 +227,7 @@ class Exploration:
         if name == "none":
             return Colour(np.zeros(len(self), np.int64), ("image",))
         if name == "class":
-            return Colour(self.labels, self.names)
+            return Colour(self.labels, self.classes)
         if name == "neighbor agreement":
             return Colour(shared_S.astype(np.float32))
         if name == "prediction error":
@@ -301,7 +294,7 @@ class Exploration:
         from difflib import get_close_matches
 
         asked, last = text.strip().lower(), len(self) - 1
-        names = [name.lower() for name in self.names]
+        names = [name.lower() for name in self.classes]
         if asked in names:
             return tuple(np.flatnonzero(self.labels == names.index(asked)).tolist())
         try:
@@ -310,7 +303,7 @@ class Exploration:
             near = get_close_matches(asked, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"type a position from 0 to {last}"
             if names and not near:
-                hint += f", or a class: {', '.join(self.names[:20])}"
+                hint += f", or a class: {', '.join(self.classes[:20])}"
             raise UserError(f"nothing is called {text.strip()!r}; {hint}") from None
         if not all(span and 0 <= span[0] and span[-1] <= last for span in spans):
             raise UserError(f"there are images 0 to {last}, not {text.strip()!r}")
@@ -381,10 +374,15 @@ def prepare(
     n = len(pixels)
     labels = getattr(images, "labels", None) if labels is None else labels
     classes = getattr(images, "classes", ()) if classes is None else classes
-    classes = tuple(map(readable, classes))
-    factors = dict(getattr(images, "factors", {}))
+    factors = {k: np.asarray(v) for k, v in getattr(images, "factors", {}).items()}
     found = _features(features, n, kind)
-    labels = _labels(labels, n, classes)
+    if labels is not None:
+        labels, classes = named_labels(labels, n, classes)
+        if not classes:  # ids, with gaps or without
+            ids, labels = labels.unique(return_inverse=True)
+            classes = map(str, ids.tolist())
+        labels = labels.cpu().numpy()
+    classes = () if labels is None else tuple(map(readable, classes))
     if not 1 <= k < n:
         raise UserError(f"k must be from 1 to {n - 1} neighbors among {n} images, not {k}")
     sample = np.arange(n)
@@ -492,7 +490,8 @@ def _features(features, n: int, kind: str | None) -> dict[str, tuple[Tensor, tup
     found = {}
     for name, given in features.items():
         whole = isinstance(given, Features)
-        x = (given[kind] if kind else given.main) if whole else torch.as_tensor(given)
+        x = (given[kind] if kind else given.main) if whole else given
+        x = x if isinstance(x, Tensor) else as_features(x, f"features {name!r}")
         x = x[None] if x.ndim == 2 else x
         if x.ndim != 3 or not x.is_floating_point() or x.shape[2] < 2:
             raise UserError(
@@ -517,16 +516,3 @@ def _check_finite(name: str, x_LND: Tensor) -> None:
                 f"the features {name!r} hold NaN or infinity in block {number}, first at image "
                 f"{int(bad[0])}: extract them again, or leave those images out"
             )
-
-
-def _labels(labels, n: int, classes: tuple[str, ...]) -> np.ndarray | None:
-    if labels is None:
-        return None
-    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if labels.shape != (n,):
-        raise UserError(f"{n} images do not match labels of shape {list(labels.shape)}")
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError("the labels must be whole numbers from 0")
-    if classes and int(labels.max()) >= len(classes):
-        raise UserError(f"label {int(labels.max())} has no name among {len(classes)} classes")
-    return labels.astype(np.int64)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder, data_folder
-from refiner.base.tensors import standardized
+from refiner.base.tensors import as_features, in_kind, standardized
 from refiner.probing.search import Graph, nearest_neighbors
 
 N_NEIGHBORS = 15
@@ -53,6 +53,7 @@ def shared_axes(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: axes[x.shape[2]] for name, x in features.items()}
 
 
+@in_kind
 def pca_embedding(features: Tensor, *, axes_of: Tensor | None = None) -> Tensor:
     """Projects features onto the two directions in which they vary most.
 
@@ -68,12 +69,11 @@ def pca_embedding(features: Tensor, *, axes_of: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: for features that are not [N, D] with N and D at least 2, or not finite.
     """
-    base = features if axes_of is None else axes_of
+    features = as_features(features, "features")
+    base = features if axes_of is None else as_features(axes_of, "features")
     for x in (base, features):
         if x.ndim != 2 or len(x) < 1 + (x is base) or x.shape[1] < 2 or x.shape[1] != base.shape[1]:
             raise UserError(f"features must be [N, D], both at least 2, not {list(x.shape)}")
-        if not x.isfinite().all():
-            raise UserError("the features hold NaN or infinity")
     return torch.from_numpy(_fitted(base).transform(_doubles(features))).float()
 
 
@@ -96,6 +96,7 @@ def framed(xy: Tensor | np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- UMAP
 
 
+@in_kind
 def umap_embedding(
     features: Tensor,
     graph: Graph | None = None,
@@ -128,6 +129,7 @@ def umap_embedding(
         ValueError: for a graph of other images, with too few neighbors or with images that are
             their own neighbors, an init that is not [N, 2], or points that are not finite.
     """
+    features = as_features(features, "features")
     n = len(features)
     if not 2 <= n_neighbors <= n:
         raise UserError(f"n_neighbors must be from 2 to the {n} images, not {n_neighbors}")

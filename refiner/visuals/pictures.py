@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from refiner.base.errors import UserError
+from refiner.base.tensors import named_labels
 from refiner.images.sets import ImageSet
 from refiner.probing.search import Graph
 from refiner.visuals.style import RIGHT, WRONG, array, axes_for, name_of, named, plain
@@ -227,7 +228,10 @@ def _labels_of(images, labels, classes) -> tuple[np.ndarray | None, Sequence[str
     """Labels and class names as given, or else an ImageSet's own."""
     labels = getattr(images, "labels", None) if labels is None else labels
     classes = getattr(images, "classes", None) if classes is None else classes
-    return None if labels is None else torch.as_tensor(labels).cpu().numpy(), classes or None
+    if labels is None:
+        return None, classes or None
+    labels, classes = named_labels(labels, len(labels), classes or ())
+    return labels.cpu().numpy(), classes or None
 
 
 # ---------------------------------------------------------------- tables

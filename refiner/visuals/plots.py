@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from refiner.base.errors import UserError
+from refiner.base.tensors import named_labels
 from refiner.visuals.pictures import contact_sheet as contact_sheet
 from refiner.visuals.pictures import factor_heatmap as factor_heatmap
 from refiner.visuals.pictures import neighbor_grid as neighbor_grid
@@ -362,7 +362,9 @@ def embedding(
         ax: as many Axes as maps; default a new figure.
     """
     points = named(maps)
-    labels = None if labels is None else torch.as_tensor(labels).cpu().numpy()
+    if labels is not None:
+        labels, classes = named_labels(labels, len(labels), classes or ())
+        labels = labels.cpu().numpy()
     for name, xy in points.items():
         if xy.ndim != 2 or xy.shape[1] != 2 or (labels is not None and len(labels) != len(xy)):
             n = "N" if labels is None else len(labels)
