@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import refiner
 from refiner.base.errors import UserError
+from refiner.base.files import readable
 from refiner.base.settings import Count, Whole, changed, in_range, parse_setting
 
 
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second one has nothing to say
         say("\nInterrupted.")
         return 130
     except BrokenPipeError:
@@ -42,6 +46,19 @@ def main(argv: list[str] | None = None) -> int:
             raise
         say(f"refiner: {sentence(error)}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if args.debug or (wanted := memory_wanted(error)) is None:
+            raise
+        say(f"refiner: the memory does not suffice{wanted}; take fewer or smaller images at once")
+        return 2
+
+
+def memory_wanted(error: Exception) -> str | None:
+    """How much could not be had, in words; None for another error."""
+    text = str(error)
+    if found := re.search(r"(?:[Uu]nable|tried|Tried) to allocate ([\d.]+ ?\w+)", text):
+        return f": {found[1]} were wanted at once"
+    return "" if isinstance(error, MemoryError) or "out of memory" in text else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,14 +98,14 @@ def number(metavar: str) -> dict:
 
 def say(text: str) -> None:
     """To standard error, beside the results."""
-    print(text, file=sys.stderr)
+    print(readable(text), file=sys.stderr)
 
 
 def sentence(error: BaseException) -> str:
     """An error's message on one line; for the system's own, what and which file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------- course
@@ -189,7 +206,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
     check_device(args.device)
     recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings or [])
     start = start_from(args.start, recipe) if args.start else None
-    check_out(args.out)
+    check_out(args.out, args.start)
     images = load_images(args.data, n=args.n, size=recipe.size)
     run = resumable(pretrain, images, recipe=recipe, start=start, **training_options(args))
     last = run.history[-1]
@@ -235,7 +252,7 @@ def refine_command(args: argparse.Namespace) -> int:
     size = model.refiner_card["preprocessing"]["size"]
     # Errors of a setting come before the images are read; any large number of them will do.
     first = refine_preset(args.preset, model, size, IMAGENET, args.settings or [])
-    check_out(args.out)
+    check_out(args.out, args.model)
     options = training_options(args)
     images = refinable_images(args, size, min(view.size for view in first.views))
     if args.knn_every:
@@ -491,13 +508,21 @@ def training_options(args: argparse.Namespace) -> dict:
     return options
 
 
-def check_out(out: str) -> None:
+def check_out(out: str, *models: str | None) -> None:
     """Makes sure, before the work starts and without making it, that a folder can be written.
 
+    Args:
+        out: the folder.
+        models: names or folders of models that must not be overwritten.
+
     Raises:
+        UserError: for the folder of one of the models.
         OSError: naming the place that is in the way or not writable.
     """
     place = Path(out).resolve()
+    for model in filter(None, models):
+        if place in (found := Path(model).resolve(), found.parent) and found.exists():
+            raise UserError(f"--out is {model} itself, which would be overwritten; choose another")
     while not place.exists():
         place = place.parent
     if not place.is_dir():

@@ -1,5 +1,7 @@
 """Extraction against a plain reference, for every kind of model and input it promises to take."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -242,6 +244,18 @@ def test_the_model_is_left_as_it_was(broken):
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == wants
     assert torch.is_grad_enabled()
+
+
+def test_a_disk_that_is_too_small_is_said_before_it_kills(tmp_path, monkeypatch):
+    """A mapped file without space behind it ends the process by SIGBUS."""
+
+    def full(file, start, size):
+        assert (start, size % 4) == (0, 0) and size > 0
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="temporary file of .* cannot be made: No space left"):
+        quiet(tiny(), pixels(), memory=1, folder=tmp_path)
 
 
 def test_features_can_train_a_probe():

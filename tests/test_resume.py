@@ -4,13 +4,16 @@ import errno
 import importlib
 import os
 import random
+import subprocess
 import time
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from refiner.base.errors import UserError
 from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models.load import build_vit, load_model
@@ -52,6 +55,14 @@ def model():
 @pytest.fixture(scope="module")
 def whole(model, images):
     return R.refine(model, images, recipe=TINY, progress=False, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def saved(model, images, tmp_path_factory):
+    """A folder with the states of a run; its last one is for a test to replace."""
+    out = tmp_path_factory.mktemp("saved")
+    run(model, images, out)
+    return out
 
 
 def run(model, images, out, *, recipe=TINY, resume=None):
@@ -217,8 +228,65 @@ def test_a_damaged_state_falls_back_to_the_one_before(model, images, whole, tmp_
         assert_same(whole, run(model, images, tmp_path))
     for name in ("state.pt", "state.previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(OSError, match="cannot read"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="cannot resume: .* is damaged"):
         run(model, images, tmp_path)
+
+
+def test_a_bit_that_flips_anywhere_is_found_or_harmless(tmp_path):
+    """torch compares no checksums; between the records of a zip file there is nothing to lose."""
+    state, path = {"a": torch.arange(500.0), "b": [1, {"c": "text"}]}, tmp_path / "state.pt"
+    for step in (1, 2):
+        states.save_state(path, state | {"step": step}, keep_previous=True)
+    content, rng, fallen_back = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        broken = bytearray(content)
+        broken[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.unlink()
+        path.write_bytes(broken)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = states.load_state(path)
+        assert torch.equal(found.pop("a"), state["a"]) and found["b"] == state["b"]
+        assert found["step"] == (1 if caught else 2)
+        fallen_back += bool(caught)
+    assert fallen_back > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("done"), "done is missing"),
+        (lambda s: s.update(done="3"), "done is '3'; it needs to be a whole number"),
+        (lambda s: s.update(done=25), "done is 25"),
+        (lambda s: s.pop("heads"), "holds no heads: it is of another command"),
+        (lambda s: s.update(recipe={"dim": 16}), "there is no setting 'dim'"),
+        (lambda s: s.update(recipe=None), "recipe is None"),
+        (lambda s: s.update(history=[{"loss": 1}]), "does not hold what it should"),
+        (lambda s: s["model"].pop("norm.weight"), "does not hold what it should"),
+        (lambda s: s.update(optimizers={"9": {}}), "does not hold what it should"),
+        (
+            lambda s: s["optimizers"]["3"]["state"][0].update(exp_avg=torch.zeros(3)),
+            "other shapes than the weights",
+        ),
+    ],
+)
+def test_a_state_that_is_not_of_this_run_is_one_sentence(model, images, saved, change, said):
+    state = states.load_state(saved / "state.previous.pt")
+    change(state)
+    states.save_state(saved / "state.pt", state)
+    with pytest.raises(UserError, match=said) as caught:
+        run(model, images, saved)
+    assert "state.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_living_run_keeps_its_folder(model, images, tmp_path):
+    def second(*_):
+        with pytest.raises(UserError, match="another run writes to"):
+            run(model, images, tmp_path, resume=False)
+
+    options = {"recipe": replace(TINY, head_steps=1, steps=1), "out": tmp_path, "log_every": 1}
+    R.refine(model, images, watch=[second], progress=False, **options)
+    assert states.load_state(tmp_path / "state.pt")["done"] == 2
 
 
 def test_a_copy_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
@@ -235,9 +303,15 @@ def test_a_copy_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_killed_runs_left_is_removed(model, images, tmp_path, resume):
     run(model, images, tmp_path, recipe=replace(TINY, steps=1))
-    (tmp_path / ".state.pt.abc").write_bytes(b"half")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = [tmp_path / f".{name}.{dead.pid}-a1b2c3d4.half" for name in ("state.pt", "card.json")]
+    kept = [tmp_path / f".state.pt.{os.getppid()}-a1b2c3d4.half", tmp_path / ".of.another.half"]
+    for path in (*left, *kept):
+        path.write_bytes(b"half")
     run(model, images, tmp_path, recipe=replace(TINY, steps=1), resume=resume)
-    assert not (tmp_path / ".state.pt.abc").exists()
+    assert not any(p.exists() for p in left) and all(p.exists() for p in kept)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_only_what_does_not_shape_the_state_may_change(model, images, tmp_path):
@@ -259,6 +333,8 @@ def test_only_the_same_model_and_images_go_on(model, images, whole, tmp_path):
     assert_same(whole, run(model, named[1], tmp_path))  # the folder has moved
     with pytest.raises(ValueError, match="images were 'cats', not 'dogs'"):
         run(model, named[2], tmp_path)
+    with pytest.raises(ValueError, match="its images had other pixels"):
+        run(model, ImageSet(images=images.flip(0), name="cats"), tmp_path)
 
 
 def test_states_of_older_versions_still_load(model, images, whole, tmp_path):

@@ -1,6 +1,7 @@
 """``refiner pretrain`` and ``refiner refine`` as a user types them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -243,3 +244,17 @@ def test_a_file_in_the_way_of_the_output(tmp_path, capsys):
 def test_models_are_listed(capsys):
     assert main(["models"]) == 0
     assert "mae_toybox: masked autoencoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["m", "m/", "./m", "m/model.safetensors", "link"])
+@pytest.mark.parametrize("command", [["refine", "--model"], ["pretrain", "--start"]])
+def test_a_model_is_not_overwritten_by_what_is_made_of_it(
+    trained, tmp_path, monkeypatch, capsys, command, model
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "m")
+    (tmp_path / "link").symlink_to("m")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "m").iterdir()}
+    assert main([*command, model, "--out", "m", "--data", "digits"]) == 2
+    assert "--out is" in capsys.readouterr().err
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "m").iterdir()}

@@ -5,7 +5,6 @@ A report writes the ``body`` of a page as a jinja2 template; the frame and the m
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.files import write_text
+from refiner.base.files import read_json, write_text
 from refiner.base.places import machine
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -81,22 +80,23 @@ def figure_html(png: str, caption: str, alt: str) -> str:
     return _MAKER.get_template("macros").module.figure(png.strip(), caption, alt)
 
 
-def begin(out: Path, asked: dict, resume: bool, **empty) -> dict:
+def begin(out: Path, asked: dict, resume: bool, kind: type, **empty) -> dict:
     """What an interrupted run left in ``report.json``, or an empty report.
 
     Args:
         out: the report's folder.
         asked: the options that an earlier run must share.
         resume: whether to go on with what is there.
+        kind: a TypedDict: what it has to hold then.
         empty: the parts of an empty report.
 
     Raises:
-        ValueError: when the earlier run had other options.
+        UserError: when the earlier run had other options, or its report is damaged.
     """
     path = out / "report.json"
     if not (resume and path.exists()):
         return asked | {"machine": machine()} | empty
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path, kind)
     changed = [key for key, value in asked.items() if report.get(key) != value]
     if changed:
         raise UserError(

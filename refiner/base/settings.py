@@ -173,7 +173,7 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise UserError(f"--set needs NAME=VALUE, got {text!r}")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return name, value
 
 

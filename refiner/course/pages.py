@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from refiner.base import pages
-from refiner.base.files import write_text
+from refiner.base.files import read_json, write_text
 
 # nbconvert's page loads scripts for formulas, diagrams and old widgets from the network. Without
 # them formulas stay as they were typed; JupyterLab shows them set. Its pictures have no alt text.
@@ -60,7 +60,8 @@ _INDEX = """
 <h2 id="{{ name }}">{{ name }}: {{ entry.title }}</h2>
 <p><a href="{{ name | urlencode }}.html">the whole notebook</a>,
 <a href="{{ name | urlencode }}.ipynb">as .ipynb</a>; preset {{ entry.preset }}
-{%- if entry.peak_memory_mb %}, at most {{ entry.peak_memory_mb }} MiB of memory{% endif %}</p>
+{%- set memory = entry.get("peak_memory_mb") %}
+{%- if memory %}, at most {{ memory }} MiB of memory{% endif %}</p>
 <ul>{% for text in entry.problems %}<li class="failed">{{ text }}</li>{% endfor %}</ul>
 <table>{% for key, value in entry.metrics.items() %}
 <tr><td>{{ key }}</td><td class="number">{{ short(value) }}</td></tr>
@@ -91,9 +92,23 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+class Cell(TypedDict):
+    """A notebook's cell, as far as pictures are looked for."""
+
+    cell_type: str
+    source: str | list[str]
+    outputs: NotRequired[list[dict[str, object]]]
+
+
+class Notebook(TypedDict):
+    """A notebook's cells."""
+
+    cells: list[Cell]
+
+
 def _figures(path: Path) -> list[tuple[str, str, str]]:
     """Every picture among the outputs, the heading it appeared below, and what it shows."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook = read_json(path, Notebook)
     heading, figures = "", []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":

@@ -14,12 +14,13 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from refiner.base import places
 from refiner.base.errors import MissingPackage, UserError
-from refiner.base.files import write_json
+from refiner.base.files import one_run_a_folder, read_json, write_json
 from refiner.base.places import clock, find_notebooks
+from refiner.base.settings import NotNegative
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -73,6 +74,24 @@ def _plain(name: str, value) -> object:
 # ---------------------------------------------------------------- running
 
 
+class Entry(TypedDict):
+    """A notebook in ``summary.json``."""
+
+    title: str
+    status: Literal["ok", "failed"]
+    seconds: NotNegative
+    preset: str
+    problems: list[str]
+    metrics: dict[str, object]
+    fingerprint: str
+
+
+class Summary(TypedDict):
+    """What an earlier run wrote to ``summary.json``."""
+
+    notebooks: dict[str, Entry]
+
+
 @dataclass
 class Job:
     """A notebook about to run: ``parameters`` holds only values that differ from its own."""
@@ -86,6 +105,7 @@ class Job:
     seconds: float
 
 
+@one_run_a_folder
 def run_course(
     notebooks: str | Path | None = None,
     out: str | Path = "runs/course",
@@ -320,11 +340,8 @@ def _read_bands(folder: Path, path: str | Path | None) -> dict[str, dict[str, di
     if path is None and not beside.is_file():
         return {}
     path = Path(path or beside)
-    try:
-        bands = json.loads(path.read_text())
-        kinds = [set(band) for metrics in bands.values() for band in metrics.values()]
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} holds no bands: {error}") from error
+    bands = read_json(path, dict[str, dict[str, dict[str, object]]])
+    kinds = [set(band) for metrics in bands.values() for band in metrics.values()]
     for kind in kinds:
         if not (kind == {"equals"} or (kind and kind <= {"min", "max"})):
             raise UserError(f"{path}: a band has min and max, or equals, not {sorted(kind)}")
@@ -334,13 +351,9 @@ def _read_bands(folder: Path, path: str | Path | None) -> dict[str, dict[str, di
 def _read_summary(path: Path) -> dict[str, dict]:
     """The notebooks' entries of an earlier run in the same place; empty without one."""
     try:
-        return json.loads(path.read_text())["notebooks"]
+        return read_json(path, Summary)["notebooks"]
     except (FileNotFoundError, NotADirectoryError):  # the latter is refused a little later
         return {}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no summary of a course; remove it or choose another --out"
-        ) from error
 
 
 def _save(folder: Path, out: Path, summary: dict, name: str, entry: dict) -> None:

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.files import write_json
+from refiner.base.files import fitting, one_run_a_folder, write_json
 from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
 from refiner.base.settings import checked
@@ -48,6 +49,22 @@ class Row:
     cost: float
     needs: str = ""
     short: str = ""
+
+
+class Measured(TypedDict):
+    """One row of one model in a report."""
+
+    seconds: float
+    scores: list[dict[str, object]]
+
+
+class Report(TypedDict):
+    """What the ``report.json`` holds that a run goes on from."""
+
+    machine: dict[str, object]
+    rows: dict[str, dict[str, Measured]]
+    failed: dict[str, dict[str, str]]
+    titles: NotRequired[dict[str, list[str]]]
 
 
 _FEW = "Fine-tuning, few labels"
@@ -88,6 +105,7 @@ def rows_for(rows: Sequence[str] | None, transfers: Sequence[str]) -> dict[str, 
 # ---------------------------------------------------------------- running
 
 
+@one_run_a_folder
 def evaluate(
     before: str,
     after: str | None = None,
@@ -141,7 +159,7 @@ def evaluate(
     asked = {"models": models, "data": str(data), "dense": None if dense is None else str(dense)}
     asked["settings"] = json_ready(asdict(settings))
     loaded = {side: load_model(name) for side, name in models.items()}
-    report = begin(out, asked, resume, rows={}, failed={})
+    report = begin(out, asked, resume, Report, rows={}, failed={})
     bench = _Bench(loaded, settings, data, dense, device, progress)
     report["images"] = bench.facts()
     report["left_out"] = left_out = bench.left_out(wanted)
@@ -158,8 +176,9 @@ def evaluate(
     report["titles"] = report.get("titles", {}) | titles
     done = report["rows"]  # in the order of the protocols, whatever was tried again
     report["rows"] = {name: done[name] for name in (*wanted, *done) if name in done}
-    write_json(out / "report.json", report)
-    write_page(out, report)
+    with fitting(out / "report.json", resume):
+        write_json(out / "report.json", report)
+        write_page(out, report)
     return report
 
 

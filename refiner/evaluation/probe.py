@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NotRequired, TypedDict, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from refiner.base import pages
 from refiner.base.errors import UserError
-from refiner.base.files import write_json
+from refiner.base.files import fitting, one_run_a_folder, write_json
 from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
 from refiner.base.settings import Count, Entries, Portion, Whole, checked
@@ -50,6 +50,27 @@ class Settings:
     seed: Whole = 0
 
 
+Numbers = dict[str, dict[str, object]]  # by part
+
+
+class Found(TypedDict):
+    """What a report holds of a model."""
+
+    origin: str
+    done: list[str]
+    blocks: NotRequired[list[int]]
+    cls: NotRequired[Numbers]
+    patch: NotRequired[Numbers]
+    final: NotRequired[Numbers]
+
+
+class Report(TypedDict):
+    """What the ``report.json`` holds that a run goes on from."""
+
+    machine: dict[str, object]
+    models: dict[str, Found]
+
+
 @dataclass(frozen=True, eq=False)
 class _Sides:
     """One pooling's features with their images: x, y of train and z, t of test."""
@@ -69,6 +90,7 @@ class _Sides:
 # ---------------------------------------------------------------- running
 
 
+@one_run_a_folder
 def probe(
     models: str | Sequence[str],
     data: str | Path = "toybox",
@@ -111,7 +133,7 @@ def probe(
         raise UserError(f"give each model once, not {names}")
     out = Path(out)
     asked = {"data": str(data), "n": n, "n_test": n_test, "settings": json_ready(asdict(settings))}
-    report = begin(out, asked, resume, models={})
+    report = begin(out, asked, resume, Report, models={})
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
     total = len(names) * (COST["features"] + sum(COST[part] for part in settings.parts))
     by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
@@ -123,14 +145,14 @@ def probe(
             train, test = by_size[size]
             counts = len(train), len(test), len(train.classes)
             report["images"] = dict(zip(("train", "test", "classes"), counts, strict=True))
-            found = report["models"].setdefault(
-                name, {"origin": model.refiner_card.get("origin", "")}
-            )
+            new = {"origin": model.refiner_card.get("origin", ""), "done": []}
+            found = report["models"].setdefault(name, new)
             for _ in _probe_model(model, found, train, test, settings, device, bar):
                 write_json(out / "report.json", report)
-    report["left_out"] = _left_out(report)
-    write_json(out / "report.json", report)
-    write_page(out, report)
+    with fitting(out / "report.json", resume):
+        report["left_out"] = _left_out(report)
+        write_json(out / "report.json", report)
+        write_page(out, report)
     return report
 
 
@@ -138,7 +160,7 @@ def _probe_model(
     model, found: dict, train: ImageSet, test: ImageSet, settings: Settings, device, bar: tqdm
 ) -> Iterator[None]:
     """Fills ``found`` with the parts that are missing, and stops after each."""
-    done = found.setdefault("done", [])
+    done = found["done"]
     missing = [p for p in settings.parts if p not in done and (p != "factors" or train.factors)]
     bar.update(sum(COST[part] for part in settings.parts if part not in missing))
     if missing:

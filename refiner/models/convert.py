@@ -34,7 +34,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from refiner.base.errors import Damaged, UserError
-from refiner.base.files import naming
+from refiner.base.files import fitting, naming
 from refiner.base.settings import in_range
 from refiner.models.cards import Architecture
 from refiner.models.encoders import plain_vit
@@ -163,16 +163,19 @@ def convert(
     Raises:
         ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
     """
-    state, left_out = _unwrap(content, name)
-    kind = _format(state, name)
-    state, decoder, dropped = _renamed(state, kind)
-    _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
-    architecture = _architecture(state, kind, num_heads, size, name)
-    state = _with_positions(state, architecture, name)
-    _check(state, architecture, name, kind)
-    state = {k: v.to(torch.float32, copy=True).contiguous() for k, v in state.items()}
-    decoder = {k: v.to(torch.float32, copy=True).contiguous() for k, v in decoder.items()}
-    return Converted(kind, architecture, state, decoder, _shortened(left_out + dropped))
+    with fitting(name):
+        state, left_out = _unwrap(content, name)
+        kind = _format(state, name)
+        state, decoder, dropped = _renamed(state, kind)
+        _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
+        architecture = _architecture(state, kind, num_heads, size, name)
+        state = _with_positions(state, architecture, name)
+        _check(state, architecture, name, kind)
+        encoder, decoder = (
+            {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
+            for part in (state, decoder)
+        )
+    return Converted(kind, architecture, encoder, decoder, _shortened(left_out + dropped))
 
 
 def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:

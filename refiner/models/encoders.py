@@ -478,7 +478,7 @@ def prepared(x_BCHW: Tensor, card: dict) -> Tensor:
     how, x = card["preprocessing"], x_BCHW
     size, (h, w) = how["size"], x.shape[2:]
     if (h, w) != (size, size):
-        side = round(min(h, w) * how.get("crop_pct", 1.0))
+        side = max(1, round(min(h, w) * how.get("crop_pct", 1.0)))
         top, left = (h - side) // 2, (w - side) // 2
         x = x[:, :, top : top + side, left : left + side]
         mode = how.get("interpolation", "bicubic")

@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from refiner.base.errors import UserError
 from refiner.base.files import naming, read_json
 from refiner.base.places import check_memory, data_folder
-from refiner.base.settings import Count, in_range
-from refiner.models.cards import Card, Config
+from refiner.base.settings import in_range
+from refiner.models.cards import Architecture, Card, Config
 from refiner.models.catalogue import Entry, find, nearest
 from refiner.models.convert import (
     DECODER_PREFIXES,
@@ -80,7 +80,7 @@ def build_vit(
         ValueError: when the patch does not divide the size or the heads the width.
     """
     sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
-    architecture = {name: in_range(name, value, Count) for name, value in sizes.items()} | details
+    architecture = in_range("", sizes | details, Architecture)
     if size % patch or dim % heads or dim % 4:
         raise UserError(
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
@@ -227,6 +227,10 @@ def _load_carded(path: Path) -> Encoder:
         model = _load_timm_folder(str(path), config, path / WEIGHTS[0])
     else:
         model = _built(card["architecture"], read_checkpoint(path)[1], str(path))
+    made_for = getattr(model.patch_embed, "img_size", None) or (card["preprocessing"]["size"],)
+    if card["preprocessing"]["size"] != made_for[0]:
+        size = card["preprocessing"]["size"]
+        raise UserError(f"{path}: the card says {size} pixels, the network is for {made_for[0]}")
     model.refiner_card = card
     return model.eval()
 

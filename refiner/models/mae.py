@@ -17,7 +17,20 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from refiner.base.errors import UserError
-from refiner.base.settings import Count, Entries, NotNegative, Portion, Share, Whole, settings_from
+from refiner.base.files import fitting
+from refiner.base.places import check_memory
+from refiner.base.settings import (
+    Count,
+    Entries,
+    NotNegative,
+    Portion,
+    Range,
+    Share,
+    Whole,
+    settings_from,
+)
+from refiner.models.cards import Blocks, Heads, Side, Width
+from refiner.models.convert import check_shapes
 from refiner.models.encoders import last_tokens, preprocess
 from refiner.models.load import build_vit, read_checkpoint
 
@@ -181,14 +194,14 @@ class MAERecipe:
         seed: of weights, batches and masks.
     """
 
-    size: Count = 32
-    patch: Count = 4
-    dim: Count = 96
-    depth: Count = 12
-    heads: Count = 3
-    decoder_dim: Count = 96
-    decoder_depth: Whole = 1
-    decoder_heads: Count = 3
+    size: Side = 32
+    patch: Side = 4
+    dim: Width = 96
+    depth: Blocks = 12
+    heads: Heads = 3
+    decoder_dim: Width = 96
+    decoder_depth: Annotated[int, Range(0, 256)] = 1
+    decoder_heads: Heads = 3
     normalize_targets: bool = False
     mask_ratio: Portion = 0.75
     crop: Annotated[tuple[Portion, Portion], Entries(rising=True)] | None = None
@@ -208,6 +221,8 @@ class MAERecipe:
         Raises:
             ValueError: for sizes that do not go together.
         """
+        depth, dim = self.decoder_depth, self.decoder_dim
+        check_memory(48 * depth * dim**2, f"a decoder of {depth} blocks, {dim} wide,")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             encoder = build_vit(
@@ -256,20 +271,28 @@ def load_mae(
     card, encoder, decoder = found
     if not decoder:
         raise FileNotFoundError(f"{name} has no decoder, so it cannot reconstruct")
-    blocks = {key.split(".")[1] for key in decoder if key.startswith("decoder_blocks.")}
-    if "recipe" in card:
-        mae = settings_from(MAERecipe, card["recipe"]).build()
-    else:
-        mae = MaskedAutoencoder(
-            build_vit(**card["architecture"]),
-            decoder_dim=len(decoder["decoder_embed.weight"]),
-            decoder_depth=len(blocks),
-            decoder_heads=decoder_heads,
-            normalize_targets=normalize_targets,
-        )
-    mae.load_state_dict({f"encoder.{k}": v for k, v in encoder.items()} | decoder)
+    with fitting(name), torch.device("meta"):  # shapes are compared before anything is built
+        mae = _described(card, decoder, decoder_heads, normalize_targets)
+        state = {f"encoder.{k}": v for k, v in encoder.items()} | decoder
+        check_shapes(mae.state_dict(), state, f"the weights of {name} are of another model")
+    mae.load_state_dict(state, assign=True)
     mae.encoder.refiner_card = card
     return mae.eval()
+
+
+def _described(
+    card: dict, decoder: dict[str, Tensor], decoder_heads: int, normalize_targets: bool
+) -> MaskedAutoencoder:
+    """An autoencoder as a card says or, for a file that has none, as its weights and the caller."""
+    if "recipe" in card:
+        return settings_from(MAERecipe, card["recipe"]).build()
+    return MaskedAutoencoder(
+        build_vit(**card["architecture"]),
+        decoder_dim=len(decoder["decoder_embed.weight"]),
+        decoder_depth=len({k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")}),
+        decoder_heads=decoder_heads,
+        normalize_targets=normalize_targets,
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ D width of the model.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.base.files import reserve
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import (
     Encoder,
@@ -256,6 +258,7 @@ class _Store:
         if self.bytes <= self.memory:
             return torch.empty(shape)
         with TemporaryFile(dir=self.folder) as file:  # the mapping keeps it
+            reserve(file, 4 * math.prod(shape))
             return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
     def _check_finite(self, kind: str, x: Tensor) -> None:

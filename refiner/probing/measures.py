@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import as_features, full_precision, in_kind
@@ -408,8 +409,10 @@ def _each(x: Tensor, measure: Callable[[Tensor], Tensor], *, least=2, views=Fals
     """The measure of every block, float32 [L] or scalar on the CPU."""
     x = check_sets(x, least=least, views=views)
     blocks = x if x.ndim == 3 + views else x[None]
+    # A bar for those that take their time.
+    shown = tqdm(blocks, desc="measuring", unit="block", delay=3.0, leave=False)
     with torch.no_grad():
-        values = torch.stack([measure(a) for a in blocks]).float().cpu()
+        values = torch.stack([measure(a) for a in shown]).float().cpu()
     return values if x.ndim == 3 + views else values[0]
 
 

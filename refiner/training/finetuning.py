@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
+from refiner.base.files import one_run_a_folder
 from refiner.base.settings import (
     Entries,
     NotNegative,
@@ -230,6 +231,7 @@ class Finetuned:
 
 
 @parallel.alone()
+@one_run_a_folder
 def finetune(
     model: Encoder,
     images: ImageSet,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
-from refiner.base.places import data_folder
+from refiner.base.files import fitting
+from refiner.base.places import check_memory, data_folder
 from refiner.base.tensors import draw, largest
 from refiner.models.load import read_checkpoint
 from refiner.training.recipe import Recipe, recipe_from
@@ -345,6 +346,10 @@ class IDHeads(nn.Module):
 
 def fresh_heads(recipe: Recipe, dim: int) -> tuple[IDHeads, NeighborQueue]:
     """Heads with new weights and an empty queue, of a recipe's sizes, for an encoder's width."""
+    l, hidden, predictor = len(recipe.blocks), recipe.hidden, recipe.predictor_hidden
+    out = recipe.out
+    weights = l * (dim * hidden + hidden**2 + hidden * out + 2 * out * predictor)
+    check_memory(4 * (weights + l * recipe.queue * out), "the heads and their queue together")
     heads = IDHeads(
         len(recipe.blocks),
         dim,
@@ -406,9 +411,10 @@ def load_heads(name: str | Path = "mae_toybox_refined") -> tuple[IDHeads, Neighb
         )
     state = load_file(embedded) if embedded.is_file() else load_state(saved)
     card, encoder, _ = read_checkpoint(name)
-    recipe = recipe_from(card["refine_recipe"])
-    heads, queue = fresh_heads(recipe, encoder["patch_embed.proj.weight"].shape[0])
-    for part, module in (("heads.", heads), ("queue.", queue)):
-        own = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
-        module.load_state_dict(own)  # half precision becomes float32
+    with fitting(name):
+        recipe = recipe_from(card["refine_recipe"])
+        heads, queue = fresh_heads(recipe, encoder["patch_embed.proj.weight"].shape[0])
+        for part, module in (("heads.", heads), ("queue.", queue)):
+            own = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+            module.load_state_dict(own)  # half precision becomes float32
     return heads.eval(), queue, recipe

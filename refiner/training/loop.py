@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from refiner.base import parallel
-from refiner.base.settings import Count, Whole, in_range
+from refiner.base.errors import UserError
+from refiner.base.files import fitting, naming
+from refiner.base.settings import Count, Range, Whole, in_range
 from refiner.images.sources import Source
 from refiner.training.states import (
     as_now,
@@ -332,11 +335,8 @@ class Loop:
 
     def begin(self, resume: bool) -> None:
         """Takes the states of earlier runs up or out of the way."""
-        if self.file and parallel.rank() == 0:
-            for rest in self.file.parent.glob(f".{self.file.stem}*"):
-                rest.unlink()  # half a state, of a run that was killed
-            if not resume:
-                set_states_aside(self.file)
+        if self.file and parallel.rank() == 0 and not resume:
+            set_states_aside(self.file)
         if resume:
             self.restore()
 
@@ -438,16 +438,42 @@ class Loop:
     def restore(self) -> None:
         """Goes on from the state in the file, if it is that of the same run."""
         file = self.file or Path("state.pt")
-        state = as_now(load_state(file))
-        check_recipe(self.read_recipe(state["recipe"]), self.recipe, self.changeable, file.parent)
-        check_origin(state.get("origin"), self.origin, file.parent)
+        state = load_state(file)
+        with fitting(file), naming(file):
+            state = as_now(state)
+            if missing := [name for name in self.parts if name not in state]:
+                raise UserError(f"it holds no {', '.join(missing)}: it is of another command")
+            saved = self.read_recipe(state["recipe"])
+        check_recipe(saved, self.recipe, self.changeable, file.parent)
+        with fitting(file):
+            check_origin(state.get("origin"), self.origin, file.parent)
+            with naming(file):
+                in_range("done", state["done"], Annotated[int, Range(0, self.total)])
+            self.take_up(state)
+
+    def take_up(self, state: dict) -> None:
+        """Goes on from a state of this run."""
         for name, module in self.parts.items():
             module.load_state_dict(state[name])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        for number, optimizer in state["optimizers"].items():
-            self.stages[int(number)].optimizer.load_state_dict(optimizer)
+        for number, saved in state["optimizers"].items():
+            optimizer = self.stages[int(number)].optimizer
+            optimizer.load_state_dict(saved)
+            check_averages(optimizer)
         self.history[:], self.done = state["history"], state["done"]
         self.seen = [{k: v.to(self.device) for k, v in seen.items()} for seen in state["seen"]]
-        self.before = self.history[-1]["seconds"] if self.history else 0.0
+        self.before = float(self.history[-1]["seconds"]) if self.history else 0.0
         self.source.restore(state["source"])
+
+
+def check_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that an optimiser can step on from what it has loaded.
+
+    Raises:
+        ValueError: when its averages have other shapes than what they belong to.
+    """
+    for weight, averages in optimizer.state.items():
+        shapes = [averages[name].shape for name in ("exp_avg", "exp_avg_sq")]
+        if shapes != [weight.shape] * 2 or averages["step"].numel() != 1:
+            raise ValueError("the averages of the optimiser have other shapes than the weights")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
-from refiner.base.files import write_json
+from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
 from refiner.base.tensors import step_generator
@@ -68,6 +68,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 @parallel.alone()
+@one_run_a_folder
 def pretrain(
     images,
     *,

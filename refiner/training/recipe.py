@@ -15,7 +15,9 @@ from typing import Annotated, Literal
 
 import torch
 
+from refiner.base import parallel
 from refiner.base.errors import UserError
+from refiner.base.places import check_memory
 from refiner.base.settings import (
     Count,
     Entries,
@@ -423,6 +425,10 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
             f"{len(pixels)} images are fewer than one batch of {recipe.batch}; "
             "give more images or a smaller batch"
         )
+    batch = 12 * recipe.batch // parallel.world() * sum(view.size**2 for view in recipe.views)
+    check_memory(batch, "a batch's views together")
+    kept = 4 * len(pixels) * len(blocks) * len(recipe.views) * model.embed_dim
+    check_memory(recipe.cached_views * kept, "the features of cached views")
     return replace(recipe, blocks=blocks, pooling=pooling)
 
 

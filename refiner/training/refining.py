@@ -22,7 +22,7 @@ from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
-from refiner.base.files import write_json
+from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.tensors import draw, step_generator
 from refiner.images.sources import count, open_source
@@ -305,6 +305,7 @@ class Refined:
     steps: int = 0
 
 
+@one_run_a_folder
 def refine(
     model: Encoder,
     images,
@@ -361,9 +362,8 @@ def refine(
         ValueError: for data, recipes, heads or a queue that do not fit and, with ``out``, for a
             model that cannot be saved, before training starts.
         TypeError: when ``evaluate`` returns other things than numbers.
-        FloatingPointError: when the loss is no longer finite.
-        refiner.training.watch.Collapse: when all projections became the same. Both keep the saved
-        states.
+        FloatingPointError, refiner.training.watch.Collapse: when the loss is no longer finite, or
+        all projections became the same; saved states stay.
     """
     device = parallel.join(device)
     if evaluate_every and evaluate is None:

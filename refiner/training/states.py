@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
+import zipfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
 
-from refiner.base.errors import UserError
+from refiner.base.errors import Damaged, UserError
 from refiner.base.files import replacing
+from refiner.base.settings import Whole, in_range
 
 
 def save_state(path: str | Path, state: dict, *, keep_previous: bool = False) -> None:
@@ -89,6 +92,10 @@ def origin(images, model: nn.Module | None = None, *, start: str | None = None) 
         "set": name and Path(name).name,  # a folder may have moved
         "start": start,
     }
+    if shards is None:
+        pixels = getattr(images, "images", images)
+        some = pixels[torch.linspace(0, len(pixels) - 1, min(16, len(pixels))).long()]
+        found["brightness"] = some.double().mean(dim=(1, 2, 3)).tolist()
     if model is not None:
         sums = [v.detach().cpu().double().abs().sum() for v in model.state_dict().values()]
         found["weights"] = torch.stack(sums).tolist()
@@ -109,12 +116,17 @@ def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
     if saved is None:
         return
     different = []
+    saved = dict.fromkeys(now) | saved
     if saved["images"] != now["images"]:
         different.append(f"it has seen {saved['images']} images (or shards), not {now['images']}")
     if saved["set"] and now["set"] and saved["set"] != now["set"]:
         different.append(f"its images were {saved['set']!r}, not {now['set']!r}")
     if saved["start"] != now["start"]:
         different.append(f"it started from {saved['start']!r}, not {now['start']!r}")
+    seen = [np.array(x.get("brightness") or ()) for x in (saved, now)]
+    # Decoders of JPEG differ a little.
+    if not different and seen[0].size and not np.allclose(*seen, rtol=0, atol=0.5):
+        different.append("its images had other pixels")
     # Sums of the same weights differ a little from device to device.
     sums = [np.array(x.get("weights", [])) for x in (saved, now)]
     if sums[0].shape != sums[1].shape or not np.allclose(*sums, rtol=1e-6, atol=0):
@@ -127,17 +139,21 @@ def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
 
 
 def as_now(state: dict) -> dict:
-    """A training state as it is written now, from one that an older version may have written."""
+    """A training state as it is written now, from one that an older version may have written.
+
+    Raises:
+        UserError: for a table that lacks a field, or holds another kind of value there.
+    """
     state = dict(state)
     if "step" in state:
         state["done"] = state.pop("step")
     if "optimizer" in state:
         state["optimizers"] = {"1": state.pop("optimizer")}
-    if "shadow" in (state["ema"] or {}):
+    if "shadow" in (state.get("ema") or {}):
         state["ema"] = state["ema"]["shadow"]
     state.setdefault("source", state.pop("stream", None))
     state.setdefault("seen", [{"loss": loss} for loss in state.pop("losses", ())])
-    return state
+    return in_range("", state, State)
 
 
 def check_recipe(saved, now, changeable: tuple[str, ...], folder: Path) -> None:
@@ -167,7 +183,7 @@ def load_state(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: when there is nothing to resume from, saying so.
-        OSError: when what is there cannot be read, saying why.
+        Damaged: when what is there cannot be read, saying why.
     """
     path = Path(path)
     there = [p for p in (path, previous_state(path)) if p.is_file()]
@@ -175,19 +191,47 @@ def load_state(path: str | Path) -> dict:
         raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without --resume")
     for file in there:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            broken = _what_is_wrong(file, error)
-            warnings.warn(f"{file} {broken}", stacklevel=2)
-    raise OSError(f"cannot read {path}: it {broken}")
+            return _read(file)
+        except Damaged as error:
+            broken = str(error)
+            warnings.warn(broken, stacklevel=2)
+    raise Damaged(f"cannot resume: {broken}")
 
 
-def _what_is_wrong(file: Path, error: Exception) -> str:
-    """Of a state that could not be loaded: damage, or an object that torch does not load safely."""
+def _read(file: Path) -> dict:
+    """One state.
+
+    Raises:
+        Damaged: saying how, whatever torch and zipfile meet.
+    """
     try:
-        strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        with zipfile.ZipFile(file) as archive:  # torch compares no checksums
+            if changed := archive.testzip():
+                raise Damaged(f"{changed} in it has changed")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise Damaged(f"it holds a {type(state).__name__}")
+        return state
+    except Exception as error:
         strange = []
-    if strange:
-        return f"holds {', '.join(strange)}; only tensors and plain Python values can be loaded"
-    return f"is damaged ({error})"
+        with suppress(Exception):
+            strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if strange:
+            raise Damaged(
+                f"{file} holds {', '.join(strange)}; only tensors and plain Python values can be "
+                "loaded"
+            ) from error
+        raise Damaged(f"{file} is damaged ({' '.join(str(error).split())})") from error
+
+
+class State(TypedDict):
+    """What every training saves, besides the weights of its parts."""
+
+    done: Whole
+    recipe: dict[str, object]
+    origin: NotRequired[dict[str, object] | None]
+    source: object
+    ema: dict[str, object] | None
+    optimizers: dict[str, dict[str, object]]
+    history: list[dict[str, object]]
+    seen: list[dict[str, object]]
