@@ -324,12 +324,13 @@ def add_probe(subparsers) -> None:
         "probe",
         probe_command,
         "measure every block of one or several models",
-        "Measures every block: k-NN, linear probes, probes with few labels, clusters, measures "
-        "without labels and, where they are known, factors of the images. Writes report.json, "
-        "figures and index.html, a page that opens without a network.",
+        "Says which block, tokens and transform to use, and measures every block: k-NN, linear "
+        "probes, probes with few labels, clusters, measures without labels and, where they are "
+        "known, factors of the images. Writes report.json, figures and index.html, a page that "
+        "opens without a network.",
     )
     model = "a model's name or folder; repeat it to compare; default: mae_toybox"
-    parts = "only these of knn, linear, low_shot, clustering, measures, factors"
+    parts = "only these of reading, knn, linear, low_shot, clustering, measures, factors"
     shares = "shares of the labels, such as 0.01 0.1; default: none"
     add("--model", action="append", **NAME, dest="models", help=model)
     add("--data", default="toybox", **NAME, help="an image set or a folder")
@@ -337,6 +338,8 @@ def add_probe(subparsers) -> None:
     add("--n", **number("IMAGES"), help="how many train images; default: all")
     add("--n-test", **number("IMAGES"), help="how many test images; default: all")
     add("--parts", nargs="+", metavar="PART", help=parts)
+    by = "what the reading is chosen by, on train images: knn, linear or few (labels); default: knn"
+    add("--by", metavar="OBJECTIVE", help=by)
     add("--k", **number("K"), nargs="+", help="neighbors that vote; default: 1 10 20")
     add("--shots", **number("N"), nargs="+", help="labels a class; default: 1 2 5 10")
     add("--fractions", type=float, nargs="+", metavar="SHARE", help=shares)
@@ -352,7 +355,7 @@ def probe_command(args: argparse.Namespace) -> int:
     from refiner.evaluation.probe import Settings, probe
 
     check_device(args.device)
-    names = ("parts", "k", "shots", "fractions", "draws", "seed")
+    names = ("parts", "by", "k", "shots", "fractions", "draws", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     check_out(args.out)
@@ -367,6 +370,10 @@ def probe_command(args: argparse.Namespace) -> int:
         resume=args.resume,
         device=args.device,
     )
+    for name, found in report["models"].items():
+        if "sentence" in (told := found.get("reading", {})):
+            name = f"{name}: " if len(report["models"]) > 1 else ""
+            print(f"{name}{told['sentence']}\n\n{told['code']}\n")
     for sentence in report["left_out"]:
         print(f"left out: {sentence}")
     print(f"{Path(args.out) / 'index.html'}: the report")

@@ -21,14 +21,27 @@ _FRAME = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c2733; background: #fff }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #d8dee5;
+       color: #1c2733; background: #fff; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884;
          vertical-align: top }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #12703d } .failed { color: #b3261e; font-weight: 600 }
+.answer { font-size: 1.25rem } a { color: #0b62a8 }
+pre { background: #8882; padding: .6rem .8rem; white-space: pre-wrap }
+summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; padding: .35rem 0 }
+.figures { display: grid; gap: 1rem;
+           grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: 100%; vertical-align: top }
+.figures figure { margin: 0 }
 figure img { max-width: 100%; height: auto } figcaption { color: #52606d; font-size: .85rem }
+@media (prefers-color-scheme: dark) {
+  body { color: #dfe5ec; background: #14191f } figcaption { color: #a3afbc } a { color: #7ab8f5 }
+  .ok { color: #6fcf97 } .failed { color: #ff8a80 } }
+@media (max-width: 40rem) { body { margin: 1rem auto } table { font-size: .85rem }
+  table { display: block; overflow-x: auto } th, td { padding-right: .4rem } }
+@media print { body { max-width: none; margin: 0 } figure, tr { break-inside: avoid }
+  details::details-content { content-visibility: visible; height: auto } }
 </style></head>
 <body><h1>{{ title }}</h1>
 {% block body %}{% endblock %}
@@ -40,7 +53,9 @@ _MACROS = """
 <figcaption>{{ caption }}</figcaption></figure>
 {%- endmacro %}
 {%- macro facts(of) -%}
-{% for key, value in of.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}
+{% for key, value in of.items() if value is not none -%}
+{{ key }} {{ value }}{{ ", " if not loop.last }}
+{%- endfor %}
 {%- endmacro %}
 {%- macro measured(report) -%}
 {{ report.data }}: {{ report.images.train }} train and {{ report.images.test }} test images,

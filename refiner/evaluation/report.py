@@ -218,7 +218,7 @@ def write_page(out: Path, report: dict) -> None:
         title_of=lambda row: _title(report, row),
         table={row: _lines(report, row) for row in report["rows"]},
         choices=_choices(report),
-        shown=save_figures(out, lambda: figures(report)),
+        shown=list(save_figures(out, lambda: figures(report)).values()),
     )
 
 

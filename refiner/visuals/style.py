@@ -61,7 +61,9 @@ def style() -> ExitStack:
     return restore
 
 
-def save_figures(out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figure]]]) -> list[str]:
+def save_figures(
+    out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figure]]]
+) -> dict[str, str]:
     """Writes a report's ``figures/*.png`` in the course's look.
 
     Args:
@@ -69,16 +71,16 @@ def save_figures(out: Path, draw: Callable[[], Iterable[tuple[str, str, plt.Figu
         draw: makes file names, captions and figures.
 
     Returns:
-        Each as an HTML figure with the picture inside and its description as alt text.
+        By name an HTML figure with the picture inside and its description as alt text.
     """
-    shown = []
+    shown = {}
     with style():
         for name, caption, figure in draw():
             path = out / "figures" / f"{name}.png"
             with replacing(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=100)
             picture = base64.b64encode(path.read_bytes()).decode()
-            shown.append(figure_html(picture, caption, describe(figure)))
+            shown[name] = figure_html(picture, caption, describe(figure))
             plt.close(figure)
     return shown
 
