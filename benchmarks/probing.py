@@ -138,10 +138,8 @@ def knn_sides(train_x, train_y, test_x, test_y, ks=KS, device="cpu") -> dict[str
 
     def voted(similarities, indices):
         scores = torch.as_tensor(similarities).double()
-        n_classes = int(train_y.max()) + 1
-        return classify(torch.as_tensor(indices), scores, train_y, ks, 0.07, n_classes, False)[
-            1
-        ].cpu()
+        found = torch.as_tensor(indices), scores, train_y
+        return classify(*found, ks, 0.07, int(train_y.max()) + 1, keep_votes=False)[1].cpu()
 
     def refiner():
         return knn_report(

@@ -244,9 +244,9 @@ def test_the_cache_is_used_serves_less_and_grows_by_what_is_missing(monkeypatch)
         toybox, "render", lambda indices, **o: asked.append(list(indices)) or render(indices, **o)
     )
     fewer = quiet("toybox", n=5, size=8)
-    assert asked == []
+    assert asked == [[19]]  # the last one tells whether the cache is of these images
     more = quiet("toybox", n=24, size=8)
-    assert asked == [[20, 21, 22, 23]]
+    assert asked == [[19], [19], [20, 21, 22, 23]]
     assert torch.equal(more.images, render(24, size=8).images)
     assert torch.equal(fewer.images, more.images[:5])
     quiet("toybox", n=5, size=8, cache=False)
@@ -297,6 +297,29 @@ def test_a_damaged_cache_is_rendered_again_with_a_warning(cache, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(quiet("toybox", n=16, size=8).images, fresh.images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: {"images": arrays["images"][..., :4]},
+        lambda arrays: {"images": arrays["images"][::-1]},
+        lambda arrays: {"images": arrays["images"].astype(np.float32)},
+        lambda arrays: {"labels": arrays["labels"] + 1},
+        lambda arrays: {"masks": arrays["masks"][:-1]},
+        lambda arrays: {"factor/hue": arrays["factor/hue"] + 0.5},
+        lambda arrays: {k: v[:0] for k, v in arrays.items()},
+    ],
+)
+def test_a_whole_cache_of_other_images_is_rendered_again(cache, change):
+    fresh = quiet("toybox", n=4, size=8)
+    (path,) = cache.iterdir()
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **arrays | change(arrays))
+    with pytest.warns(UserWarning, match="no images|not the images that belong there"):
+        again = quiet("toybox", n=4, size=8)
+    assert torch.equal(again.images, fresh.images) and torch.equal(again.labels, fresh.labels)
 
 
 def test_an_unwritable_cache_only_warns(tmp_path, monkeypatch):
