@@ -34,7 +34,7 @@ import refiner  # noqa: E402
 from refiner.base.files import write_json  # noqa: E402
 from refiner.base.places import machine  # noqa: E402
 from refiner.base.tensors import standardized  # noqa: E402
-from refiner.probing.logistic import PENALTIES, _chunks, fit_logistic  # noqa: E402
+from refiner.probing.logistic import PENALTIES, fit_logistic, group_chunks  # noqa: E402
 
 Tensor = torch.Tensor
 
@@ -42,7 +42,7 @@ Tensor = torch.Tensor
 def ours(x_LNE: Tensor, y: Tensor, penalties: list[float]) -> Tensor:
     """Weights and biases of every problem, [R, L, C, E]."""
     found = []
-    for part in _chunks(len(x_LNE), x_LNE[0].numel() * 4, x_LNE.device):
+    for part in group_chunks(len(x_LNE), x_LNE[0].numel() * 4, x_LNE.device):
         x_GNE = x_LNE[part]
         penalty_RG = torch.tensor(penalties, dtype=torch.float64)[:, None].expand(-1, len(x_GNE))
         y_GN = y.expand(len(x_GNE), -1)

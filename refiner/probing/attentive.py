@@ -32,11 +32,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import class_labels, device_for, step_generator
+from refiner.base.tensors import device_for, step_generator
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder, block_numbers, borrowed, has_class_token
 from refiner.probing.logistic import penalty_grid
-from refiner.probing.probes import held_out
+from refiner.probing.probes import held_out, labels_to_probe
 from refiner.probing.tokens import Tokens
 
 RATES = (1e-1, 3e-2, 1e-2, 3e-3)
@@ -265,20 +265,13 @@ def attentive_probe(
     """
     numbers = tuple(sorted(set(block_numbers(blocks, len(model.blocks)))))
     grid = penalty_grid(rates, "learning rates")
-    y, t = (
-        class_labels(part.labels, torch.empty(len(part), 1), name).cpu()
-        for part, name in ((train, "train"), (test, "test"))
-    )
-    classes, y = y.unique(return_inverse=True)
-    fit, held = held_out(y, validation, seed)
+    like = (torch.empty(len(part), 1) for part in (train, test))
+    classes, y, t = labels_to_probe(train.labels, test.labels, *like)
+    fit, held = held_out(y, validation, seed, "learning rate" if len(grid) > 1 else "")
     if queries < 1 or epochs < 1 or batch_size < 2:
         raise UserError("queries and epochs must be at least 1, batch_size at least 2")
     if class_token and not has_class_token(model):
         raise UserError("this model has no class token: leave class_token=False")
-    if len(classes) < 2:
-        raise UserError("a probe needs at least two classes in the train labels")
-    if len(grid) > 1 and not len(held):
-        raise UserError("no image left to choose a learning rate with: give one, or more images")
     device = device_for(device, next(model.parameters()))
     every, grid_R, columns = torch.arange(len(train)), torch.tensor(grid), []
     with (

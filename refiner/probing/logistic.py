@@ -252,7 +252,7 @@ class Scaling:
         return w_GDC, w_GCE[..., -1] - (self.mean @ w_GDC)[:, 0]
 
 
-def _chunks(groups: int, bytes_a_group: int, device: torch.device) -> list[slice]:
+def group_chunks(groups: int, bytes_a_group: int, device: torch.device) -> list[slice]:
     """Groups that are solved together."""
     step = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"]) // bytes_a_group)
     return [slice(i, min(i + step, groups)) for i in range(0, groups, step)]
@@ -270,7 +270,7 @@ def penalty_grid(penalties: Sequence[float], name: str = "penalties") -> tuple[f
     return grid
 
 
-def _best(x_LND: Tensor, weights_LDC: Tensor, bias_LC: Tensor) -> Tensor:
+def best_class(x_LND: Tensor, weights_LDC: Tensor, bias_LC: Tensor) -> Tensor:
     """The class of the largest logit, float64 throughout, [L, N]."""
     found = [
         (x.double() @ w + b).argmax(-1) for x, w, b in zip(x_LND, weights_LDC, bias_LC, strict=True)

@@ -44,9 +44,9 @@ from refiner.probing.logistic import (
     PENALTIES,
     PenaltyChoice,
     Scaling,
-    _best,
-    _chunks,
+    best_class,
     fit_logistic,
+    group_chunks,
     penalty_grid,
 )
 
@@ -58,14 +58,19 @@ CATEGORICAL = ("pattern", "class")
 # ---------------------------------------------------------------- what all probes share
 
 
-def _check(train_x, train_y, test_x, test_y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features [L, N, D] and [L, M, D], labels on the CPU; one clear error for what cannot be."""
-    x_LND, z_LMD = _blocks(train_x, test_x)
+def labels_to_probe(train_y, test_y, train_x, test_x) -> tuple[Tensor, Tensor, Tensor]:
+    """Train's classes [C], its labels as indices into them [N], test's labels [M], on the CPU.
+
+    Raises:
+        ValueError: for labels that do not fit the features [..., N, D] and [..., M, D], or fewer
+            than two classes.
+    """
     train_y, test_y = numbered(train_y, test_y)
-    y, t = class_labels(train_y, x_LND, "train").cpu(), class_labels(test_y, z_LMD, "test").cpu()
-    if len(y.unique()) < 2:
+    y, t = class_labels(train_y, train_x, "train").cpu(), class_labels(test_y, test_x, "test").cpu()
+    classes, y = y.unique(return_inverse=True)
+    if len(classes) < 2:
         raise UserError("a probe needs at least two classes in the train labels")
-    return x_LND, y, z_LMD, t
+    return classes, y, t
 
 
 def _blocks(train_x, test_x) -> tuple[Tensor, Tensor]:
@@ -80,14 +85,22 @@ def shuffled_by_class(y_N: Tensor, rng: np.random.Generator) -> list[np.ndarray]
     return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
-def held_out(y_N: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions to fit on and to choose with; a class of one image stays in the first part."""
+def held_out(y_N: Tensor, share: float, seed: int, choose: str = "") -> tuple[Tensor, Tensor]:
+    """Positions to fit on and to choose with; a class of one image stays in the first part.
+
+    Raises:
+        ValueError: if something is to ``choose`` ("penalty") and there is no image to do it with.
+    """
     if not 0 < share < 1:
         raise UserError(f"validation must be a share above 0 and below 1, not {share}")
     groups = shuffled_by_class(y_N, np.random.default_rng(seed))
     cut = [min(round(share * len(g)), len(g) - 1) for g in groups]
     fit = np.concatenate([g[n:] for g, n in zip(groups, cut, strict=True)])
     held = np.concatenate([g[:n] for g, n in zip(groups, cut, strict=True)])
+    if choose and not len(held):
+        raise UserError(
+            f"no image left to choose a {choose} with: give one {choose}, or more images"
+        )
     return torch.from_numpy(np.sort(fit)), torch.from_numpy(np.sort(held))
 
 
@@ -129,8 +142,8 @@ class LinearProbe:
                 f"features {list(x.shape)} do not fit a probe of weights {list(self.weights.shape)}"
             )
         if x.ndim == 2:
-            return self.classes[_best(x.cpu()[None], self.weights[None], self.bias[None])[0]]
-        return self.classes[_best(x.cpu(), self.weights, self.bias)]
+            return self.classes[best_class(x.cpu()[None], self.weights[None], self.bias[None])[0]]
+        return self.classes[best_class(x.cpu(), self.weights, self.bias)]
 
 
 def linear_probe(
@@ -176,13 +189,10 @@ def linear_probe(
         ValueError: for features and labels that do not match, that are not finite, fewer than two
             classes, or a grid without an image left to choose with.
     """
-    x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
-    grid = penalty_grid(penalties)
-    device = device_for(device, x_LND)
-    classes, y = y.unique(return_inverse=True)
-    fit, held = held_out(y, validation, seed)
-    if len(grid) > 1 and not len(held):
-        raise UserError("no image left to choose a penalty with: give one penalty, or more images")
+    x_LND, z_LMD = _blocks(train_x, test_x)
+    classes, y, t = labels_to_probe(train_y, test_y, x_LND, z_LMD)
+    grid, device = penalty_grid(penalties), device_for(device, x_LND)
+    fit, held = held_out(y, validation, seed, "penalty" if len(grid) > 1 else "")
     problem = PenaltyChoice(
         y.to(device),
         fit.to(device),
@@ -195,12 +205,12 @@ def linear_probe(
         full_precision(device),
         tqdm(total=len(x_LND), desc="linear probes", unit="block", disable=not progress) as bar,
     ):
-        for chunk in _chunks(len(x_LND), x_LND[0].numel() * 4, device):
+        for chunk in group_chunks(len(x_LND), x_LND[0].numel() * 4, device):
             x_GND = x_LND[chunk].to(device)
             scaling = Scaling.of(x_GND, standardize, device)
             penalty, right, solved = problem.solve(scaling(x_GND))
             weights, bias = scaling.undo(solved.weights[0])
-            label = classes[_best(z_LMD[chunk].to(device), weights, bias).cpu()]
+            label = classes[best_class(z_LMD[chunk].to(device), weights, bias).cpu()]
             accuracy = (label == t).float().mean(1)
             gap = solved.gap[0] / solved.objective[0].clamp(min=1e-300)
             column = accuracy, penalty, right, weights, bias, solved.objective[0], gap
@@ -277,9 +287,9 @@ def low_shot(
     Raises:
         ValueError: when a class has fewer images than asked for, or as in :func:`linear_probe`.
     """
-    x_LND, y, z_LMD, t = _check(train_x, train_y, test_x, test_y)
+    x_LND, z_LMD = _blocks(train_x, test_x)
+    classes, y, t = labels_to_probe(train_y, test_y, x_LND, z_LMD)
     (penalty,), device = penalty_grid([penalty]), device_for(device, x_LND)
-    classes, y = y.unique(return_inverse=True)
     counts = y.bincount().tolist()
     _check_sizes(shots, fractions, draws, counts)
     wanted = [[s] * len(counts) for s in shots]
@@ -331,7 +341,7 @@ class _FewLabels:
         (draws, n), device = self.chosen_KN.shape, self.scaling.mean.device
         blocks, _, dim = self.x_LND.shape
         found = []
-        for part in _chunks(blocks * draws, n * (dim + 1) * 4, device):
+        for part in group_chunks(blocks * draws, n * (dim + 1) * 4, device):
             group = torch.arange(blocks * draws)[part]
             block_G, rows_GN = group // draws, self.chosen_KN[group % draws]
             home = self.x_LND.device

@@ -22,7 +22,7 @@ from refiner.models.encoders import (
     preprocessing_card,
     walk,
 )
-from refiner.probing.logistic import _chunks
+from refiner.probing.logistic import group_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Tokens:
         buffer = torch.empty(room, images, *size, dtype=torch.half, device=self.device)
         for first in range(0, blocks, room):
             kept = self[first : first + room]._kept_in(buffer)
-            for chunk in _chunks(len(kept.blocks), bytes_a_block, self.device):
+            for chunk in group_chunks(len(kept.blocks), bytes_a_block, self.device):
                 yield kept[chunk]
 
     def __getitem__(self, chosen: slice) -> Tokens:
