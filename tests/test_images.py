@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from urllib.error import URLError
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas
 import pytest
@@ -17,9 +18,13 @@ from PIL import Image
 from refiner.base import places
 from refiner.images import load as module
 from refiner.images import toybox
+from refiner.images.corruptions import corrupt
 from refiner.images.decode import read_files, resize
 from refiner.images.load import load_images
-from refiner.images.sets import ImageSet, LazyImages, balanced_order
+from refiner.images.sets import ImageSet, LazyImages, balanced_order, pixels_of
+from refiner.images.views import View, make_view
+from refiner.models.encoders import preprocess
+from refiner.visuals.plots import contact_sheet
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +174,52 @@ def test_labels_of_every_kind_become_places_among_the_classes(labels, classes):
     assert images[1:3].labels.tolist() == [0, 1] and images[[0]].factors["f"].tolist() == [1]
 
 
+KINDS_OF_PIXELS = {
+    "set": ImageSet,
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "channels last": lambda x: x.permute(0, 2, 3, 1).numpy(),
+    "tensors": list,
+    "pictures": lambda x: [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in x],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PIXELS)
+def test_pixels_come_in_many_containers(kind):
+    x = small_set().images
+    given = KINDS_OF_PIXELS[kind](x)
+    assert torch.equal(pixels_of(given), x)
+    assert torch.equal(corrupt(given, "contrast", 1), corrupt(x, "contrast", 1))
+    assert len(quiet_axes(given).images) == len(x)
+
+
+def quiet_axes(given):
+    axes = contact_sheet(given)
+    plt.close(axes.figure)
+    return axes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x[:, :1], "\\[12, 1, 4, 4\\]"),
+        (lambda x: torch.cat([x, x[:, :1]], 1), "\\[12, 4, 4, 4\\]"),
+        (lambda x: x[0], "\\[3, 4, 4\\]"),
+        (lambda x: [x[0], x[0, :, :2]], "different sizes: image 0 is 3×4×4 and image 1 is 3×2×4"),
+        (lambda x: "folder", "not str"),
+    ],
+)
+def test_what_is_no_colour_image_never_reaches_an_operation(wrong, message):
+    given = wrong(small_set().images)
+    for door in (pixels_of, ImageSet, contact_sheet, lambda x: corrupt(x, "fog", 1)):
+        with pytest.raises(ValueError, match=message):
+            door(given)
+    if isinstance(given, torch.Tensor):
+        for door in (lambda x: make_view(x, View(size=4)), lambda x: preprocess(x, {})):
+            with pytest.raises(ValueError, match=message):
+                door(given)
+
+
 def test_numbers_as_classes_are_names():
     pixels = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     assert ImageSet(pixels, [True, False], classes=[1, 2]).classes == ("1", "2")
@@ -184,7 +235,7 @@ def test_numbers_as_classes_are_names():
         ({"labels": [0.0, 1.0]}, "must be words or whole numbers from 0, not float64"),
         ({"labels": [0, None]}, "must be words or whole numbers from 0, not object"),
         ({"labels": [[0], [1]]}, r"do not match labels of shape \[2, 1\]"),
-        ({"images": torch.zeros(2, 1, 2, 2)}, r"uint8 \[N, 3, H, W\], not \[2, 1, 2, 2\]"),
+        ({"images": torch.zeros(2, 1, 2, 2)}, r"uint8 \[N, 3, H, W\], not torch.float32 \[2, 1, 2, 2\]"),
         ({"images": np.zeros((2, 2, 2, 4), np.uint8)}, r"not of 2 channels, \[2, 2, 2, 4\]"),
     ],
 )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import step_generator
-from refiner.images.sets import ImageSet
+from refiner.images.sets import ImageSet, pixels_of
 
 Generator = torch.Generator | None
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -225,8 +225,9 @@ def corrupt(images: Tensor, name: str, severity: int, *, generator: Generator = 
         raise UserError(f"no corruption {name!r}: choose among {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise UserError(f"severity must be a whole number from 1 to 5, not {severity}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"images must be uint8 [B, 3, H, W], not {list(images.shape)}")
+    images = pixels_of(images)
+    if images.dtype != torch.uint8:
+        raise UserError(f"images must be uint8 [B, 3, H, W], not {images.dtype}")
     function, strengths = CORRUPTIONS[name]
     x = function(images.float() / 255, strengths[severity - 1], generator)
     return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
@@ -251,7 +252,7 @@ def corrupted(
     Yields:
         uint8 [B, 3, H, W].
     """
-    pixels = images.images if isinstance(images, ImageSet) else images
+    pixels = pixels_of(images)
     kind = 10 * list(CORRUPTIONS).index(name) + severity if name in CORRUPTIONS else 0
     for chunk, start in enumerate(range(0, len(pixels), CHUNK)):
         some = pixels[start : start + CHUNK].to(device)

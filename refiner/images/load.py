@@ -237,8 +237,9 @@ def _read_cache(path: Path, options: dict) -> dict[str, np.ndarray] | None:
 
 def _fits(cached: np.ndarray, last: np.ndarray, n: int) -> bool:
     """Whether an array is of n images and ends with the last one, as any machine rounds it."""
-    alike = cached.dtype == last.dtype and cached.shape == (n, *last.shape[1:])
-    return alike and np.abs(cached[-1:].astype(float) - last).mean() <= 0.01 * (1 + np.abs(last).max())
+    if cached.dtype != last.dtype or cached.shape != (n, *last.shape[1:]):
+        return False
+    return np.abs(cached[-1:].astype(float) - last).mean() <= 0.01 * (1 + np.abs(last).max())
 
 
 def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -45,11 +45,8 @@ class ImageSet:
     masks: Tensor | None = None
 
     def __post_init__(self):
-        if isinstance(self.images, np.ndarray):
-            self.images = as_pixels(self.images)
-        n, shape = len(self.images), list(self.images.shape)
-        if len(shape) != 4 or shape[1] != 3:
-            raise UserError(f"images must be uint8 [N, 3, H, W], not {shape}")
+        self.images = pixels_of(self.images)
+        n = len(self.images)
         self.classes = tuple(map(str, self.classes))
         self.factors = {str(name): np.asarray(values) for name, values in self.factors.items()}
         lengths = {"factor " + k: len(v) for k, v in self.factors.items()}
@@ -127,6 +124,34 @@ class ImageSet:
             if held == 0:
                 raise UserError("every class has one image: none can be held out")
         return self[order[held:].sort().values], self[order[:held].sort().values]
+
+
+def pixels_of(images) -> Tensor | LazyImages:
+    """The pixels of an ImageSet, a tensor, an array or a list of pictures of one size.
+
+    Returns:
+        [N, 3, H, W], or what is read on demand in that shape.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    pixels = getattr(images, "images", images)
+    if isinstance(pixels, list | tuple) and pixels:
+        found = [as_pixels(x) for x in pixels]
+        sizes = ["×".join(map(str, x.shape)) for x in found]
+        odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+        if odd is not None:
+            raise UserError(
+                f"the images have different sizes: image 0 is {sizes[0]} and image {odd} is "
+                f"{sizes[odd]}; refiner.load_images(folder, size=…) makes them alike"
+            )
+        pixels = torch.stack(found)
+    pixels = as_pixels(pixels) if isinstance(pixels, np.ndarray) else pixels
+    shape = list(getattr(pixels, "shape", ()))
+    if len(shape) != 4 or shape[1] != 3:
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise UserError(f"images must be uint8 [N, 3, H, W], not {kind} {shape}")
+    return pixels
 
 
 def _positions(index, n: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refiner.base import parallel
+from refiner.images.sets import pixels_of
 from refiner.images.streams import ImageStream, StreamBatches
 
 
@@ -57,11 +58,10 @@ def open_source(
     Raises:
         ValueError: when the processes have other images, or a batch cannot be shared evenly.
     """
-    pixels = getattr(images, "images", images)
-    if isinstance(pixels, ImageStream):
-        parallel.check_same(pixels.shards, "the number of shards")
-        return StreamBatches(pixels, parallel.rows(batch)[1], device, seed=seed, steps=steps)
-    return Batches(keep_on(device, pixels), order, batch, device, steps=steps)
+    if isinstance(images, ImageStream):
+        parallel.check_same(images.shards, "the number of shards")
+        return StreamBatches(images, parallel.rows(batch)[1], device, seed=seed, steps=steps)
+    return Batches(keep_on(device, pixels_of(images)), order, batch, device, steps=steps)
 
 
 def keep_on(device: torch.device, pixels):
@@ -89,7 +89,7 @@ def some(images, k: int):
     """
     if isinstance(images, ImageStream):
         return images.sample(k)
-    return getattr(images, "images", images)
+    return pixels_of(images)
 
 
 def come_again(images) -> bool:
@@ -103,7 +103,7 @@ def in_words(images) -> str:
         n = f"{images.n} " if images.n else ""
         where = f" (column {images.column})" if images.column else ""
         return f"{images.shards} shards of {n}images{where}, decoded to {images.size}×{images.size}"
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     return f"{len(pixels)} images of {pixels.shape[2]}×{pixels.shape[3]}"
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from refiner.base.errors import UserError
 from refiner.base.settings import Count, Entries, NotNegative, Portion, Positive, Range, Share
 from refiner.base.tensors import constant, draw
 
@@ -194,7 +195,12 @@ def make_view(
 
     Returns:
         float32 [B, 3, view.size, view.size] in 0..1 on the images' device.
+
+    Raises:
+        ValueError: for images of another shape.
     """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"views are made of images [B, 3, H, W], not {list(images.shape)}")
     # In bfloat16 colours would be off by several of 256 steps.
     with torch.autocast(images.device.type, enabled=False):
         return _view_of(images, view, generator, rows)

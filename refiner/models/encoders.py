@@ -466,10 +466,9 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
     Raises:
         ValueError: for anything but uint8 [B, 3, H, W].
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(
-            f"preprocess takes uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}"
-        )
+    kind, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
+    if kind != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise UserError(f"preprocess takes uint8 images [B, 3, H, W], not {kind} {list(shape)}")
     return prepared(images.float() / 255, card)
 
 

@@ -319,7 +319,7 @@ def reconstruct(
         float [B, 3, H, W] in 0..1; ``mask`` bool [B, N]; ``loss``, the mean squared error over
         hidden patches in the units of the target, a scalar.
     """
-    card = mae.encoder.refiner_card
+    images, card = torch.as_tensor(images), mae.encoder.refiner_card
     home, device = images.device, mae.mask_token.device
     x = preprocess(images.to(device), card)
     generator = torch.Generator().manual_seed(seed)  # the same masks on every device

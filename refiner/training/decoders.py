@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.tensors import step_generator, take
+from refiner.images.sets import pixels_of
 from refiner.images.sources import open_source
 from refiner.models.encoders import (
     Encoder,
@@ -156,7 +157,7 @@ def decode_blocks(
         FloatingPointError: when a loss is no longer finite.
     """
     check_refinable(model)
-    train, test = (getattr(images, "images", images) for images in (train, test))
+    train, test = (pixels_of(images) for images in (train, test))
     if len(train) < batch or not len(test):
         raise UserError(
             f"{len(train)} train and {len(test)} test images are too few: at least a batch of "

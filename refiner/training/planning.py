@@ -19,6 +19,7 @@ import torch
 from refiner.base import parallel
 from refiner.base.places import amount, duration
 from refiner.base.tensors import step_generator, take
+from refiner.images.sets import pixels_of
 from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
 from refiner.training.loop import autocast
@@ -252,7 +253,7 @@ def _resident(images, device: torch.device) -> float:
 
     None where they lie there already, or are read from files, batch by batch.
     """
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     copied = isinstance(pixels, torch.Tensor) and pixels.device.type != device.type
     return float(pixels.nbytes) if copied else 0.0
 
@@ -286,7 +287,7 @@ def saved_bytes(run: Refined, images, device: torch.device, n: int) -> float:
             kept[id(storage)] = storage
         return x
 
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     pixels = take(pixels, torch.arange(n) % len(pixels), device)
     ids = torch.arange(n * parallel.world(), device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device):

@@ -17,6 +17,7 @@ from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
 from refiner.base.tensors import step_generator
+from refiner.images.sets import pixels_of
 from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
 from refiner.models.encoders import normalize, preprocess
@@ -112,7 +113,7 @@ def pretrain(
         FloatingPointError: when the loss or a weight is no longer finite; saved states are kept.
     """
     recipe = _checked(recipe or MAERecipe())
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     mae = (deepcopy(start) if start else recipe.build()).to(device).train()

@@ -17,6 +17,7 @@ from torch import nn
 from refiner.base.errors import Damaged, UserError
 from refiner.base.files import replacing
 from refiner.base.settings import Whole, in_range
+from refiner.images.sets import pixels_of
 
 
 def save_state(path: str | Path, state: dict, *, keep_previous: bool = False) -> None:
@@ -93,7 +94,7 @@ def origin(images, model: nn.Module | None = None, *, start: str | None = None) 
         "start": start,
     }
     if shards is None:
-        pixels = getattr(images, "images", images)
+        pixels = pixels_of(images)
         some = pixels[torch.linspace(0, len(pixels) - 1, min(16, len(pixels))).long()]
         found["brightness"] = some.double().mean(dim=(1, 2, 3)).tolist()
     if model is not None:

@@ -18,7 +18,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import readable
 from refiner.base.tensors import as_features, mean_and_scale, named_labels, standardized
 from refiner.images import toybox
-from refiner.images.sets import ImageSet
+from refiner.images.sets import ImageSet, pixels_of
 from refiner.probing.features import Features
 from refiner.probing.neighbors import classify
 from refiner.probing.search import Graph, nearest_neighbors
@@ -457,20 +457,9 @@ def _votes(indices_Sk: np.ndarray, similarities_Sk: np.ndarray, labels: np.ndarr
 
 def _pixels(images):
     """uint8 [N, 3, H, W], or images that are read on demand."""
-    pixels = getattr(images, "images", images)
-    if not hasattr(pixels, "shape"):
-        pixels = [torch.as_tensor(np.asarray(x)) for x in pixels]
-        sizes = ["×".join(map(str, x.shape)) for x in pixels]
-        odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-        if odd is not None:
-            raise UserError(
-                f"the images have different sizes: image 0 is {sizes[0]} and image {odd} is "
-                f"{sizes[odd]}; refiner.load_images(folder, size=…) makes them alike"
-            )
-        pixels = torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-    kind, shape = pixels.dtype, list(pixels.shape)
-    if len(shape) != 4 or shape[1] != 3 or kind not in (torch.uint8, np.uint8):
-        raise UserError(f"images must be uint8 [N, 3, H, W], not {kind} {shape}")
+    pixels = pixels_of(images)
+    if pixels.dtype != torch.uint8:
+        raise UserError(f"images must be uint8 [N, 3, H, W], not {pixels.dtype}")
     if len(pixels) < 2:
         raise UserError(f"there is nothing to explore in {len(pixels)} images")
     if len(pixels) > MOST_IMAGES:
@@ -478,7 +467,7 @@ def _pixels(images):
             f"the explorer shows at most {MOST_IMAGES:,} images, not {len(pixels):,}: take a part "
             f"of the images and of the features, such as the first {MOST_IMAGES:,}"
         )
-    return torch.as_tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
+    return pixels
 
 
 def _features(features, n: int, kind: str | None) -> dict[str, tuple[Tensor, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import named_labels
-from refiner.images.sets import ImageSet
+from refiner.images.sets import ImageSet, pixels_of
 from refiner.probing.search import Graph
 from refiner.visuals.style import RIGHT, WRONG, array, axes_for, name_of, named, plain
 
@@ -200,9 +200,7 @@ def _mark(ax: Axes, column: float, row: float, right: bool, size: float) -> None
 
 def _pixels(images: ImageSet | Tensor, index=slice(None)) -> np.ndarray:
     """uint8 or float [B, 3, H, W] or an ImageSet as float [B, H, W, 3] in 0..1."""
-    x = images.batch(index) if isinstance(images, ImageSet) else torch.as_tensor(images)[index]
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise UserError(f"images must be [B, 3, H, W], not {list(x.shape)}")
+    x = pixels_of(images)[index]
     x = x / 255 if x.dtype == torch.uint8 else x.float()
     return x.detach().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 

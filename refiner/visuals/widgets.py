@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from refiner.base.errors import UserError
+from refiner.images.sets import pixels_of
 from refiner.images.views import View, make_view
 from refiner.models.encoders import (
     PostNormBlock,
@@ -143,7 +144,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
         A :class:`Panel` with the controls ``image``, ``ratio``, ``seed`` and ``hidden``, a bool for
         each patch; the first three draw a new mask.
     """
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     n = mae.patches
 
     def mask(ratio, seed):
@@ -287,7 +288,7 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
     """
     import ipywidgets as w
 
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     prefix, depth = prefix_tokens(model), len(model.blocks)
     n = attention_maps(model, pixels[0]).shape[-1] - prefix
     tokens = ([("class token", "cls")] if prefix else []) + [("mean of all patches", "mean")]
@@ -347,7 +348,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
 
     from refiner.training.recipe import Recipe
 
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     view = view or Recipe.cpu(size=pixels.shape[-1]).views[0]
     look = {"description": "crop's area", "continuous_update": False}
     controls = {
@@ -441,7 +442,7 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: 
     """
     import ipywidgets as w
 
-    pixels = getattr(images, "images", images)
+    pixels = pixels_of(images)
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     view, n = replace(recipe.views[0], keep=1.0), len(pixels)
     width = heads.predictor[0].weight.shape[1]  # of the projections
