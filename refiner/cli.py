@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,12 +28,15 @@ def main(argv: list[str] | None = None) -> int:
         0 if all went well, 1 if something that ran failed, 2 for bad input, 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
+    if argv is None:  # names of files may hold what moves a terminal's cursor
+        warnings.formatwarning = lambda text, kind, *_: readable(f"{kind.__name__}: {text}\n")
     try:
         status = args.command(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second one has nothing to say
+        if argv is None:  # a second one ends what still waits, and has nothing to say
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         say("\nInterrupted.")
         return 130
     except BrokenPipeError:
@@ -375,7 +379,7 @@ def probe_command(args: argparse.Namespace) -> int:
             name = f"{name}: " if len(report["models"]) > 1 else ""
             print(f"{name}{told['sentence']}\n\n{told['code']}\n")
     for sentence in report["left_out"]:
-        print(f"left out: {sentence}")
+        print(readable(f"left out: {sentence}"))
     print(f"{Path(args.out) / 'index.html'}: the report")
     return 0
 
@@ -440,11 +444,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
         device=args.device,
     )
     for name, reason in report["left_out"].items():
-        print(f"left out: {name}: {reason}")
+        print(readable(f"left out: {name}: {reason}"))
     for name, sides in report["failed"].items():
         for side, reason in sides.items():
             say(f"failed: {name}, {side}: {reason}")
-    print("\n".join(findings(report)))
+    print(readable("\n".join(findings(report))))
     print(f"{Path(args.out) / 'index.html'}: the report")
     return int(bool(report["failed"]))
 

@@ -207,6 +207,44 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_a_second_ctrl_c_and_names_with_control_characters_are_quiet():
+    code = """
+import os, signal, sys, time, warnings
+from refiner import cli
+def run(args):
+    warnings.warn("\x1b[2J.png cannot be read")
+    raise KeyboardInterrupt
+cli.models_command, sys.argv = run, ["refiner", "models"]
+cli.main()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(9)
+"""
+    done = python("-c", code)
+    assert done.returncode == 130
+    assert done.stderr == "UserWarning: ?[2J.png cannot be read\n\nInterrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 14.0 TiB for an array"), "suffice: 14.0 TiB were wanted"),
+        (MemoryError(), "the memory does not suffice;"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate: you tried to allocate 4000 bytes."),
+            "suffice: 4000 bytes were wanted at once",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "suffice: 20.00 GiB"),
+    ],
+)
+def test_too_little_memory_says_how_much_was_wanted(error, said, monkeypatch, capsys):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(cli, "models_command", run)
+    assert cli.main(["models"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_extra_is_named_when_papermill_is_missing(tmp_path):
     (tmp_path / "00_a.ipynb").write_text("{}")
     code = (

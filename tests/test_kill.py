@@ -15,12 +15,21 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
 
+from refiner.course import run as course
+from refiner.evaluation import probe
+from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models.load import build_vit, load_model
+from refiner.models.mae import MAERecipe
+from refiner.models.save import save_model
+from refiner.training.finetuning import FinetuneRecipe, finetune
+from refiner.training.pretraining import pretrain
 from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
 from refiner.training.states import load_state
@@ -244,5 +253,107 @@ def test_a_full_disk_ends_a_run_and_leaves_its_state(survived):
     assert found["intact"] and not found["rest"]
 
 
+# ---------------------------------------------------------------- every long command
+
+
+def noise() -> ImageSet:
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8, generator=rng)
+    return ImageSet(pixels, torch.arange(24) % 2, ("a", "b"), name="noise")
+
+
+def a_model():
+    return build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0)
+
+
+def run_pretrain(out: Path) -> None:
+    sizes = {"size": 8, "patch": 4, "dim": 8, "depth": 2, "heads": 2, "batch": 4, "steps": 60}
+    recipe = MAERecipe(**sizes, decoder_dim=8, decoder_heads=2)
+    resume = (out / "state.pt").is_file()
+    options = {"save_every": 1, "log_every": 1, "resume": resume, "progress": False}
+    pretrain(noise(), recipe=recipe, out=out, **options)
+
+
+def run_finetune(out: Path) -> None:
+    recipe, resume = FinetuneRecipe.cpu(batch=4, epochs=8), (out / "finetune.pt").is_file()
+    options = {"save_every": 1, "resume": resume, "progress": False}
+    finetune(a_model(), noise(), recipe=recipe, out=out, **options)
+
+
+def run_probe(out: Path) -> None:
+    settings = probe.Settings(parts=("knn", "linear", "low_shot", "clustering"), draws=2)
+    options = {"n": 40, "n_test": 20, "settings": settings, "resume": True, "progress": False}
+    probe.probe(str(out.parent / "model"), "digits", out, **options)
+
+
+def run_course_of_three(out: Path) -> None:
+    course.run_course(out.parent / "notebooks", out, resume=True)
+
+
+def outcome(which: str, out: Path):
+    """What has to be the same, however often a run was killed."""
+    if which == "course":
+        entries = json.loads((out / "summary.json").read_text())["notebooks"]
+        return {name: (e["status"], e["metrics"]) for name, e in entries.items()}
+    if which == "probe":
+        report = json.loads((out / "report.json").read_text())
+        return {k: v for k, v in report.items() if k != "machine"}
+    if which == "finetune":
+        state = load_state(out / "finetune.pt")
+        return {k: v.tolist() for part in ("model", "ema") for k, v in state[part].items()}
+    history = json.loads((out / "history.json").read_text())
+    weights = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+    return weights, [entry["loss"] for entry in history]
+
+
+LONG = {"refine": run, "pretrain": run_pretrain, "finetune": run_finetune}
+LONG |= {"probe": run_probe, "course": run_course_of_three}
+
+
+def kill_often(which: str, folder: Path, kills: int) -> None:
+    """Kills a command at random moments, until it was so often; writes down what came of it."""
+    torch.set_num_threads(1)
+    task, rng, out, whole = LONG[which], random.Random(which), folder / "out", folder / "whole"
+    save_model(a_model(), folder / "model")
+    for i in range(3):
+        cells = [new_code_cell(f"import refiner, time; time.sleep(0.3); refiner.record('a', {i})")]
+        (folder / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=cells), folder / "notebooks" / f"0{i}_a.ipynb")
+    began = time.monotonic()
+    assert os.waitpid(in_child(task, whole), 0)[1] == 0
+    length, expected = time.monotonic() - began, outcome(which, whole)
+    dead, ends = 0, 0
+    while dead < kills or not ends:
+        child, moment = in_child(task, out), time.monotonic() + rng.uniform(0.05, 0.6) * length
+        while dead < kills and time.monotonic() < moment:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.002)
+        else:
+            if dead < kills:
+                os.kill(child, signal.SIGKILL)
+        killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+        dead += killed
+        if not killed:
+            assert outcome(which, out) == expected, f"{which}: another result after {dead} kills"
+            left = [str(p) for p in out.rglob(".*") if ".ipynb" not in str(p)]
+            assert not left, f"{which} leaves {left}"
+            shutil.rmtree(out)
+            ends += 1
+    said = f"{which}: {dead} kills, {ends} runs to the end, each with the result of {length:.1f} s"
+    (folder / "found.txt").write_text(said)
+    print(said)
+
+
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: KILLS=20 runs it")
+@pytest.mark.parametrize("which", LONG)
+def test_however_often_it_is_killed_the_result_is_the_same(which, tmp_path):
+    count = os.environ["KILLS"]
+    subprocess.run([sys.executable, __file__, str(tmp_path), which, count], check=True)
+
+
 if __name__ == "__main__":
-    ordeal(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        kill_often(sys.argv[2], Path(sys.argv[1]), int(sys.argv[3]))
+    else:
+        ordeal(Path(sys.argv[1]))

@@ -283,6 +283,14 @@ def test_a_file_that_is_wrong_is_named_with_its_field(folders, tmp_path, name, c
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "card.json"])
+def test_the_first_thousand_bytes_are_no_model(folders, tmp_path, name):
+    folder = Path(shutil.copytree(folders["card.json"], tmp_path / "m"))
+    (folder / name).write_bytes((folder / name).read_bytes()[: 1000 if name[0] == "m" else 100])
+    with pytest.raises(UserError, match=f"{name}.* (damaged|no JSON)"):
+        models.load_model(folder)
+
+
 def test_a_byte_order_mark_is_no_damage(folders, tmp_path):
     content = (folders["card.json"] / "card.json").read_bytes()
     folder = changed_file(folders, tmp_path, "card.json", b"\xef\xbb\xbf" + content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import tempfile
@@ -159,14 +160,16 @@ def read_json(path: str | Path, kind: Any = object) -> Any:
     with naming(path):
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
-            content = json.loads(text, parse_constant=_no_number)
+            content = json.loads(text, parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise UserError(f"the file is empty, damaged or no JSON ({error})") from error
         return in_range("", content, kind)
 
 
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
+def _finite(word: str) -> float:
+    if not math.isfinite(value := float(word)):
+        raise ValueError(f"{word} is no number")
+    return value
 
 
 @contextmanager

@@ -227,12 +227,16 @@ def _load_carded(path: Path) -> Encoder:
         model = _load_timm_folder(str(path), config, path / WEIGHTS[0])
     else:
         model = _built(card["architecture"], read_checkpoint(path)[1], str(path))
-    made_for = getattr(model.patch_embed, "img_size", None) or (card["preprocessing"]["size"],)
-    if card["preprocessing"]["size"] != made_for[0]:
-        size = card["preprocessing"]["size"]
-        raise UserError(f"{path}: the card says {size} pixels, the network is for {made_for[0]}")
+    _check_size(model, card, str(path))
     model.refiner_card = card
     return model.eval()
+
+
+def _check_size(model: Encoder, card: dict, name: str) -> None:
+    """Refuses a card of other images than the network takes."""
+    told, own = card["preprocessing"]["size"], getattr(model.patch_embed, "img_size", None)
+    if own and own[0] != told:
+        raise UserError(f"{name} says {told} pixels, but its network is for {own[0]}")
 
 
 def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
@@ -451,6 +455,7 @@ def _carded(
         card["timm"] = recipe
     if entry := find(name):
         card |= _told(entry)
+    _check_size(model, card, name)
     model.refiner_card = card
     return model.eval()
 
