@@ -68,7 +68,6 @@ gpu: $(READY)
 	$(BIN)/python benchmarks/evaluate_pair.py toybox --preset gpu
 	$(BIN)/python benchmarks/evaluate_pair.py cifar10 --preset gpu --data $(CIFAR)
 	$(BIN)/refiner course --preset gpu --out runs/course_gpu
-	$(BIN)/python benchmarks/small_vit_study.py --preset gpu
 
 $(READY): pyproject.toml constraints.txt
 	@python=; for p in $(PYTHON) python3.11 python3; do \

@@ -205,6 +205,54 @@ def evaluation() -> str:
     return table(["%", "before", "refined", "difference", "spread over"], rows)
 
 
+def readings() -> str:
+    """The reading that train images choose, beside the best on test and the usual one."""
+    rows = [
+        [
+            words_of(row),
+            row["chosen"],
+            f"{percent(row['accuracy'])} ({'–'.join(map(percent, row['interval']))})",
+            f"{percent(row['best_accuracy'])}",
+            percent(row["usual"]),
+        ]
+        for row in read(RESULTS / "readings.json")["rows"]
+    ]
+    head = ["Encoder and images", "chosen on train images", "its k-NN", "best on test", "usual"]
+    return table(head, rows)
+
+
+def words_of(row: dict) -> str:
+    return f"`{row['checkpoint']}` on {row['set']}"
+
+
+def label_free() -> str:
+    """How far each measure without labels orders blocks and poolings as labels do."""
+    found = read(RESULTS / "readings.json")["rows"]
+    names = list(found[0]["measures"])
+    rows = []
+    for measure in names:
+        scores = [row["measures"][measure] for row in found]
+        ranks = sorted(score["correlation"] for score in scores)
+        lost = [score["loses"] for score in scores]
+        span = f"{ranks[0]:+.2f} to {ranks[-1]:+.2f}"
+        points = f"{percent(mean(lost))} (at most {percent(max(lost))})"
+        rows.append([WITHOUT_LABELS[measure], f"{mean(ranks):+.2f}", span, points])
+    rows.sort(key=lambda row: -float(row[1]))
+    head = ["Measure", "rank correlation, mean", "lowest to highest", "points lost by its first"]
+    return table(head, rows)
+
+
+WITHOUT_LABELS = {
+    "rankme": "RankMe",
+    "participation_ratio": "participation ratio",
+    "alpha_req": "α-ReQ, distance to 1",
+    "intrinsic_dimension": "intrinsic dimension (TwoNN)",
+    "uniformity": "uniformity",
+    "lidar": "LiDAR",
+    "alignment": "alignment",
+}
+
+
 def memory() -> str:
     """Memory of a refining step at its peak: foretold by the plan, and simulated."""
     cells = read(RESULTS / "memory.json")["cells"]
@@ -227,6 +275,8 @@ TABLES = {
     "evaluation": evaluation,
     "no decoder": no_decoder,
     "memory": memory,
+    "readings": readings,
+    "label free": label_free,
 }
 
 

@@ -1,5 +1,6 @@
 """``refiner probe``: its numbers are the library's, its page stands alone, and it goes on."""
 
+import html
 import json
 import shutil
 
@@ -68,6 +69,9 @@ def test_the_page_stands_alone(report):
     assert "http" not in page.replace('href="report.json"', "").replace("https://", "http")
     last = found["models"][next(iter(found["models"]))]["cls"]["knn"]["accuracy"][0][-1]
     assert f"{last:.1%}" in page and "Left out" not in page
+    assert "gpu None" not in page and page.index('class="answer"') < page.index("<details>")
+    for told in (m["reading"]["sentence"] for m in found["models"].values()):
+        assert told.startswith("Use block ") and html.escape(told) in page
 
 
 def test_names_of_users_are_text_on_the_page(report, tmp_path):
@@ -180,8 +184,28 @@ def test_without_labels_the_measures_remain(models, tmp_path):
     root = folder_of_images(tmp_path / "data", 1, 20)
     found = probe(models[0], root, tmp_path / "out", settings=QUICK, progress=False)
     assert any("no labels" in text for text in found["left_out"])
+    reading = found["models"][models[0]]["reading"]
+    assert "RankMe puts block" in reading["sentence"] and "agreement" not in reading
+    pasted = {}
+    exec(reading["code"], pasted)  # three lines that work
+    assert pasted["x"].shape == (20, 24) and len(reading["code"].splitlines()) == 3
+    assert list((tmp_path / "out" / "figures").glob("neighbors_*"))
     assert "left_out" not in found["models"][models[0]]["cls"]["measures"]
     assert "Left out" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_test_labels_have_no_part_in_the_reading(models, tmp_path, monkeypatch):
+    def shuffled(*args):
+        train, test = train_and_test(*args)
+        test.labels = test.labels.roll(1)
+        return train, test
+
+    options = {"n": 64, "n_test": 32, "settings": Settings(parts=("reading",)), "progress": False}
+    found = [probe(models[0], out=tmp_path / "as they are", **options)]
+    monkeypatch.setattr("refiner.evaluation.probe.train_and_test", shuffled)
+    found.append(probe(models[0], out=tmp_path / "shuffled", **options))
+    plain, moved = (report["models"][models[0]]["reading"] for report in found)
+    assert plain["chosen"] == moved["chosen"] and plain["rows"] != moved["rows"]
 
 
 @pytest.mark.parametrize(("k", "measured"), [((1, 20), [1]), ((20, 5, 10), [5, 10])])

@@ -224,6 +224,8 @@ def test_labels_that_cannot_choose(labels, words, features):
         refiner.best_reading(features, labels)
     with pytest.raises(refiner.UserError, match="one of knn, linear, few, not 'luck'"):
         refiner.best_reading(features, torch.arange(40) % 2, by="luck")
+    with pytest.raises(refiner.UserError, match="what refiner.extract gives, not a Tensor"):
+        refiner.best_reading(features["cls"], torch.arange(40) % 2)
 
 
 def test_constant_features_leave_the_usual_reading_and_few_images_a_finite_one():
@@ -232,6 +234,7 @@ def test_constant_features_leave_the_usual_reading_and_few_images_a_finite_one()
     reading = refiner.best_reading(same, y).reading
     assert str(reading) == "block 2, class token, standardised"
     assert not reading.apply(same).any()
+    assert all(value.isnan().all() for value in refiner.rank_readings(same).values.values())
     few = planted(6, 0)[0]  # fewer images than features
     choice = refiner.best_reading(few, y)
     assert choice.reading.apply(planted(9, 1)[0]).isfinite().all()

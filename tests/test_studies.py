@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from refiner.models.mae import MAERecipe, random_masking
+from refiner.models.mae import MAERecipe
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -20,36 +18,9 @@ BENCHMARKS = ROOT / "benchmarks"
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("small_vit_study", "toybox_ladder", "cifar10", "utilisation", "no_decoder")
+    names = ("toybox_ladder", "cifar10", "utilisation", "no_decoder")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.mark.parametrize(
-    "change", [{}, {"depth": 16}, {"decoder_depth": 0}, {"decoder_depth": 4, "decoder_dim": 48}]
-)
-def test_multiply_adds_are_those_that_torch_counts(scripts, change):
-    recipe = replace(MAERecipe(), **change, decoder_heads=2 if "decoder_dim" in change else 3)
-    mae = recipe.build().eval()
-    x = torch.randn(2, 3, 32, 32)
-    visible, mask = random_masking(2, 64, recipe.mask_ratio, torch.Generator().manual_seed(0))
-    plain = sdpa_kernel(SDPBackend.MATH)  # the CPU's fused attention is not counted
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
-        mae(x, visible, mask)
-    counted = counter.get_total_flops() / 2 / len(x)
-    # Embedding, prediction and the decoder's entry are left out of the formula: a few percent.
-    assert scripts["small_vit_study"].multiply_adds(recipe) == pytest.approx(counted, rel=0.06)
-
-
-def test_every_cell_of_the_study_has_the_same_budget(scripts):
-    study = scripts["small_vit_study"]
-    for preset, sizes in study.PRESETS.items():
-        budget = study.multiply_adds(MAERecipe()) * sizes["steps"]
-        for name in study.CELLS:
-            recipe = study.cell_recipe(name, preset)
-            spent = study.multiply_adds(recipe) * recipe.steps
-            assert spent == pytest.approx(budget, rel=2e-3), name
-            recipe.build()  # and it is a network that can be made
 
 
 def test_rungs_of_the_ladder_differ_in_colour_and_swap_only(scripts):

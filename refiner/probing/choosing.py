@@ -31,6 +31,7 @@ from refiner.probing.readings import (
     Spectrum,
     Transform,
     affine,
+    check_kinds,
     pooled,
     pooling_words,
     poolings_of,
@@ -143,7 +144,7 @@ class Choice:
             features, labels: of the test images, [M].
             seed: of the resamples.
         """
-        labels = class_labels(labels, features["patch"], "test").cpu()
+        labels = class_labels(labels, features.main, "test").cpu()
         known = {"best": self.fit(), "usual": Reading.fit(self.features)}
         known |= {"runner_up": self.fit(1)} if len(self.scores) > 1 else {}
         right = {}
@@ -247,20 +248,11 @@ def best_reading(
     if isinstance(by, str) and by not in OBJECTIVES:
         raise UserError(f"a reading is chosen by one of {', '.join(OBJECTIVES)}, not {by!r}")
     objective = OBJECTIVES[by]() if isinstance(by, str) else by
-    if labels is None:
-        raise UserError("a reading is chosen with labels; rank_readings orders blocks without")
-    labels = class_labels(labels, features["patch"], "train").cpu()
-    ordered = labels.sort().values
-    classes = 1 + int((ordered[1:] != ordered[:-1]).sum())
-    if classes in (1, len(labels)):
-        what = "one class" if classes == 1 else "one image a class"
-        raise UserError(
-            f"with {what} no reading is better than another; rank_readings needs no labels"
-        )
+    tried = list(product(check_kinds(features).blocks, poolings or poolings_of(features)))
+    labels = _choosable(labels, features)
     rng = np.random.default_rng(seed)
     some = torch.from_numpy(np.sort(rng.permutation(len(labels))[:most]))
     y_N, scores = labels[some], {}
-    tried = list(product(features.blocks, poolings or poolings_of(features)))
     for block, pooling in tqdm(tried, desc="readings", disable=not progress):
         x_ND = pooled(features, block, pooling)
         x_ND = x_ND.to(device or x_ND.device)
@@ -274,11 +266,26 @@ def best_reading(
     return Choice({c: scores[c] for c in order}, features, labels, objective, device)
 
 
+def _choosable(labels, features: Features) -> Tensor:
+    """Labels by which readings can differ, on the CPU."""
+    if labels is None:
+        raise UserError("a reading is chosen with labels; rank_readings orders blocks without")
+    labels = class_labels(labels, features.main, "train").cpu()
+    ordered = labels.sort().values
+    classes = 1 + int((ordered[1:] != ordered[:-1]).sum())
+    if classes in (1, len(labels)):
+        what = "one class" if classes == 1 else "one image a class"
+        raise UserError(
+            f"with {what} no reading is better than another; rank_readings needs no labels"
+        )
+    return labels
+
+
 # ---------------------------------------------------------------- without labels
 
 
 class Measure(NamedTuple):
-    """A measure without labels: its name, its value of [L, N, D] (or views [L, N, V, D]), and what
+    """A measure without labels: its name, its value of [N, D] (or views [N, V, D]), and what
     of the value is larger for better features, if the measure is right."""
 
     name: str
@@ -309,7 +316,7 @@ class Ranking:
 
     Attributes:
         places: block and pooling of each entry.
-        values: what each measure says, float32, one for each place.
+        values: what each measure says, float32, one for each place; NaN where it cannot tell.
     """
 
     places: list[tuple[int, str]]
@@ -363,10 +370,18 @@ def rank_readings(
     kinds = [kind for kind in poolings_of(features) if "+" not in kind]
     places = [(block, kind) for kind in kinds for block in features.blocks]
     readings = [Reading.fit(features, *place, transform) for place in places]
-    x_PND = torch.stack([reading.apply(features) for reading in readings])
-    values = {m: measure.value(x_PND) for m, measure in MEASURES.items() if not measure.views}
-    if len(views) > 1:
-        seen = (torch.stack([r.apply(view) for view in views], dim=1) for r in readings)
-        x_PNVD = torch.stack(list(seen))
-        values |= {m: measure.value(x_PNVD) for m, measure in MEASURES.items() if measure.views}
-    return Ranking(places, values)
+    values = {m: [] for m, measure in MEASURES.items() if len(views) > 1 or not measure.views}
+    for reading in readings:
+        x_ND = reading.apply(features)
+        x_NVD = torch.stack([reading.apply(v) for v in views], dim=1) if len(views) > 1 else None
+        for name, found in values.items():
+            found.append(_value(MEASURES[name], x_NVD if MEASURES[name].views else x_ND))
+    return Ranking(places, {name: torch.stack(found) for name, found in values.items()})
+
+
+def _value(measure: Measure, x: Tensor) -> Tensor:
+    """NaN where a measure cannot tell, as of constant features."""
+    try:
+        return measure.value(x)
+    except UserError:
+        return torch.tensor(torch.nan)

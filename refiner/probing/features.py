@@ -1,8 +1,8 @@
 """Pooled features of every block in one pass.
 
-Only two vectors of an image and block are kept: the class token and the mean of the patch tokens.
-They are taken while the pass is under way, so no block's tokens have to be stored; features that
-outgrow a limit go to a file.
+Of an image and block only the class token, the mean of the patch tokens and that of the registers
+are kept. They are taken while the pass is under way, so no block's tokens have to be stored;
+features that outgrow a limit go to a file.
 
 Shape legend: N images, B images of a batch, L blocks, T tokens (prefix tokens, then patches),
 D width of the model.

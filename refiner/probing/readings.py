@@ -172,8 +172,8 @@ class Reading:
         Raises:
             ValueError: for a block or pooling that the features lack, or fewer than two images.
         """
-        block = features.blocks[block] if block < 0 else block
         pooling, transform = pooling or poolings_of(features)[0], checked(transform)
+        block = features.blocks[block] if block < 0 else block
         x_ND = pooled(features, block, pooling)
         _check_count(len(x_ND))
         return cls(block, pooling, transform, *Spectrum(x_ND).fitted(transform))
@@ -257,9 +257,23 @@ class _Read(nn.Module):
         return ((x_BD.double() - self.center) @ self.matrix).float()
 
 
+def check_kinds(features: Features) -> Features:
+    """The same, if they say which blocks and poolings they are of.
+
+    Raises:
+        ValueError: for a bare tensor or another type.
+    """
+    if not isinstance(features, Features):
+        raise UserError(
+            f"readings take what refiner.extract gives, not a {type(features).__name__}; "
+            'Features({"patch": x_LND}, blocks) of refiner.probing.features holds your own'
+        )
+    return features
+
+
 def poolings_of(features: Features) -> list[str]:
     """The single kinds that features have, then those side by side; the usual one comes first."""
-    kinds = [kind for kind in NAMES if kind in features and kind != "final"]
+    kinds = [kind for kind in NAMES if kind in check_kinds(features) and kind != "final"]
     joined = ["+".join(k for k in kinds if k != "registers"), "+".join(kinds)]
     return list(dict.fromkeys([*kinds, *joined]))
 
@@ -275,7 +289,8 @@ def pooled(features: Features, block: int, pooling: str) -> Tensor:
     Raises:
         ValueError: for a block or pooling that is not there.
     """
-    missing = [kind for kind in pooling.split("+") if kind not in features or kind == "final"]
+    kinds = [kind for kind in check_kinds(features) if kind != "final"]
+    missing = set(pooling.split("+")) - set(kinds)
     if missing or block not in features.blocks:
         raise UserError(
             f"there is no block {block}, {pooling}, in features of the blocks "
