@@ -1,6 +1,6 @@
 """Which reading is the best, does the choice find it, and which measure without labels would?
 
-    python benchmarks/readings.py [--data cifar10=FOLDER clothes=FOLDER] [--n 2000] [--n-test 1000]
+    python benchmarks/readings.py [--data cifar10=FOLDER clothes=FOLDER] [--n 3000] [--n-test 1000]
                                   [--only CHECKPOINT ...] [--speed]
 
 For each image set and embedded checkpoint: the reading that train images choose, the usual one and
@@ -121,7 +121,7 @@ def speed() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--n", type=int, default=3000)
     parser.add_argument("--n-test", type=int, default=1000)
     parser.add_argument("--only", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--speed", action="store_true")

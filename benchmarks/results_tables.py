@@ -275,8 +275,6 @@ TABLES = {
     "evaluation": evaluation,
     "no decoder": no_decoder,
     "memory": memory,
-    "readings": readings,
-    "label free": label_free,
 }
 
 
