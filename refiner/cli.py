@@ -334,7 +334,7 @@ def add_probe(subparsers) -> None:
         "opens without a network.",
     )
     model = "a model's name or folder; repeat it to compare; default: mae_toybox"
-    parts = "only these of reading, knn, linear, low_shot, clustering, measures, factors"
+    parts = "only these of reading, knn, linear, low_shot, clustering, measures, factors, attentive"
     shares = "shares of the labels, such as 0.01 0.1; default: none"
     add("--model", action="append", **NAME, dest="models", help=model)
     add("--data", default="toybox", **NAME, help="an image set or a folder")
@@ -344,6 +344,8 @@ def add_probe(subparsers) -> None:
     add("--parts", nargs="+", metavar="PART", help=parts)
     by = "what the reading is chosen by, on train images: knn, linear or few (labels); default: knn"
     add("--by", metavar="OBJECTIVE", help=by)
+    more = "also train attentive probes (EP), and write a row for their public benchmark; minutes"
+    add("--attentive", **FLAG, help=more)
     add("--k", **number("K"), nargs="+", help="neighbors that vote; default: 1 10 20")
     add("--shots", **number("N"), nargs="+", help="labels a class; default: 1 2 5 10")
     add("--fractions", type=float, nargs="+", metavar="SHARE", help=shares)
@@ -356,12 +358,14 @@ def add_probe(subparsers) -> None:
 def probe_command(args: argparse.Namespace) -> int:
     """Probes and writes the report."""
     from refiner.base.parallel import check_device
-    from refiner.evaluation.probe import Settings, probe
+    from refiner.evaluation.probe import PARTS, Settings, probe
 
     check_device(args.device)
     names = ("parts", "by", "k", "shots", "fractions", "draws", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    if args.attentive:
+        given["parts"] = tuple(dict.fromkeys((*given.get("parts", PARTS), "attentive")))
     check_out(args.out)
     report = resumable(
         probe,

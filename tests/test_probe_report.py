@@ -3,6 +3,7 @@
 import html
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 import refiner
 from refiner.cli import main
-from refiner.evaluation.probe import PARTS, Settings, probe, write_page
+from refiner.evaluation.probe import PARTS, Settings, figures, probe, write_page
 from refiner.images.load import train_and_test
 from refiner.models.load import build_vit
 from refiner.models.save import save_model
@@ -59,6 +60,22 @@ def test_the_numbers_are_the_librarys(models, report):
     hue = refiner.factor_probe(x, {"hue": train.factors["hue"]}, z, {"hue": test.factors["hue"]})
     assert numbers["factors"]["hue"] == pytest.approx(hue["hue"].tolist(), abs=1e-4)
     assert len(numbers["factors"]["class"]) == 2
+
+
+def test_attentive_probes_are_asked_for_and_bring_a_row(models, tmp_path, monkeypatch):
+    assert "attentive" not in PARTS
+    short = partial(refiner.attentive_probe, epochs=1, queries=2)
+    monkeypatch.setattr("refiner.evaluation.probe.attentive_probe", short)
+    monkeypatch.setattr("refiner.evaluation.probe.write_page", lambda out, report: None)
+    command = ["probe", "--model", models[0], "--n", "48", "--n-test", "32", "--attentive"]
+    assert main([*command, "--parts", "attentive", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    told = report["models"][models[0]]["attentive"]
+    header, values = (tmp_path / "benchmark.csv").read_text().splitlines()
+    assert header.startswith("family,method,arch") and len(told["accuracy"]) == 2
+    assert told["row"]["ep_queries"] == 2 and f",{told['row']['ep']},2,ep," in values
+    assert told["row"]["ep"] == pytest.approx(100 * told["accuracy"][-1], abs=0.006)
+    assert [name for name, _, _ in figures(report)] == ["attentive"]
 
 
 def test_the_page_stands_alone(report):

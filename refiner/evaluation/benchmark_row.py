@@ -6,9 +6,14 @@ The benchmark is results.csv of github.com/billpsomas/efficient-probing (Psomas 
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from refiner.base.files import replacing
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder, has_class_token, patch_count
-from refiner.probing.attentive import attentive_probe
+from refiner.probing.attentive import AttentiveProbe, attentive_probe
 from refiner.probing.features import extract
 from refiner.probing.neighbors import knn_swept
 from refiner.probing.probes import linear_probe
@@ -34,6 +39,7 @@ def benchmark_row(
     family: str = "MIM",
     pretrain: str = "",
     class_token: bool = False,
+    attentive: AttentiveProbe | None = None,
     seed: int = 0,
     device=None,
     progress: bool = True,
@@ -51,6 +57,7 @@ def benchmark_row(
         pretrain: the data that the encoder was trained on.
         class_token: EP attends the class token, too ("ep_all"), as the benchmark has it where
             pretraining is defined on that token.
+        attentive: a probe whose last block is the model's, instead of training one.
         seed, device, progress: see :func:`refiner.attentive_probe`.
 
     Returns:
@@ -65,7 +72,7 @@ def benchmark_row(
     nearest = knn_swept(*data, standardize=False, device=device)
     linear = linear_probe(*data, seed=seed, device=device)
     options = {"blocks": [-1], "class_token": class_token, "seed": seed}
-    attentive = attentive_probe(model, train, test, **options, **how)
+    attentive = attentive or attentive_probe(model, train, test, **options, **how)
     card, width, mean = model.refiner_card, model.num_features, not has_class_token(model)
     kind, size = type(model).__name__, card["preprocessing"]["size"]
     kind = "ViT" if kind == "VisionTransformer" else kind
@@ -81,9 +88,9 @@ def benchmark_row(
         "lp_gap": "yes" if mean else "no",
         "gap_reason": "no_cls" if mean else "",
         "lp_variant": "pos" if mean else "cls",
-        "ep": round(100 * float(attentive.accuracy[0]), 2),
+        "ep": round(100 * float(attentive.accuracy[-1]), 2),
         "ep_queries": attentive.queries.shape[1],
-        "ep_variant": "ep_all" if class_token else "ep",
+        "ep_variant": "ep_all" if attentive.class_token else "ep",
         "model": card["name"],
         "notes": NOTES,
         "knn": round(100 * float(nearest.accuracy), 2),
@@ -91,3 +98,12 @@ def benchmark_row(
         "knn_T": round(float(nearest.temperature), 4),
     }
     return {field: known.get(field, "") for field in FIELDS}
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Writes rows under the benchmark's header, or nothing where there are none."""
+    if rows:
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)

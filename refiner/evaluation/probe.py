@@ -26,21 +26,24 @@ from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
 from refiner.base.settings import Count, Entries, Portion, Whole, checked
 from refiner.evaluation import advice
+from refiner.evaluation.benchmark_row import benchmark_row, write_rows
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
 from refiner.models.load import load_model
 from refiner.probing import clusters, measures, neighbors, probes
+from refiner.probing.attentive import attentive_probe
 from refiner.probing.choosing import OBJECTIVES
 from refiner.probing.features import NAMES, extract
 from refiner.visuals import plots
 from refiner.visuals.style import save_figures
 
 # What a part costs, roughly, so that the bar's estimate of the time that is left means something.
-COST = dict(
-    features=30, reading=20, knn=5, linear=20, low_shot=15, clustering=15, measures=10, factors=10
-)
-Part = Literal["reading", "knn", "linear", "low_shot", "clustering", "measures", "factors"]
-PARTS = get_args(Part)
+COST = dict(features=30, reading=20, knn=5, linear=20, low_shot=15, clustering=15, measures=10)
+COST |= dict(factors=10, attentive=600)
+Part = Literal[
+    "reading", "knn", "linear", "low_shot", "clustering", "measures", "factors", "attentive"
+]
+PARTS = get_args(Part)[:-1]  # attentive probes take minutes: only if they are asked for
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Found(TypedDict):
     done: list[str]
     blocks: NotRequired[list[int]]
     reading: NotRequired[dict[str, object]]
+    attentive: NotRequired[dict[str, object]]
     cls: NotRequired[Numbers]
     patch: NotRequired[Numbers]
     registers: NotRequired[Numbers]
@@ -118,7 +122,8 @@ def probe(
         data: an image set or a folder. A folder without a test (or val) part that has labels if
             the train part has them lends a fifth of each class's train images. Without labels only
             the measures without labels are taken, without factors no factor probes.
-        out: gets ``report.json``, ``figures/*.png`` and ``index.html``.
+        out: gets ``report.json``, ``figures/*.png`` and ``index.html``; with attentive probes
+            ``benchmark.csv``, a row a model (:func:`refiner.benchmark_row`).
         n, n_test: only so many train and test images; default all.
         settings: parts and their options, a :class:`Settings`.
         resume: keep the parts that are in ``out`` already, from the same data and settings.
@@ -167,6 +172,12 @@ def probe(
         report["left_out"] = _left_out(report)
         write_json(out / "report.json", report)
         write_page(out, report)
+        rows = [
+            m["attentive"]["row"]
+            for m in report["models"].values()
+            if "row" in m.get("attentive", ())
+        ]
+        write_rows(out / "benchmark.csv", rows)
     return report
 
 
@@ -186,7 +197,8 @@ def _probe_model(
         bar.set_description_str(part.replace("_", "-"))
         if part in _WHOLE:
             sides = keys, train, queries, test
-            found[part] = _WHOLE[part](model, sides, settings, device, file)
+            how = {"device": device, "progress": not bar.disable}
+            found[part] = _WHOLE[part](model, sides, settings, file, **how)
         for pooling in (p for p in NAMES if p in keys and part not in _WHOLE):
             if pooling in ("cls", "patch") or part in ("knn", "linear"):
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
@@ -196,7 +208,7 @@ def _probe_model(
         bar.update(COST[part])
 
 
-def _reading(model, sides: tuple, settings: Settings, device, file: Path) -> dict:
+def _reading(model, sides: tuple, settings: Settings, file: Path, *, device, **_) -> dict:
     """Which reading to use; it is saved, and without labels its neighbors are drawn."""
     how = {"by": settings.by, "seed": settings.seed, "device": device}
     try:
@@ -209,6 +221,17 @@ def _reading(model, sides: tuple, settings: Settings, device, file: Path) -> dic
         drawn = lambda: [(name, "", advice.neighbors(sides[3], sides[2], reading))]  # noqa: E731
         save_figures(file.parent.parent, drawn)
     return found | {"file": str(file)}
+
+
+def _attentive(model, sides: tuple, settings: Settings, file: Path, **how) -> dict:
+    """Every block's attentive probe, and the model's row for the public benchmark."""
+    _, train, _, test = sides
+    try:
+        probe = attentive_probe(model, train, test, seed=settings.seed, **how)
+        row = benchmark_row(model, train, test, attentive=probe, seed=settings.seed, **how)
+    except UserError as error:
+        return {"left_out": str(error)}
+    return json_ready({"accuracy": probe.accuracy, "rate": probe.rate, "row": row})
 
 
 def _tried(part: str, sides: _Sides) -> dict:
@@ -267,7 +290,10 @@ def _factors(s: _Sides) -> dict:
 
 _DO = {"knn": _knn, "linear": _linear, "low_shot": _low_shot, "clustering": _clustering}
 _DO |= {"measures": _measures, "factors": _factors}
-_WHOLE = {"reading": _reading}  # what is told of a whole model, not of each pooling
+_WHOLE = {
+    "reading": _reading,
+    "attentive": _attentive,
+}  # what is told of a whole model, not of each pooling
 
 
 def _left_out(report: dict) -> list[str]:
@@ -298,6 +324,14 @@ def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
     for number, (name, found) in enumerate(_advised(report).items(), start=1):
         caption = f"{name}: every block and pooling, with the transform of the chosen one"
         yield f"reading_{number}", caption, advice.figure(name, found, chance)
+    whole = {name: m.get("attentive", {}) for name, m in report["models"].items()}
+    if curves := {name: p["accuracy"] for name, p in whole.items() if "accuracy" in p}:
+        ax = plots.block_curve(curves, ylabel="attentive probe, accuracy", chance=chance)
+        yield (
+            "attentive",
+            "Attentive probe (EP): can the class be read from the patches?",
+            ax.figure,
+        )
     for pooling in ("cls", "patch"):
         where = NAMES[pooling]
         if found := _per_model(report, pooling, "knn"):
