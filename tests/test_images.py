@@ -235,7 +235,7 @@ def test_numbers_as_classes_are_names():
         ({"labels": [0.0, 1.0]}, "must be words or whole numbers from 0, not float64"),
         ({"labels": [0, None]}, "must be words or whole numbers from 0, not object"),
         ({"labels": [[0], [1]]}, r"do not match labels of shape \[2, 1\]"),
-        ({"images": torch.zeros(2, 1, 2, 2)}, r"uint8 \[N, 3, H, W\], not torch.float32 \[2, 1, 2, 2\]"),
+        ({"images": torch.zeros(2, 1, 2, 2)}, r"\[N, 3, H, W\], not torch.float32 \[2, 1, 2, 2\]"),
         ({"images": np.zeros((2, 2, 2, 4), np.uint8)}, r"not of 2 channels, \[2, 2, 2, 4\]"),
     ],
 )

@@ -239,7 +239,7 @@ def _fits(cached: np.ndarray, last: np.ndarray, n: int) -> bool:
     """Whether an array is of n images and ends with the last one, as any machine rounds it."""
     if cached.dtype != last.dtype or cached.shape != (n, *last.shape[1:]):
         return False
-    return np.abs(cached[-1:].astype(float) - last).mean() <= 0.01 * (1 + np.abs(last).max())
+    return np.abs(cached[-1:].astype(float) - last).mean() <= 0.01 * (1.0 + np.abs(last).max())
 
 
 def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
