@@ -22,6 +22,7 @@ from refiner.images.corruptions import corrupt
 from refiner.images.decode import read_files, resize
 from refiner.images.load import load_images
 from refiner.images.sets import ImageSet, LazyImages, balanced_order, pixels_of
+from refiner.images.streams import open_stream
 from refiner.images.views import View, make_view
 from refiner.models.encoders import preprocess
 from refiner.visuals.plots import contact_sheet
@@ -831,6 +832,13 @@ def test_an_unknown_split_is_an_error(name):
 def test_senseless_numbers_are_refused(options):
     with pytest.raises(ValueError, match="at least 1"):
         load_images("toybox", **options)
+
+
+@pytest.mark.parametrize("wrong", [(5, 5), (9, 0), 4095, (0, float("nan")), (0, 1, 2), "ab"])
+def test_a_range_of_values_has_to_rise(wrong):
+    for open_it in (load_images, lambda name, **o: open_stream("x.tar", size=8, **o)):
+        with pytest.raises(ValueError, match="value_range must be the values of black and white"):
+            open_it("toybox", value_range=wrong)
 
 
 def test_a_folder_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):

@@ -180,6 +180,23 @@ def to_rgb(image: Image.Image, value_range: ValueRange = None) -> Image.Image:
 # ---------------------------------------------------------------- gray of more than 8 bits
 
 
+def check_range(value_range: ValueRange) -> None:
+    """Does nothing for None, or two numbers that rise.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        low, high = value_range or (0, 1)
+        rises = low < high < float("inf") and low > -float("inf")
+    except (TypeError, ValueError):
+        rises = False
+    if not rises:
+        raise UserError(
+            f"value_range must be the values of black and white, as in (0, 4095), not {value_range}"
+        )
+
+
 def measured_range(files: Iterable[Path | IO[bytes]], name: str) -> ValueRange:
     """The one range of a set's gray values of more than 8 bits; None where it has none.
 

@@ -26,7 +26,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder
 from refiner.images import named_sets, toybox
-from refiner.images.decode import ValueRange, read_files, resize
+from refiner.images.decode import ValueRange, check_range, read_files, resize
 from refiner.images.folders import Files, class_folders, common_size, files_of, split_folder
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
@@ -140,6 +140,7 @@ def load_images(
     """
     check_source(name)
     _check_n(n)
+    check_range(value_range)
     if size is not None and size < 1:
         raise UserError(f"size must be at least 1 pixel, not {size}")
     if str(name) in toybox.VARIANTS:

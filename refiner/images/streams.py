@@ -36,7 +36,14 @@ from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import MissingPackage, UserError
-from refiner.images.decode import EXTENSIONS, SAMPLE, ValueRange, measured_range, read_image
+from refiner.images.decode import (
+    EXTENSIONS,
+    SAMPLE,
+    ValueRange,
+    check_range,
+    measured_range,
+    read_image,
+)
 
 SHARD = 2**32  # ids from one shard's first image to the next one's
 MOST_SHARDS = 10**6
@@ -163,6 +170,7 @@ def open_stream(
         UserWarning: where images had to be chosen among several of a sample, or several columns;
             later, where a shard or an image cannot be read.
     """
+    check_range(value_range)
     name, column = str(name), ""
     if name.startswith("hf:"):
         read, shards, column = _hugging_face(name.removeprefix("hf:"), split)
