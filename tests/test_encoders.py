@@ -16,6 +16,7 @@ from refiner.models.load import build_vit, copy_model, load_model, random_like, 
 from refiner.models.save import save_model
 from refiner.probing.features import extract
 from refiner.probing.neighbors import knn_accuracy
+from refiner.probing.readings import Reading
 from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
 
@@ -331,6 +332,8 @@ def test_hieras_blocks_are_pooled_and_narrow_ones_filled_with_zeros():
         torch.testing.assert_close(found["patch"][i, :, : mean.shape[1]], mean)
         assert not found["patch"][i, :, mean.shape[1] :].any()
     torch.testing.assert_close(found["final"], model(x))
+    reading = Reading.fit(found, 1)  # of a narrow block
+    torch.testing.assert_close(reading.module(model)(pixels), reading.apply(found))
 
 
 def test_zeros_do_not_change_what_neighbors_see():

@@ -374,7 +374,7 @@ def _grid(model: Encoder, images: Tensor) -> tuple[int, int]:
 
 def _embed_beit(model: Beit, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict]:
     own = tuple(model.patch_embed.grid_size)
-    x_BTD = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+    x_BTD = torch.cat([model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
     if model.pos_embed is not None:
         x_BTD = x_BTD + resample_abs_pos_embed(model.pos_embed, grid, own)
     x_BTD = model.pos_drop(x_BTD)

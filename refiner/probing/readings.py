@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -253,7 +254,9 @@ class _Read(nn.Module):
         """uint8 [B, 3, H, W] of the model's own size → [B, D]."""
         x_BTD = last_tokens(self.encoder, (pixels.float() / 255 - self.mean) / self.std)
         kinds = self.reading.pooling.split("+")
-        x_BD = torch.cat([pool(self.encoder, x_BTD, kind) for kind in kinds], dim=1)
+        narrower = len(self.matrix) // len(kinds) - x_BTD.shape[2]  # of early blocks (Hiera)
+        parts = [F.pad(pool(self.encoder, x_BTD, kind), (0, narrower)) for kind in kinds]
+        x_BD = torch.cat(parts, dim=1)
         return ((x_BD.double() - self.center) @ self.matrix).float()
 
 
