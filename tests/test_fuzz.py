@@ -291,7 +291,7 @@ def drawn(monkeypatch):
     def draw(out, figures):
         for _, _, figure in figures():
             plt.close(figure)
-        return []
+        return {}
 
     monkeypatch.setattr(probe, "save_figures", draw)
     monkeypatch.setattr(report, "save_figures", draw)
