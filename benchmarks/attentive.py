@@ -1,10 +1,11 @@
 """k-NN, linear probe and attentive probe (EP) of every block, and where the queries look.
 
-    python benchmarks/attentive.py [--models simmim_toybox mae_toybox] [--n 2048] [--n-test 1024]
+    python benchmarks/attentive.py [--models simmim_toybox mae_toybox "random weights"]
+                                   [--n 2048] [--n-test 1024]
 
-Of ``mae_toybox`` every third block is measured, of other models all. k and temperature, penalty and
-learning rate are chosen on train images; the accuracies are of the test images. A model that was
-measured is kept in ``runs/attentive`` and not measured again. Writes
+Of ``mae_toybox`` and of the control with random weights some blocks are measured, of others all. k
+and temperature, penalty and learning rate are chosen on train images; the accuracies are of the
+test images. A model that was measured is kept in ``runs/attentive`` and not measured again. Writes
 ``benchmarks/results/attentive.json`` and a figure beside it.
 """
 
@@ -20,14 +21,16 @@ from measured import header, rounded
 
 import refiner
 from refiner.base.files import write_json
+from refiner.models.load import random_like
 from refiner.probing.attentive import AttentiveProbe
 from refiner.probing.features import NAMES
 from refiner.visuals import plots
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/attentive")
+CONTROL = "random weights"
 SHOWN = range(4)  # test images under the curves
-BLOCKS = {"mae_toybox": (3, 6, 9, 12)}
+BLOCKS = {"mae_toybox": (3, 6, 9, 12), CONTROL: (3, 12)}
 
 
 def measured(name: str, train, test) -> dict:
@@ -35,7 +38,7 @@ def measured(name: str, train, test) -> dict:
     done = RUNS / f"{name}-{len(train)}-{len(test)}.pt"
     if done.is_file():
         return torch.load(done, weights_only=False)
-    model, began = refiner.load_model(name), time.process_time()
+    model, began = encoder(name), time.process_time()
     which = {"blocks": BLOCKS.get(name), "progress": False}
     keys, queries = (refiner.extract(model, images, **which) for images in (train, test))
     found = {"model": name, "blocks": list(keys.blocks), "knn": {}, "linear": {}}
@@ -55,6 +58,15 @@ def measured(name: str, train, test) -> dict:
     return found, probe
 
 
+def encoder(name: str):
+    """An embedded encoder, or one of the same shape that has learnt nothing."""
+    return (
+        random_like(refiner.load_model("simmim_toybox"))
+        if name == CONTROL
+        else refiner.load_model(name)
+    )
+
+
 def draw(cells: list[tuple[dict, AttentiveProbe]], test, path: Path) -> None:
     """Above every block's accuracy, below the queries of the block where EP gains most."""
     with plots.style():
@@ -69,7 +81,7 @@ def draw(cells: list[tuple[dict, AttentiveProbe]], test, path: Path) -> None:
             )
             i = best_gain(cell)
             shown = test[list(SHOWN)]
-            attention = probe.attention(refiner.load_model(cell["model"]), shown)[i]
+            attention = probe.attention(encoder(cell["model"]), shown)[i]
             plots.query_maps(shown, attention, title=f"Queries at block {probe.blocks[i]}", ax=maps)
         fig.savefig(path, dpi=90)
         plt.close(fig)
@@ -84,7 +96,7 @@ def best_gain(cell: dict) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["simmim_toybox", "mae_toybox"])
+    parser.add_argument("--models", nargs="+", default=["simmim_toybox", "mae_toybox", CONTROL])
     parser.add_argument("--n", type=int, default=2048)
     parser.add_argument("--n-test", type=int, default=1024)
     args = parser.parse_args()
@@ -95,7 +107,7 @@ def main() -> None:
     sizes = {"images": {"train": len(train), "test": len(test)}}
     found = {**header("python benchmarks/attentive.py"), **sizes, "cells": [c for c, _ in cells]}
     write_json(RESULTS / "attentive.json", found)
-    draw(cells, test, RESULTS / "attentive.png")
+    draw([c for c in cells if c[0]["model"] != CONTROL], test, RESULTS / "attentive.png")
     for cell, _ in cells:
         print(cell["model"], cell)
 

@@ -253,6 +253,19 @@ WITHOUT_LABELS = {
 }
 
 
+def attentive() -> str:
+    """Every third block under k-NN, linear and attentive probe, and what was published."""
+    rows = []
+    for cell in read(RESULTS / "attentive.json")["cells"]:
+        for i, block in enumerate(cell["blocks"]):
+            if block % 3 == 0:
+                scores = [cell[part][p][i] for part in ("knn", "linear") for p in ("cls", "patch")]
+                scores = map(percent, [*scores, cell["ep"]["accuracy"][i]])
+                rows.append([f"`{cell['model']}`", str(block), *scores])
+    head = ["k-NN, class token", "patch mean", "linear, class token", "patch mean", "EP"]
+    return table(["Encoder", "block", *head], rows)
+
+
 def memory() -> str:
     """Memory of a refining step at its peak: foretold by the plan, and simulated."""
     cells = read(RESULTS / "memory.json")["cells"]
@@ -274,6 +287,7 @@ TABLES = {
     "cifar": cifar,
     "evaluation": evaluation,
     "no decoder": no_decoder,
+    "attentive": attentive,
     "memory": memory,
 }
 

@@ -185,7 +185,7 @@ def test_query_maps_light_what_is_attended_and_show_the_queries_that_differ_most
     images, maps = image_set(2), torch.full((2, 4, 10), 0.1)
     maps[:, 2] = torch.nn.functional.one_hot(torch.tensor(9), 10)
     ax = plots.query_maps(images, maps, shown=2)
-    assert texts(ax)[:3] == ["image", "mean", "query 3"] and len(texts(ax)) == 4
+    assert texts(ax)[:3] == ["image", "mean", "q3"] and len(texts(ax)) == 4
     picture, mean, alone = (shown(image) for image in ax.images[0:6:2])
     np.testing.assert_allclose(picture, images.images[0].permute(1, 2, 0) / 255, atol=1e-6)
     np.testing.assert_allclose(alone[4:, 4:], picture[4:, 4:], rtol=1e-5)

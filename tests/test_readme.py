@@ -240,6 +240,33 @@ def test_the_evaluation_of_cifar_in_words_is_its_report():
     assert f"{seconds / 60:.1f} minutes of processor time): of" in text
 
 
+def test_attentive_probes_in_words_are_their_file():
+    """EP is above the better linear probe at every block, and what it finds in random weights."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "attentive.json").read_text())
+    cells, text = {cell["model"]: cell for cell in result["cells"]}, " ".join(PAGE.split())
+    gain = {
+        name: [
+            100 * (ep - max(pair))
+            for ep, *pair in zip(cell["ep"]["accuracy"], *cell["linear"].values(), strict=True)
+        ]
+        for name, cell in cells.items()
+    }
+    assert all(min(gains) > 1 for gains in gain.values())
+    cell, gain = cells["simmim_toybox"], gain["simmim_toybox"]
+    later = f"{min(gain[5:]):.1f} to {max(gain[5:]):.1f} from block 6 on"
+    assert f"it is {gain[0]:.1f} points above at block 1 and {later}" in text
+    ep, patch, near = cell["ep"]["accuracy"], cell["linear"]["patch"], cell["knn"]["patch"]
+    assert [i + 1 for i, a in enumerate(patch) if a == max(patch)] == [6, 7]
+    best = f"({100 * max(patch):.1f}); EP makes it block {ep.index(max(ep)) + 1}"
+    assert f"6 and 7 the best {best} ({100 * max(ep):.1f}), and finds {100 * ep[0]:.1f}" in text
+    lost = [100 * (max(curve) - curve[-1]) for curve in (ep, near)]
+    assert f"by {lost[0]:.1f} points where k-NN of the patch mean loses {lost[1]:.1f}" in text
+    control = cells["random weights"]
+    pair = 100 * control["linear"]["patch"][-1], 100 * control["ep"]["accuracy"][-1]
+    assert "finds {:.1f}, EP still reaches {:.1f} at the last block".format(*pair) in text
+    assert f"{cell['seconds']['ep'] / 60:.1f} minutes of processor time, four" in text
+
+
 def test_every_linked_file_exists():
     for folder, page in ((ROOT, README), (ROOT / "docs", PAGE), (ROOT / "docs", GUIDE)):
         for link in re.findall(r"\]\(([^)#]+)\)", page):

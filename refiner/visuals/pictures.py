@@ -175,7 +175,7 @@ def query_maps(
         chosen.append(int(far_M.argmax()))
         far_M = far_M.minimum((flat_MX - flat_MX[chosen[-1]]).norm(dim=1))
     columns = {"image": torch.ones_like(mean_NT), "mean": mean_NT}
-    columns |= {f"query {m + 1}": maps_NMT[:, m] for m in chosen}
+    columns |= {f"q{m + 1}": maps_NMT[:, m] for m in chosen}
     pictures, count = _pixels(images), len(columns)
     (ax,) = axes_for(ax, 1, (1.2 * count, 1.2 * len(pictures) + 0.6))
     for column, (name, maps_NT) in enumerate(columns.items()):
