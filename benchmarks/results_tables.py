@@ -289,6 +289,8 @@ TABLES = {
     "no decoder": no_decoder,
     "attentive": attentive,
     "memory": memory,
+    "readings": readings,
+    "label free": label_free,
 }
 
 

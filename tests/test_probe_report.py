@@ -202,7 +202,7 @@ def test_without_labels_the_measures_remain(models, tmp_path):
     found = probe(models[0], root, tmp_path / "out", settings=QUICK, progress=False)
     assert any("no labels" in text for text in found["left_out"])
     reading = found["models"][models[0]]["reading"]
-    assert "RankMe puts block" in reading["sentence"] and "agreement" not in reading
+    assert "By participation ratio block" in reading["sentence"] and "agreement" not in reading
     pasted = {}
     exec(reading["code"], pasted)  # three lines that work
     assert pasted["x"].shape == (20, 24) and len(reading["code"].splitlines()) == 3

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import refiner
+from refiner.probing.choosing import TRUSTED
 
 SEEDS = {1: "one seed", 2: "mean of two seeds", 3: "mean of three seeds"}
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,37 @@ def test_the_missing_decoder_in_words_is_its_file():
     gains = [100 * (value - last) for value in (after, later)]
     assert f"by {gains[0]:.0f} points in 160 steps and by {gains[1]:.0f} in 640" in text
     assert f"which is {100 * (later - best):.0f} above the best block" in text
+
+
+def test_readings_in_words_are_their_result():
+    """The choice is within a point of the best, and the README says what the probe would."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "readings.json").read_text())
+    rows = {(row["set"], row["checkpoint"]): row for row in result["rows"]}
+    assert {name for name, _ in rows} == {"toybox", "cifar10", "clothes"}
+    mae, refined = (rows["toybox", f"mae_toybox{end}"] for end in ("", "_refined"))
+    low, high = (f"{100 * end:.1f}" for end in mae["interval"])
+    said = f"Use {mae['chosen']}: {100 * mae['accuracy']:.1f} % ({low}–{high}) by k-NN. The usual "
+    said += f"reading, the last block's class token, has {100 * mae['usual']:.1f} %."
+    assert said in " ".join(README.replace("> ", "").split())
+    text, speed = " ".join(PAGE.split()), result["speed"]
+    assert speed["readings"] == 144 and speed["seconds"] < 60
+    assert f"192 wide, takes {speed['seconds']:.0f} processor seconds" in text
+    lost = {name: 0.0 for name, _ in rows}
+    for (name, _), row in rows.items():
+        lost[name] = max(lost[name], 100 * (row["best_accuracy"] - row["accuracy"]))
+    words = (
+        "{toybox:.1f} points on Toybox, {cifar10:.1f} on CIFAR-10 and {clothes:.1f} on the clothes"
+    )
+    assert words.format(**lost) in text and max(lost.values()) < 2
+    gains = sorted(100 * (row["accuracy"] - row["usual"]) for row in rows.values())
+    assert f"gains {gains[0]:.1f} to {gains[-1]:.1f} points on the usual" in text
+    alike = sum(not row["real"] for row in rows.values())
+    assert f"as good in {alike} of {len(rows)} rows" in text
+    both = [f"{100 * row['accuracy']:.1f}" for row in (refined, mae)]
+    assert "has {} where the unrefined has {}".format(*both) in text
+    loses = {m: max(r["measures"][m]["loses"] for r in rows.values()) for m in mae["measures"]}
+    assert min(loses, key=loses.get) == TRUSTED
+    assert f"loses least, {100 * loses[TRUSTED]:.1f} points at most" in text
 
 
 def test_cifar_in_words_is_its_result():

@@ -21,7 +21,7 @@ from refiner.visuals import pictures, plots
 from refiner.visuals.style import plain
 
 VIEWS, SEEN = 4, 256  # views an image for the measures that need them, and of how many images
-UNLABELLED = Transform(0.5)  # hardly ever worse than standardising; docs/results.md
+UNLABELLED = Transform(0.5)  # half way: more can hurt where images are few
 WHICH = {"best": "chosen on train images", "runner_up": "runner-up", "usual": "the usual reading"}
 # How to read each measure without labels, by its proper name.
 READS = {
@@ -91,8 +91,8 @@ def _views(model: Encoder, images: ImageSet, seed: int, device) -> list[Features
 def _without_labels(ranking: choosing.Ranking, reading: Reading) -> dict:
     name = choosing.MEASURES[choosing.TRUSTED].name
     sentence = (
-        f"The images have no labels, so that no reading is measured. {name} puts block "
-        f"{reading.block}, {pooling_words(reading.pooling)}, first: look at its neighbors "
+        f"The images have no labels, so that no reading is measured. By {name} block "
+        f"{reading.block}, {pooling_words(reading.pooling)}, comes first: look at its neighbors "
         "before you rely on it."
     )
     firsts = {m: ranking.order(m)[0] for m in ranking.values}
