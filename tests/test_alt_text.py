@@ -1,13 +1,10 @@
-"""The words that go with a picture say what it shows, and reach the notebook's output."""
+"""The words that go with a picture say what it shows; test_course.py follows them to a page."""
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
 
-from refiner.course import execute
-from refiner.course.pages import write_page
 from refiner.visuals import plots
 from refiner.visuals.alt_text import UNLABELLED, describe
 
@@ -69,20 +66,3 @@ def test_every_figure_is_solid_so_that_a_dark_page_does_not_shine_through():
         figure, _ = plt.subplots()
         figure.canvas.draw()
         assert np.asarray(figure.canvas.buffer_rgba())[0, 0].tolist() == [255] * 4
-
-
-def test_the_words_reach_the_executed_notebook_and_its_page(tmp_path):
-    source = (
-        "from refiner.visuals import plots\nplots.style()\nplots.style()\n"
-        "plots.block_curve({'a': [0.25, 0.5]}, best=False, title='Votes <b>');"
-    )
-    book = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell("# A?"), nbformat.v4.new_code_cell(source)]
-    )
-    done = execute.execute(book, cwd=tmp_path)
-    assert not done.problems
-    (picture,) = [o for o in done.notebook.cells[1].outputs if "image/png" in o.get("data", {})]
-    text = picture.metadata["image/png"]["alt"]
-    assert text.startswith("Votes <b>; curve “a” from 25% at 1 to 50% at 2")
-    write_page(tmp_path / "a.html", done.notebook, title="A", folder=tmp_path)
-    assert 'alt="Votes &lt;b&gt;; curve' in (tmp_path / "a.html").read_text()

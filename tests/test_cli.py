@@ -4,6 +4,7 @@ import ast
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,25 +36,24 @@ def test_help_is_instant():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["course", "--help"], ["--version"]])
-def test_nothing_heavy_is_imported_for_help(arguments):
+def test_nothing_heavy_is_imported_for_help():
     code = (
         "import sys; from refiner.cli import main\n"
-        f"try: main({arguments!r})\n"
-        "except SystemExit: pass\n"
+        "for arguments in ['--version'], ['--help'], ['course', '--help'], ['refine', '--help']:\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'timm', 'matplotlib', 'papermill'} & set(sys.modules)))"
     )
     done = python("-c", code)
+    assert done.stdout.splitlines()[0] == refiner.__version__
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_the_status_of_a_command_is_the_process_own():
-    done = python("-m", "refiner", "course", "--notebooks", "nowhere")
-    assert done.returncode == 2 and done.stderr.startswith("refiner: ")
-
-
-def test_version_is_the_packages():
-    assert python("-m", "refiner", "--version").stdout.strip() == refiner.__version__
+def test_the_status_of_a_command_is_the_process_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["refiner", "course", "--notebooks", "nowhere"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("refiner", run_name="__main__")
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("refiner: ")
 
 
 # ---------------------------------------------------------------- lazy names
@@ -178,15 +178,14 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(error, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(("command", "status"), [(["models"], 0), (["course", "--status"], 1)])
-def test_a_closed_pipe_is_no_success(command, status):
+def test_a_closed_pipe_is_no_success(command, status, monkeypatch, capsys):
     """`refiner course | true` has not said what it found; `refiner models | head` has."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "refiner", *command]
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert done.returncode == status and "Traceback" not in done.stderr
-    assert ("refiner: the output was closed; " in done.stderr) == bool(status)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(command) == status
+    assert ("refiner: the output was closed; " in capsys.readouterr().err) == bool(status)
 
 
 def test_the_errors_keep_the_kinds_that_python_has_for_them():
@@ -245,16 +244,14 @@ def test_too_little_memory_says_how_much_was_wanted(error, said, monkeypatch, ca
     assert said in capsys.readouterr().err
 
 
-def test_the_extra_is_named_when_papermill_is_missing(tmp_path):
+def test_the_extra_is_named_when_papermill_is_missing(tmp_path, monkeypatch, capsys):
     (tmp_path / "00_a.ipynb").write_text("{}")
-    code = (
-        "import sys; sys.modules['papermill'] = None\n"
-        "from refiner.cli import main\n"
-        "sys.exit(main(['course', '--notebooks', sys.argv[1]]))"
-    )
-    done = python("-c", code, str(tmp_path))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "needs the package papermill: pip install 'mim-refiner-lab[lab]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    monkeypatch.delitem(sys.modules, "refiner.course.execute", raising=False)
+    assert cli.main(["course", "--notebooks", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "needs the package papermill: pip install 'mim-refiner-lab[lab]'" in said
 
 
 def test_a_files_own_error_names_the_file():

@@ -22,7 +22,14 @@ from refiner.course import execute
 from refiner.course import run as runner
 from refiner.course.pages import write_index
 
-FIGURE = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+FIGURE = (
+    "from refiner.visuals import plots\nplots.style()\nplots.style()\n"
+    "plots.block_curve({'a': [0.25, 0.5]}, best=False, title='Votes <b>');"
+)
+RECORDS_ITS_PROCESS = (  # as refiner.record would, without its seconds of imports
+    "import json, os, pathlib\n"
+    "pathlib.Path(os.environ['REFINER_RECORD']).write_text(json.dumps({'pid': os.getpid()}))"
+)
 
 
 def parameters(source):
@@ -79,7 +86,7 @@ def run(tmp_path_factory):
         "sys.exit(0)",
     )
     write(books, "03_dead", "print('alive')", "import os\nos._exit(1)", "print('never')")
-    write(books, "04_bands", "import refiner\nimport os\nrefiner.record('pid', os.getpid())")
+    write(books, "04_bands", RECORDS_ITS_PROCESS)
     bands = {
         "00_good": {"knn": {"min": 0.2, "max": 0.3}, "blocks": {"min": 0.1}},
         "04_bands": {"missing": {"min": 0}, "pid": {"max": 1}},
@@ -196,6 +203,14 @@ def test_pages_open_without_a_network_and_show_figures_and_problems(run):
     assert len(re.findall(r'href="([^"#]+)"', index)) == 2 * 5
 
 
+def test_the_words_for_a_figure_reach_the_notebook_and_its_page(run):
+    out = run[0] / "out"
+    (figure,) = (o for o in code_cells(out / "00_good.ipynb")[4].outputs if "data" in o)
+    words = figure.metadata["image/png"]["alt"]
+    assert words.startswith("Votes <b>; curve “a” from 25% at 1 to 50% at 2")
+    assert 'alt="Votes &lt;b&gt;; curve' in (out / "00_good.html").read_text()
+
+
 def test_names_of_users_are_text_on_the_index(run, tmp_path):
     evil = "<script>x</script>"
     entry = run[1]["notebooks"]["00_good"] | {"title": evil, "problems": [evil], "preset": evil}
@@ -307,11 +322,27 @@ def test_numbers_and_names_select_notebooks(tmp_path):
 # ---------------------------------------------------------------- resuming
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Cells run here, at once; what a kernel is needed for is looked at above."""
+
+    def execute_here(notebook, **_):
+        problems = []
+        for cell in notebook.cells[1:]:
+            try:
+                exec(cell.source, {})
+            except Exception as error:
+                problems.append(execute.Problem(1, cell.source, repr(error)))
+        return execute.Executed(notebook, 0.5, 0.5, 100, {}, problems)
+
+    monkeypatch.setattr(execute, "execute", execute_here)
+
+
 def touching(marker, text):
     return f"with open({str(marker)!r}, 'a') as file:\n    file.write({text!r})"
 
 
-def test_resume_runs_only_what_failed_or_changed(tmp_path):
+def test_resume_runs_only_what_failed_or_changed(tmp_path, in_process):
     books, out, ran = tmp_path / "notebooks", tmp_path / "out", tmp_path / "ran"
     write(books, "00_kept", touching(ran, "a"))
     write(books, "01_edited", touching(ran, "b"))
@@ -374,7 +405,7 @@ def test_ctrl_c_keeps_what_is_finished_and_ends_the_kernel(tmp_path):
     assert not is_running(int(pid.read_text()))
 
 
-def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys):
+def test_the_estimate_uses_stated_and_past_times(tmp_path, capsys, in_process):
     books, out = tmp_path / "notebooks", tmp_path / "out"
     write(books, "00_a", "1", minutes_cpu=2)
     write(books, "01_b", "1", minutes_cpu=5)
