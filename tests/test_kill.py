@@ -1,7 +1,7 @@
 """A training that is killed (SIGKILL, no clean-up) and resumed gives the uninterrupted run.
 
 ``python tests/test_kill.py FOLDER`` is the process whose children are killed: it imports once and
-forks, so that twenty runs cost what they train.
+forks, so that runs cost what they train.
 """
 
 import json
@@ -21,6 +21,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
 
+from refiner.cli import main
 from refiner.course import run as course
 from refiner.evaluation import probe
 from refiner.images.sets import ImageSet
@@ -34,80 +35,54 @@ from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
 from refiner.training.states import load_state
 
-TINY = {
-    "pretrain": [
-        "--set",
-        "dim=16",
-        "--set",
-        "depth=2",
-        "--set",
-        "heads=2",
-        "--set",
-        "decoder_dim=16",
-        "--set",
-        "decoder_heads=2",
-        "--set",
-        "batch=8",
-        "--set",
-        "steps=60",
-    ],
-    "refine": [
-        "--set",
-        "batch=8",
-        "--set",
-        "head_steps=6",
-        "--set",
-        "steps=24",
-        "--set",
-        "hidden=16",
-        "--set",
-        "predictor_hidden=16",
-        "--set",
-        "out=8",
-        "--set",
-        "queue=24",
-    ],
+COMMANDS = {
+    "pretrain": "dim=16 depth=2 heads=2 decoder_dim=16 decoder_heads=2 batch=8 steps=60",
+    "refine": "batch=8 head_steps=6 steps=24 hidden=16 predictor_hidden=16 out=8 queue=24 "
+    "blocks=(1,2) frozen_blocks=0",
 }
 
 
-def command(which: str, out: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "refiner",
-        which,
-        "--data",
-        "digits",
-        "--n",
-        "64",
-        "--out",
-        str(out),
-        "--save-every",
-        "7",
-        *TINY[which],
-        *more,
-    ]
+def command(which: str, folder: Path, out: Path, *more: str) -> list[str]:
+    """A command line for a run of a second that saves every seventh step."""
+    words = [which, "--data", "digits", "--n", "64", "--out", str(out), "--save-every", "7", *more]
+    if which == "refine":
+        words += ["--model", str(folder / "model")]
+    for value in COMMANDS[which].split():
+        words += ["--set", value]
+    return words
 
 
-def kill_after_first_save(arguments: list[str], out: Path) -> None:
-    """Starts a run and kills it a moment after its first saved state."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+def kill_after_first_save(words: list[str], out: Path) -> int:
+    """Starts a command and kills it a moment after its first saved state; how it ended."""
+    child = in_child(main, words)
     while not (out / "state.pt").is_file():
-        assert process.poll() is None, "the run ended before it saved a state"
-        assert time.monotonic() < deadline, "no state was saved"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        if os.waitpid(child, os.WNOHANG)[0]:
+            raise RuntimeError("the run ended before it saved a state")
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
 
 
-@pytest.mark.parametrize("which", ["pretrain", "refine"])
-def test_killed_and_resumed_is_the_uninterrupted_run(which, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(which, whole), check=True, capture_output=True)
-    kill_after_first_save(command(which, killed), killed)
-    assert not (killed / "model.safetensors").exists(), "nothing unfinished poses as a result"
-    subprocess.run(command(which, killed, "--resume"), check=True, capture_output=True)
+def commands(folder: Path) -> dict:
+    """Each command undisturbed, killed, and resumed; how the three processes ended."""
+    save_model(build_vit(size=8, patch=4, dim=16, depth=2, heads=2, seed=0), folder / "model")
+    ends = {}
+    for which in COMMANDS:
+        whole, killed = folder / which / "whole", folder / which / "killed"
+        first = ended(in_child(main, command(which, folder, whole)))
+        second = kill_after_first_save(command(which, folder, killed), killed)
+        posing = (killed / "model.safetensors").exists()
+        third = ended(in_child(main, command(which, folder, killed, "--resume")))
+        ends[which] = [first, second, posing, third]
+    return ends
+
+
+@pytest.mark.parametrize("which", COMMANDS)
+def test_killed_and_resumed_is_the_uninterrupted_run(which, survived):
+    folder, found = survived
+    # The second process was killed amid its work, and nothing unfinished posed as a result.
+    assert found["commands"][which] == [0, -signal.SIGKILL, False, 0]
+    whole, killed = folder / which / "whole", folder / which / "killed"
     losses = [
         [entry["loss"] for entry in json.loads((out / "history.json").read_text())]
         for out in (whole, killed)
@@ -156,12 +131,16 @@ def in_child(task, *arguments) -> int:
     if child:
         return child
     try:
-        task(*arguments)
-        os._exit(0)
+        os._exit(task(*arguments) or 0)
     except OSError:
         os._exit(3)
     finally:
         os._exit(1)
+
+
+def ended(child: int) -> int:
+    """Waits for a process; its exit status, negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_at(out: Path, moment: float, saves: int) -> str | None:
@@ -191,8 +170,9 @@ def run_on_a_full_disk(out: Path, room: int) -> None:
 
 
 def ordeal(folder: Path) -> None:
-    """An undisturbed run, twenty kills, a full disk, and what was found."""
+    """Two commands, an undisturbed run, twenty kills, a full disk, and what was found."""
     torch.set_num_threads(1)
+    ends = commands(folder)
     began = time.monotonic()
     os.waitpid(in_child(run, folder / "whole"), 0)
     length = time.monotonic() - began
@@ -208,10 +188,11 @@ def ordeal(folder: Path) -> None:
             done.append(load_state(out / "state.pt")["done"])
     room = (out / "state.pt").stat().st_size // 2
     before = (out / "state.pt").read_bytes()
-    status = os.waitstatus_to_exitcode(os.waitpid(in_child(run_on_a_full_disk, out, room), 0)[1])
+    status = ended(in_child(run_on_a_full_disk, out, room))
     intact = (out / "state.pt").read_bytes() == before
     os.waitpid(in_child(run, out), 0)
     found = {
+        "commands": ends,
         "deaths": deaths,
         "done": done,
         "full": status,
