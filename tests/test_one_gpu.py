@@ -42,6 +42,26 @@ def installed_here(finder):
 sys.meta_path[:] = [Blocker, *(f for f in sys.meta_path if not installed_here(f))]
 sys.path[:] = [p for p in sys.path if not Path(p, "refiner").is_dir()]
 """
+# In one process: the imports of every script, as if it were alone, then the script for the GPU.
+STARTS = f"""
+import runpy, sys
+from pathlib import Path
+fresh = list(sys.path)
+scripts = sorted(Path({str(BENCHMARKS)!r}).glob("*.py"))
+ours = {{"refiner", "benchmarks", *(p.stem for p in scripts)}}
+
+def run(path, name):
+    for module in [n for n in sys.modules if n.split(".")[0] in ours]:
+        del sys.modules[module]
+    sys.path[:] = [str(path.parent), *fresh]
+    runpy.run_path(str(path), run_name=name)
+
+for path in scripts:
+    if "__main__" in path.read_text():
+        run(path, "looked at")
+        print("imported", path.name)
+run(Path({str(BENCHMARKS / "one_gpu.py")!r}), "__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +92,17 @@ def archive(tmp_path_factory):
     return folder / "cifar10.tar.gz"
 
 
-def started(bare, *arguments):
-    command = [sys.executable, BENCHMARKS / "one_gpu.py", "--tiny", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env=bare,
-        cwd=bare["REFINER_CACHE"].rsplit("/", 1)[0],
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def here(script, monkeypatch):
+    """The script in this process."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["one_gpu.py", "--tiny", *map(str, arguments)])
+        return script.main()
+
+    yield run
+    torch.set_float32_matmul_precision("highest")
 
 
 def results(folder):
@@ -89,13 +110,25 @@ def results(folder):
 
 
 @pytest.fixture(scope="module")
-def rehearsal(bare, archive, tmp_path_factory):
-    """All parts, once."""
+def started(bare, archive, tmp_path_factory):
+    """Every script's imports and all parts of the rehearsal: its folder, and what was said."""
     out = tmp_path_factory.mktemp("rehearsal")
-    code, text = started(bare, "--cifar", archive, "--out", out)
+    command = [sys.executable, "-c", STARTS, "--tiny", "--cifar", str(archive), "--out", str(out)]
+    done = subprocess.run(command, env=bare, cwd=archive.parent, capture_output=True, text=True)
+    assert (out / "results.json").is_file(), done.stderr[-3000:]
     failed = {n: p.get("trace") for n, p in results(out)["parts"].items() if p.get("trace")}
-    assert code == 0, f"{text[-3000:]}\n{failed}"
-    return out
+    assert done.returncode == 0, f"{done.stderr[-3000:]}\n{failed}"
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def rehearsal(started):
+    return started[0]
+
+
+def test_every_script_starts_without_the_package_and_its_peers(started):
+    scripts = [p for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text()]
+    assert started[1].count("imported ") == len(scripts) > 10
 
 
 def test_every_part_is_done_and_tells_what_it_found(rehearsal):
@@ -125,11 +158,9 @@ def test_what_comes_home_is_eight_small_files_side_by_side(rehearsal):
     assert {name.split(".")[0] for name in weights} == {"mae", "refined", "heads"}
 
 
-def test_a_chain_goes_on_from_what_came_home(rehearsal, bare, archive, tmp_path):
-    code, text = started(
-        bare, "--parts", "cifar", "--continue", rehearsal, "--cifar", archive, "--out", tmp_path
-    )
-    assert code == 0, text
+def test_a_chain_goes_on_from_what_came_home(rehearsal, here, archive, tmp_path):
+    arguments = "--parts", "cifar", "--continue", rehearsal, "--cifar", archive, "--out", tmp_path
+    assert here(*arguments) == 0
     first, second = (results(folder)["parts"]["cifar"] for folder in (rehearsal, tmp_path))
     assert second["went_on_from"] == rehearsal.name and second["mae"] == first["mae"]
     # The encoder as it came home, in half precision, and heads that need no stage of their own.
@@ -137,9 +168,8 @@ def test_a_chain_goes_on_from_what_came_home(rehearsal, bare, archive, tmp_path)
     assert second["refine"]["planned_steps"][0] == 0 < second["refine"]["planned_steps"][1]
 
 
-def test_without_time_everything_is_skipped_and_said_so(bare, tmp_path):
-    code, text = started(bare, "--budget", 0.1, "--out", tmp_path)
-    assert code == 0, text
+def test_without_time_everything_is_skipped_and_said_so(here, tmp_path):
+    assert here("--budget", 0.1, "--out", tmp_path) == 0
     assert {p["status"] for p in results(tmp_path)["parts"].values()} == {"skipped"}
 
 
@@ -216,23 +246,3 @@ def test_a_machine_that_cannot_compile_trains_without(job, monkeypatch):
     recipe, seconds = training.paced(train, training.MAE, ("steps",), job)
     assert not recipe.compile and recipe.steps == training.MAE.steps and seconds == 0.5
     assert job.found["not_compiled"] == "RuntimeError: no compiler"
-
-
-def test_every_script_starts_without_the_package_and_its_peers(bare):
-    """Their imports, one after the other in one process, each as if it were alone."""
-    code = f"""
-import runpy, sys
-from pathlib import Path
-fresh = list(sys.path)
-scripts = sorted(Path({str(BENCHMARKS)!r}).glob("*.py"))
-ours = {{"refiner", "benchmarks", *(p.stem for p in scripts)}}
-for path in scripts:
-    for name in [n for n in sys.modules if n.split(".")[0] in ours]:
-        del sys.modules[name]
-    sys.path[:] = [str(path.parent), *fresh]
-    runpy.run_path(str(path), run_name="looked at")
-    print(path.name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == len(list(BENCHMARKS.glob("*.py")))

@@ -1,6 +1,6 @@
 """Two processes that share a batch take the step that one takes with all of it.
 
-``python -m torch.distributed.run`` starts this file itself; its ``main`` runs in each process.
+``accelerate launch`` starts this file itself, as torchrun would; its ``main`` runs in each process.
 """
 
 import json
@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from test_streams import png, write_tar
 
+from refiner import cli
 from refiner.base import parallel
 from refiner.images.streams import SHARD, open_stream
 from refiner.images.views import View, make_views
 from refiner.models.encoders import freeze_first
-from refiner.models.load import build_vit
+from refiner.models.load import build_vit, load_model
+from refiner.models.save import save_model
 from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.training.planning import traffic
 from refiner.training.recipe import Recipe, complete_recipe
@@ -56,6 +58,16 @@ def model():
     return build_vit(size=16, patch=4, dim=16, depth=3, heads=2, seed=0)
 
 
+def command(folder: Path, name: str) -> list[str]:
+    """A command line that refines the model in a folder."""
+    words = ["refine", "--model", str(folder / "mae"), "--data", "digits", "--images", "64"]
+    words += ["--device", "cpu", "--out", str(folder / name)]
+    sizes = "batch=16 head_steps=2 steps=3 blocks=(2,3) frozen_blocks=1 hidden=16 "
+    for value in (sizes + "predictor_hidden=16 out=8 queue=32").split():
+        words += ["--set", value]
+    return words
+
+
 def count_bytes() -> dict[str, int]:
     """Lets torch.distributed count what this process hands to each kind of exchange."""
     counted = {}
@@ -76,7 +88,7 @@ def count_bytes() -> dict[str, int]:
 
 
 def main(out: Path) -> None:
-    """What each process does: a counted step, runs, a wrong call, a step in float64."""
+    """What each process does: a counted step, runs, a wrong call, a step in float64, a command."""
     counted = count_bytes()
     refine(
         model(),
@@ -110,6 +122,7 @@ def main(out: Path) -> None:
     found["streamed loss"] = streamed.history[-1]["loss"]
     found["gradients"] = [g.tolist() for g in float64_gradients()]
     (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
+    assert cli.main(command(out, "command")) == 0
 
 
 def float64_gradients() -> list[torch.Tensor]:
@@ -140,22 +153,21 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     for shard in range(2):
         write_tar(out / f"s-{shard}.tar", {f"{i}.png": png(10 * shard + i, 16) for i in range(9)})
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
+    save_model(model(), out / "mae")
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    options += "--dynamo_backend no --main_process_port 0"
+    done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            __file__,
-            str(out),
+            *(sys.executable, "-m", "accelerate.commands.launch", *options.split()),
+            *(__file__, str(out)),
         ],
-        check=True,
         capture_output=True,
-        env=environment,
-        timeout=300,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=900,
     )
+    assert done.returncode == 0, done.stderr
+    (out / "said.txt").write_text(done.stdout)
     return out
 
 
@@ -170,9 +182,19 @@ def test_two_processes_are_one_with_the_same_batch(two, ranks):
     for key in ("loss", "similarity"):
         expected = torch.tensor([entry[key] for entry in alone.history])
         assert torch.allclose(torch.tensor(ranks[0][key]), expected, rtol=1e-4, atol=1e-4), key
-    from refiner.models.load import load_model
-
     assert_alike(load_model(two / "run"), alone.model)
+
+
+def test_the_command_is_one_process_with_the_same_batch(two):
+    """On GPUs the same is said without --device; there is none here, so gloo talks."""
+    said = (two / "said.txt").read_text()
+    assert "of batch 16 on 2 processes" in said and said.count("refined in") == 1
+    assert cli.main(command(two, "alone")) == 0
+    one, other = (json.loads((two / n / "history.json").read_text()) for n in ("alone", "command"))
+    for a, b in zip(one, other, strict=True):
+        for key in ("loss", "similarity", "neighbor_accuracy"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    assert_alike(load_model(two / "command"), load_model(two / "alone"))
 
 
 def assert_alike(one, two, atol=2e-4) -> None:
@@ -259,6 +281,44 @@ def test_an_uneven_share_is_refused(monkeypatch):
 def test_one_process_is_left_alone():
     x = torch.randn(3, 2)
     assert parallel.gather(x) is x and parallel.average(x) is x and parallel.rows(8) == (0, 8)
+
+
+def train(folder: str) -> None:
+    """What a notebook hands to its launcher."""
+    run = refine(
+        model(), images(), recipe=TINY, progress=False, log_every=1, device="cpu", out=folder
+    )
+    assert parallel.world() == 2 and run.history
+
+
+def test_a_notebooks_launcher_shares_the_batch_too(tmp_path):
+    """accelerate's debug_launcher is its notebook_launcher for several processes without a GPU."""
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    code = "import sys, test_parallel; from accelerate import debug_launcher as launch; "
+    code += "launch(test_parallel.train, (sys.argv[1],), num_processes=2)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = refine(model(), images(), recipe=TINY, progress=False, log_every=1)
+    assert_alike(load_model(tmp_path), alone.model)
+    losses = [e["loss"] for e in json.loads(Path(tmp_path, "history.json").read_text())]
+    expected = [e["loss"] for e in alone.history]
+    assert torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=1e-4)
+
+
+def test_accelerates_launcher_that_starts_one_process_only_is_noticed(monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` without MPI sets these, and starts one."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="one process only.*torchrun --nproc-per-node"):
+        parallel.join("cpu")
 
 
 if __name__ == "__main__":
