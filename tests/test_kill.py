@@ -22,8 +22,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
 
 from refiner.cli import main
-from refiner.course import run as course
-from refiner.evaluation import probe
 from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models.load import build_vit, load_model
@@ -262,12 +260,16 @@ def run_finetune(out: Path) -> None:
 
 
 def run_probe(out: Path) -> None:
+    from refiner.evaluation import probe
+
     settings = probe.Settings(parts=("knn", "linear", "low_shot", "clustering"), draws=2)
     options = {"n": 40, "n_test": 20, "settings": settings, "resume": True, "progress": False}
     probe.probe(str(out.parent / "model"), "digits", out, **options)
 
 
 def run_course_of_three(out: Path) -> None:
+    from refiner.course import run as course
+
     course.run_course(out.parent / "notebooks", out, resume=True)
 
 
