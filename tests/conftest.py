@@ -26,15 +26,14 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 LONG = ("test_browser", "test_one_gpu", "test_kill", "test_parallel", "test_course", "test_site")
 
 
-def pytest_collection_modifyitems(items):
-    """What takes long comes first, so that processes which share the tests end together.
+def pytest_itemcollected(item):
+    """Keeps a file in one process: what its tests have in common is made once a process."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not _seconds(item):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
-    They share the notebooks out one by one. Another file stays whole in one process, because what
-    its tests have in common is made once a process.
-    """
-    for item in items:
-        if "PYTEST_XDIST_WORKER" in os.environ and not _seconds(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that processes which share the tests end together."""
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (-_seconds(item), order.get(item.path.stem, len(LONG))))
 
