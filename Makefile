@@ -10,7 +10,7 @@
 PYTHON ?=
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
-SPREAD ?= -n 2 --dist loadgroup --no-loadscope-reorder
+SPREAD ?= -n 2 --dist loadscope --no-loadscope-reorder
 BIN := .venv/bin
 READY := .venv/.ready
 MEASURING := benchmarks/extract.py benchmarks/probing.py benchmarks/refine_step.py \

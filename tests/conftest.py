@@ -22,14 +22,24 @@ matplotlib.use("Agg")  # no window, whatever the machine
 torch.set_num_threads(1)
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOK = "test_the_notebook_runs_and_its_figures_lie_in_their_bands"
 # Files that take half a minute or more, the longest first.
 LONG = ("test_browser", "test_one_gpu", "test_kill", "test_parallel", "test_course", "test_site")
 
 
-def pytest_itemcollected(item):
-    """Keeps a file in one process: what its tests have in common is made once a process."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not _seconds(item):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps a file in one process, where what its tests have in common is made once.
+
+    The notebooks are shared out one by one.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if NOTEBOOK in nodeid else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 def _seconds(item) -> float:
     """Processor time of the notebook that a test runs, as stored in it; 0 for other tests."""
-    if item.originalname != "test_the_notebook_runs_and_its_figures_lie_in_their_bands":
+    if item.originalname != NOTEBOOK:
         return 0
     path = NOTEBOOKS / f"{item.callspec.params['name']}.ipynb"
     return json.loads(path.read_text())["metadata"]["refiner"]["measured"]["processor_seconds"]

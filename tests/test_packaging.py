@@ -199,7 +199,7 @@ def test_make_sets_up_once_and_again_when_the_packages_change(toy_project):
     assert commands == [
         "ruff check .",
         "ruff format --check .",
-        "python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -k x",
+        "python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -k x",
     ]
     assert run("lab").splitlines()[-1] == "jupyter lab notebooks/00_tour.ipynb"
     benches = run("bench").splitlines()
