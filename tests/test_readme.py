@@ -312,7 +312,7 @@ def test_readme_is_short_and_leads_to_the_other_pages():
     assert all(words in screen for words in ("![", "make course", "make lab", "import refiner"))
 
 
-def test_ones_own_model_is_probed_in_three_lines(tmp_path, monkeypatch):
+def test_ones_own_model_is_probed_in_three_lines(tmp_path, monkeypatch, capsys):
     """README's lines do what they say, with a model's folder and a folder of images."""
     code = re.search(r"^```python\n(import refiner\n.*?)^```", README, re.S | re.M)[1]
     assert len(code.replace("\n\n", "\n").splitlines()) == 3
@@ -325,6 +325,7 @@ def test_ones_own_model_is_probed_in_three_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(code, found)
+    assert "Use block " in capsys.readouterr().out
     assert len(found["report"]["models"]["path/to/model"]["cls"]["knn"]["accuracy"][0]) == 12
     assert (tmp_path / "runs" / "probe" / "index.html").is_file()
 
