@@ -7,6 +7,7 @@ the batches, masks and views that an uninterrupted run meets.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -461,6 +462,7 @@ class Loop:
             optimizer = self.stages[int(number)].optimizer
             optimizer.load_state_dict(saved)
             check_averages(optimizer)
+        json.dumps(state["history"], allow_nan=False)  # as it will be written at the end
         self.history[:], self.done = state["history"], state["done"]
         self.seen = [{k: v.to(self.device) for k, v in seen.items()} for seen in state["seen"]]
         self.before = float(self.history[-1]["seconds"]) if self.history else 0.0
