@@ -408,7 +408,7 @@ def test_a_failing_row_loses_no_other_and_is_tried_again(models, tmp_path, monke
     assert "MemoryError: no room for this" in (tmp_path / "index.html").read_text()
     monkeypatch.setitem(ROWS, "few", working)
     again = evaluate(*models, **options, resume=True)
-    assert again["failed"] == {} and list(again["rows"]) == ["few", "knn"]
+    assert again["failed"] == {} and list(again["rows"]) == ["knn", "few"]
 
 
 def test_a_transfer_set_that_cannot_be_loaded_fails_alone(models, tmp_path):
