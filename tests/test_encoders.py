@@ -11,6 +11,7 @@ from torch import nn
 from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models import encoders
+from refiner.models.beit import relative_bias
 from refiner.models.encoders import head_features
 from refiner.models.load import build_vit, copy_model, load_model, random_like, resized
 from refiner.models.save import save_model
@@ -176,9 +177,9 @@ def test_dropping_patches_is_timms(kind):
 @torch.no_grad()
 def test_the_bias_of_dropped_patches_is_cut_out_of_the_whole():
     table = torch.randn(7 * 7 + 3, 2)
-    whole = encoders.relative_bias(table, (4, 4), (4, 4))
+    whole = relative_bias(table, (4, 4), (4, 4))
     kept = torch.tensor([[5, 0, 11], [2, 3, 15]])
-    cut = encoders.relative_bias(table, (4, 4), (4, 4), kept)
+    cut = relative_bias(table, (4, 4), (4, 4), kept)
     for b in range(2):
         rows = [0, *(kept[b] + 1).tolist()]  # the class token is the first
         assert torch.equal(cut[b], whole[0][:, rows][:, :, rows])
