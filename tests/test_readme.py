@@ -228,6 +228,8 @@ def test_readings_in_words_are_their_result():
     assert f"as good in {alike} of {len(rows)} rows" in text
     both = [f"{100 * row['accuracy']:.1f}" for row in (refined, mae)]
     assert "has {} where the unrefined has {}".format(*both) in text
+    words = "the encoder before has {1} and the embedded refined one {0}"
+    assert words.format(*both) in " ".join(README.split())
     loses = {m: max(r["measures"][m]["loses"] for r in rows.values()) for m in mae["measures"]}
     assert min(loses, key=loses.get) == TRUSTED
     assert f"loses least, {100 * loses[TRUSTED]:.1f} points at most" in text
