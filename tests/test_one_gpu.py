@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -95,13 +96,13 @@ def archive(tmp_path_factory):
 @pytest.fixture
 def here(script, monkeypatch):
     """The script in this process."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["one_gpu.py", "--tiny", *map(str, arguments)])
         return script.main()
 
-    yield run
+    with torch._dynamo.config.patch(disable=True):
+        yield run
     torch.set_float32_matmul_precision("highest")
 
 
