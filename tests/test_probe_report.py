@@ -1,12 +1,12 @@
 """``refiner probe``: its numbers are the library's, its page stands alone, and it goes on."""
 
-import html
 import json
 import shutil
 from functools import partial
 
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 
 import refiner
@@ -88,7 +88,7 @@ def test_the_page_stands_alone(report):
     assert f"{last:.1%}" in page and "Left out" not in page
     assert "gpu None" not in page and page.index('class="answer"') < page.index("<details>")
     for told in (m["reading"]["sentence"] for m in found["models"].values()):
-        assert told.startswith("Use block ") and html.escape(told) in page
+        assert told.startswith("Use block ") and str(escape(told)) in page
 
 
 def test_names_of_users_are_text_on_the_page(report, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refiner.base.errors import UserError
+from refiner.base.parallel import rank
 from refiner.base.places import amount
 from refiner.base.settings import in_range
 
@@ -72,7 +73,8 @@ def holding(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UserError: when a living run holds it.
     """
-    if folder is None or any(os.environ.get(name, "0") != "0" for name in RANKS):
+    shared = rank() or any(os.environ.get(name, "0") != "0" for name in RANKS)
+    if folder is None or shared:
         yield
         return
     from filelock import FileLock, Timeout

@@ -356,6 +356,7 @@ def _load_timm(name: str) -> Encoder:
     known = get_pretrained_cfg(name).to_dict()
     if path.suffix != ".safetensors":  # I-JEPA's original files
         model = _load_file(path, None, name=name)
+        known["input_size"] = (3, *model.patch_embed.img_size)  # the file's positions tell
         return _carded(model, name, "timm", known)
     model = _timm_model(name, options, path, known)
     recipe = {"architecture": architecture, "model_args": options}
