@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refiner.base.errors import UserError
-from refiner.base.parallel import rank
 from refiner.base.places import amount
 from refiner.base.settings import in_range
 
@@ -60,6 +60,15 @@ def one_run_a_folder(function: Callable) -> Callable:
     return alone
 
 
+def _rank() -> int:
+    """Which of the processes that train together this is, from 0."""
+    if "torch" not in sys.modules:  # nothing trains, and the import takes seconds
+        return 0
+    from refiner.base.parallel import rank
+
+    return rank()
+
+
 @contextmanager
 def holding(folder: str | Path | None) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left half-written there.
@@ -73,7 +82,7 @@ def holding(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UserError: when a living run holds it.
     """
-    shared = rank() or any(os.environ.get(name, "0") != "0" for name in RANKS)
+    shared = _rank() or any(os.environ.get(name, "0") != "0" for name in RANKS)
     if folder is None or shared:
         yield
         return
