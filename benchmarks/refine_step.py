@@ -42,7 +42,8 @@ from refiner.images.views import make_views
 from refiner.training.heads import IDHeads, NeighborQueue, StackedLinear, nna_loss
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Steps, batch_features, begin, loop_of, view_features
+from refiner.training.refining import Steps, begin, loop_of
+from refiner.training.step import batch_features, view_features
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}

@@ -29,7 +29,7 @@ from refiner.base import tensors
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from refiner.images import views
-from refiner.training import decoders, heads, planning, pretraining
+from refiner.training import decoders, heads, planning, pretraining, step
 
 refining = importlib.import_module(
     "refiner.training.refining"
@@ -117,7 +117,7 @@ def simulated(device: torch.device) -> Iterator[None]:
         put(torch.cuda, "mem_get_info", lambda *_: (10**12, 10**12))
         # A generator of the GPU's cannot be made here.
         draw = lambda *shape, device=device, **_: torch.rand(*shape, device=device or GPU)  # noqa: E731
-        for module in (refining, heads, views):
+        for module in (step, heads, views):
             put(module, "draw", draw)
         for module in (refining, planning, pretraining, decoders):
             put(module, "step_generator", lambda *_: None)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def memory_wanted(error: Exception) -> str | None:
     """How much could not be had, in words; None for another error."""
     text = str(error)
-    if found := re.search(r"(?:[Uu]nable|tried|Tried) to allocate ([\d.]+ ?\w+)", text):
+    if found := re.search(r"(?i:unable|tried) to allocate ([\d.]+ ?\w+)", text):
         return f": {found[1]} were wanted at once"
     return "" if isinstance(error, MemoryError) or "out of memory" in text else None
 

@@ -24,6 +24,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny
 
 import refiner
 from refiner.base.errors import UserError
@@ -50,18 +51,7 @@ VALUES += ([], {}, [[]], [1, 2, 3], {"a": None}, [None], ["a"] * 3, "x" * 1000)
 MAE = MAERecipe(
     size=8, patch=4, dim=8, depth=2, heads=2, decoder_dim=8, decoder_heads=2, batch=4, steps=3
 )
-REFINE = Recipe.cpu(
-    batch=4,
-    head_steps=1,
-    steps=2,
-    hidden=8,
-    predictor_hidden=8,
-    out=4,
-    queue=12,
-    blocks=(1, 2),
-    frozen_blocks=0,
-    views=(View(size=8, keep=0.5), View(size=8)),
-)
+REFINE = tiny(head_steps=1, steps=2, views=(View(size=8, keep=0.5), View(size=8)))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
+from tiny import tiny
 
 from refiner.cli import main
 from refiner.images.sets import ImageSet
@@ -29,7 +30,6 @@ from refiner.models.mae import MAERecipe
 from refiner.models.save import save_model
 from refiner.training.finetuning import FinetuneRecipe, finetune
 from refiner.training.pretraining import pretrain
-from refiner.training.recipe import Recipe
 from refiner.training.refining import refine
 from refiner.training.states import load_state
 
@@ -92,19 +92,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(which, survived):
 
 # ---------------------------------------------------------------- twenty kills at random moments
 
-SMALL = Recipe.cpu(
-    batch=4,
-    head_steps=15,
-    steps=45,
-    hidden=8,
-    predictor_hidden=8,
-    out=4,
-    queue=12,
-    blocks=(1, 2),
-    frozen_blocks=0,
-    views=(View(size=8, keep=0.5), View(size=8)),
-    cached_views=1,
-)
+SMALL = tiny(head_steps=15, steps=45, views=(View(size=8, keep=0.5), View(size=8)), cached_views=1)
 
 
 def run(out: Path) -> None:

@@ -14,9 +14,11 @@ from refiner.images.load import load_images
 from refiner.images.sets import ImageSet
 from refiner.images.toybox import render
 from refiner.images.views import View
-from refiner.models.encoders import allow_any_size, keep_patches
+from refiner.models.encoders import allow_any_size, head_features, keep_patches
 from refiner.models.load import build_vit, copy_model, load_model
-from refiner.training.heads import load_heads
+from refiner.training import step as step_module
+from refiner.training.heads import IDHeads, NeighborQueue, load_heads, nna_loss
+from refiner.training.step import draw_patches, view_features
 
 R = importlib.import_module(
     "refiner.training.refining"
@@ -55,9 +57,9 @@ def test_stage_2_leaves_the_encoder_bit_identical(model, images):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = R.refine(model, images, recipe=replace(TINY, steps=0), progress=False)
     assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
-    fresh = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    fresh = IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
     torch.manual_seed(TINY.seed)
-    fresh = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    fresh = IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
     moved = (fresh.projector[0].weight - run.heads.projector[0].weight).abs().max()
     assert moved > 0, "the heads did train"
 
@@ -77,12 +79,12 @@ def test_features_of_all_blocks_match_timms_own_pass(model):
     allow_any_size(model)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        ours = R.head_features(model, x, (1, 2, 3), pooling="cls")
+        ours = head_features(model, x, (1, 2, 3), pooling="cls")
         middle = model.forward_intermediates(
             x, return_prefix_tokens=True, norm=False, intermediates_only=True, output_fmt="NLC"
         )
         final = model.forward_features(x)
-        patch = R.head_features(model, x, (2, 3), pooling="patch")
+        patch = head_features(model, x, (2, 3), pooling="patch")
     assert torch.allclose(ours[0], middle[0][1][:, 0], atol=1e-5)
     assert torch.allclose(ours[1], middle[1][1][:, 0], atol=1e-5)
     assert torch.allclose(ours[2], final[:, 0], atol=1e-5)
@@ -94,15 +96,15 @@ def test_grouping_views_by_size_changes_nothing(model):
     allow_any_size(model)
     views = [torch.randn(5, 3, v.size, v.size) for v in recipe.views]
     with torch.no_grad():
-        together = R.view_features(model, views, recipe, frozen_blocks=0)
+        together = view_features(model, views, recipe, frozen_blocks=0)
         for v, x in enumerate(views):
-            alone = R.head_features(model, x, recipe.blocks)
+            alone = head_features(model, x, recipe.blocks)
             assert torch.allclose(together[:, v], alone, atol=1e-5)
 
 
 def test_dropping_patches_keeps_the_class_token_and_the_share(model):
     tokens = torch.randn(6, 65, 16)
-    chosen = R.draw_patches(2, 3, 64, 0.5, generator=torch.Generator().manual_seed(0))
+    chosen = draw_patches(2, 3, 64, 0.5, generator=torch.Generator().manual_seed(0))
     kept, _ = keep_patches(model, tokens, {}, chosen)
     assert kept.shape == (6, 33, 16) and torch.equal(kept[:, 0], tokens[:, 0])
     for b in range(6):
@@ -113,8 +115,8 @@ def test_dropping_patches_keeps_the_class_token_and_the_share(model):
 def test_gradient_reaches_every_trained_block_through_every_head(model, images):
     recipe = R.complete_recipe(TINY, model, images)
     allow_any_size(model)
-    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
-    queue = R.NeighborQueue(24, 8, heads=2)
+    heads = IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    queue = NeighborQueue(24, 8, heads=2)
     ids = torch.arange(8)
     step = R.refine_step(
         model,
@@ -138,8 +140,8 @@ def test_gradient_reaches_every_trained_block_through_every_head(model, images):
 def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, images):
     """As on a GPU; the same from the same projections in float64."""
     recipe = R.complete_recipe(replace(TINY, queue=512), model, images)
-    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
-    queue = R.NeighborQueue(512, 8, heads=2)
+    heads = IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    queue = NeighborQueue(512, 8, heads=2)
     queue.push(torch.randn(2, 512, 8), torch.arange(100, 612))
     made = []
     heads.register_forward_hook(lambda module, given, result: made.extend(result))
@@ -164,7 +166,7 @@ def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, imag
     value, where = similarities.max(-1)
     assert torch.allclose(step.similarity.double(), value.mean(1), atol=1e-6)
     neighbors = torch.stack([v[w] for v, w in zip(queue.vectors.double(), where, strict=True)])
-    loss = R.nna_loss(p, z, neighbors.view_as(z), temperature=recipe.temperature, per_head=True)
+    loss = nna_loss(p, z, neighbors.view_as(z), temperature=recipe.temperature, per_head=True)
     assert torch.allclose(step.loss.double(), loss, rtol=1e-6)
 
 
@@ -172,8 +174,8 @@ def test_neighbors_and_loss_are_float32_where_the_heads_are_bfloat16(model, imag
 def test_layer_decay_is_a_power_of_the_depth(model, images, decay_last):
     recipe = replace(TINY, frozen_blocks=0, layer_decay=0.5, decay_last=decay_last)
     recipe = R.complete_recipe(recipe, model, images)
-    heads = R.IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
-    run = R.Refined(model, heads, R.NeighborQueue(8, 8, heads=2), recipe)
+    heads = IDHeads(2, 16, hidden=16, predictor_hidden=16, out=8)
+    run = R.Refined(model, heads, NeighborQueue(8, 8, heads=2), recipe)
     scale = {}
     for group in R._optimizer(run, 3).param_groups:
         for parameter in group["params"]:
@@ -231,7 +233,9 @@ def test_kept_features_are_those_of_the_same_views(model, images, monkeypatch):
     recipe = replace(TINY, head_steps=10, steps=2, cached_views=2)
     passes = []
     counted = R.batch_features
-    monkeypatch.setattr(R, "batch_features", lambda *a, **k: passes.append(1) or counted(*a, **k))
+    for module in (R, step_module):
+        counter = lambda *a, **k: passes.append(1) or counted(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, "batch_features", counter)
     options = {"recipe": recipe, "progress": False, "log_every": 1}
     run = R.refine(model, images[:20], **options)
     assert len(passes) == 4 + 2, "two epochs of two batches, then stage 3"
@@ -431,7 +435,7 @@ def test_embedded_heads_know_the_embedded_encoder():
     shown = load_images("toybox", split="train", progress=False).images[newest]
     x = (shown.float() / 255 - 0.5) / 0.25
     with torch.no_grad():
-        x_LBD = R.head_features(model, x, recipe.blocks, pooling=recipe.pooling)
+        x_LBD = head_features(model, x, recipe.blocks, pooling=recipe.pooling)
         z_LVBO, _ = heads(x_LBD[:, None])
     similar_LBB = (
         z_LVBO[:, 0] @ queue.vectors[:, (queue.pushed - 1 - torch.arange(64)) % recipe.queue].mT

@@ -12,29 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny
 
 from refiner.base.errors import UserError
 from refiner.images.sets import ImageSet
 from refiner.images.views import View
 from refiner.models.load import build_vit, load_model
 from refiner.training import loop, states
-from refiner.training.recipe import Recipe
 
 R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
-TINY = Recipe.cpu(
-    batch=4,
-    head_steps=8,
-    steps=16,
-    hidden=8,
-    predictor_hidden=8,
-    out=4,
-    queue=12,
-    blocks=(1, 2),
-    frozen_blocks=0,
-    views=(View(size=8, keep=0.5), View(size=8)),
-)
+TINY = tiny(head_steps=8, steps=16, views=(View(size=8, keep=0.5), View(size=8)))
 
 
 class Killed(BaseException):

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny
 
 from refiner.cli import main
 from refiner.images import streams
 from refiner.images.load import load_images
 from refiner.images.streams import SHARD, StreamBatches, open_stream, shard_paths
-from refiner.images.views import View
 from refiner.models.load import build_vit
 from refiner.training.loop import Loop
 from refiner.training.planning import plan
@@ -31,18 +31,7 @@ from refiner.training.refining import refine
 
 CPU = torch.device("cpu")
 SIZES = (7, 5, 9)
-TINY = Recipe.cpu(
-    batch=4,
-    head_steps=4,
-    steps=8,
-    hidden=8,
-    predictor_hidden=8,
-    out=4,
-    queue=12,
-    blocks=(1, 2),
-    frozen_blocks=0,
-    views=(View(size=8), View(size=8)),
-)
+TINY = tiny()
 
 
 def png(seed: int, side: int = 8) -> bytes:

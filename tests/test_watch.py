@@ -10,34 +10,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import tiny
 
 from refiner.images.sets import ImageSet
 from refiner.images.sources import Batches
-from refiner.images.views import View
-from refiner.models.encoders import allow_any_size
+from refiner.models.encoders import allow_any_size, head_features
 from refiner.models.load import build_vit
 from refiner.probing.features import extract
 from refiner.probing.neighbors import knn_accuracy
 from refiner.training import watch
 from refiner.training.heads import IDHeads, NeighborQueue
-from refiner.training.recipe import Recipe, complete_recipe
+from refiner.training.recipe import complete_recipe
+from refiner.training.step import _age, _spread
 from refiner.visuals import live
 
 R = importlib.import_module(
     "refiner.training.refining"
 )  # the attribute of that name is the function
-TINY = Recipe.cpu(
-    batch=4,
-    head_steps=2,
-    steps=4,
-    hidden=8,
-    predictor_hidden=8,
-    out=4,
-    queue=12,
-    blocks=(1, 2),
-    frozen_blocks=0,
-    views=(View(size=8), View(size=8)),
-)
+TINY = tiny(head_steps=2, steps=4)
 
 
 def pictures(n, seed=0):
@@ -107,10 +97,10 @@ def test_age_is_counted_in_steps_and_spread_is_that_of_directions():
     for step in range(3):
         queue.push(torch.eye(3)[step : step + 1], torch.tensor([step]))
     found = queue.lookup(torch.eye(3)[None, [2, 0, 0]], torch.tensor([10, 11, 12]))
-    assert R._age(found, queue).item() == pytest.approx((1 + 3 + 3) / 3)
-    assert R._spread(torch.ones(1, 5, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert _age(found, queue).item() == pytest.approx((1 + 3 + 3) / 3)
+    assert _spread(torch.ones(1, 5, 3)).item() == pytest.approx(0, abs=1e-6)
     torch.manual_seed(0)
-    assert R._spread(torch.randn(1, 4000, 64)).item() == pytest.approx(1, abs=0.01)
+    assert _spread(torch.randn(1, 4000, 64)).item() == pytest.approx(1, abs=0.01)
 
 
 def test_every_entry_tells_loss_similarity_age_and_spread_of_every_head(model):
@@ -315,8 +305,8 @@ def test_checkpointing_changes_memory_not_gradients(model):
 def test_each_head_can_have_its_own_pooling(model):
     allow_any_size(model)
     x = torch.randn(3, 3, 8, 8)
-    one = {p: R.head_features(model, x, (1, 2), pooling=p) for p in ("cls", "patch")}
-    mixed = R.head_features(model, x, (1, 2), pooling=("patch", "cls"))
+    one = {p: head_features(model, x, (1, 2), pooling=p) for p in ("cls", "patch")}
+    mixed = head_features(model, x, (1, 2), pooling=("patch", "cls"))
     assert torch.equal(mixed[0], one["patch"][0]) and torch.equal(mixed[1], one["cls"][1])
     run = R.refine(
         model, pictures(8), recipe=replace(TINY, pooling=("patch", "cls")), progress=False

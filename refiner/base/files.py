@@ -60,13 +60,15 @@ def one_run_a_folder(function: Callable) -> Callable:
     return alone
 
 
-def _rank() -> int:
-    """Which of the processes that train together this is, from 0."""
-    if "torch" not in sys.modules:  # nothing trains, and the import takes seconds
-        return 0
+def _leads() -> bool:
+    """Whether this is the first of the processes that share a run, or the only one."""
+    if any(os.environ.get(name, "0") != "0" for name in RANKS):
+        return False
+    if "torch" not in sys.modules:  # nothing trains yet, and the import takes seconds
+        return True
     from refiner.base.parallel import rank
 
-    return rank()
+    return rank() == 0
 
 
 @contextmanager
@@ -82,8 +84,7 @@ def holding(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UserError: when a living run holds it.
     """
-    shared = _rank() or any(os.environ.get(name, "0") != "0" for name in RANKS)
-    if folder is None or shared:
+    if folder is None or not _leads():
         yield
         return
     from filelock import FileLock, Timeout

@@ -56,7 +56,7 @@ class Files:
 def files_of(folder: Path, split: str) -> Files:
     """A split's files, see :func:`_list_folder`."""
     root, present = _find_splits(folder)
-    folder, others = split_folder(root, split), [_entered(root / x) for x in present.values()]
+    folder, others = _chosen(root, present, split), [_entered(root / x) for x in present.values()]
     return Files(*_list_folder(folder, others), folder, root)
 
 
@@ -66,7 +66,10 @@ def split_folder(folder: Path, split: str) -> Path:
     Raises:
         ValueError: for a split that it does not have.
     """
-    folder, present = _find_splits(folder)
+    return _chosen(*_find_splits(folder), split)
+
+
+def _chosen(folder: Path, present: dict[str, str], split: str) -> Path:
     if split in present:
         return _entered(folder / present[split])
     if present:

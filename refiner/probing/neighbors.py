@@ -261,24 +261,20 @@ def knn_swept(
     ks = sorted({int(one) for one in k if one < n})
     if not ks or not temperatures:
         raise UserError(f"give temperatures, and numbers of neighbors below {n}, not {list(k)}")
-    found = []
+    truth, found = torch.searchsorted(classes, truth.cpu()), []
+
+    def accuracy(near: tuple, y_Q: Tensor) -> Tensor:
+        """[S, T], of each number of neighbors and temperature."""
+        votes = (classify(*near, ks, t, len(classes), False)[1] for t in temperatures)
+        return torch.stack([(predicted == y_Q).float().mean(1) for predicted in votes], dim=1)
+
     sides = [
         _block_neighbors(train_x, train_y, classes, side, ks[-1], standardize, device, progress)
         for side in (None, test_x)
     ]
     for own, asked in zip(*sides, strict=True):
-        right_ST, accuracy_ST = (
-            torch.stack(
-                [
-                    (classify(*some, ks, t, len(classes), False)[1] == y).float().mean(1)
-                    for t in temperatures
-                ],
-                1,
-            )
-            for some, y in ((own, own[2].cpu()), (asked, torch.searchsorted(classes, truth.cpu())))
-        )
-        s, t = divmod(int(right_ST.argmax()), len(temperatures))
-        found.append((accuracy_ST[s, t], ks[s], temperatures[t]))
+        s, t = divmod(int(accuracy(own, own[2].cpu()).argmax()), len(temperatures))
+        found.append((accuracy(asked, truth)[s, t], ks[s], temperatures[t]))
     chosen = [torch.as_tensor(part) for part in zip(*found, strict=True)]
     return KNNChoice(*(c if train_x.ndim == 3 else c[0] for c in chosen))
 

@@ -24,7 +24,8 @@ from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
-from refiner.training.refining import Refined, Steps, begin, loop_of, refine_step
+from refiner.training.refining import Refined, Steps, begin, loop_of
+from refiner.training.step import refine_step
 
 NOT_COUNTED = 1.1  # the allocator's gaps and what is held for a moment only
 

@@ -2,37 +2,31 @@
 
 Alkin et al. 2025, arXiv 2402.10093. Instance-discrimination heads are attached to several late
 blocks. Stage 2 trains the heads on the frozen encoder (stage 1 was the masked pretraining);
-stage 3 trains the encoder with them. Views → blocks → heads → NNA loss; the queue feeds neighbors.
-What is done is decided in :mod:`refiner.training.recipe`; several processes share it by
-:mod:`refiner.base.parallel`.
+stage 3 trains the encoder with them. A step (views → blocks → heads → NNA loss; the queue feeds
+neighbors) is in :mod:`refiner.training.step`. What is done is decided in
+:mod:`refiner.training.recipe`; several processes share it by :mod:`refiner.base.parallel`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
-from refiner.base.tensors import draw, step_generator
+from refiner.base.tensors import step_generator
 from refiner.images.sources import count, open_source
-from refiner.images.views import make_views
 from refiner.models.encoders import (
     Encoder,
     allow_any_size,
     freeze_first,
-    head_features,
-    normalize,
 )
 from refiner.models.load import copy_model
 from refiner.models.save import check_savable, save_model
@@ -42,7 +36,6 @@ from refiner.training.heads import (
     check_ids,
     copy_weights,
     fresh_heads,
-    nna_loss,
     save_heads,
 )
 from refiner.training.loop import (
@@ -65,218 +58,11 @@ from refiner.training.recipe import (
     swap_chance,
 )
 from refiner.training.states import origin
+from refiner.training.step import batch_features, refine_step
 from refiner.training.watch import CollapseGuard
 
 # What a resumed run may do otherwise than before, as after a loss that was not finite.
 CHANGEABLE = ("lr", "head_lr", "clip", "checkpoint", "compile")
-
-
-def draw_patches(
-    views: int, batch: int, patches: int, keep: float, generator=None, rows=None
-) -> Tensor:
-    """Random patches that stay, int64 [views * B, K], other ones for each view and sample."""
-    first, total = rows or (0, batch)
-    chance_VBN = draw(views, total, patches, generator=generator)[:, first : first + batch]
-    kept = max(1, round(patches * keep))
-    return chance_VBN.flatten(0, 1).argsort(dim=1)[:, :kept]
-
-
-def view_features(
-    model: Encoder,
-    views: list[Tensor],
-    recipe: Recipe,
-    *,
-    frozen_blocks: int,
-    generator: torch.Generator | None = None,
-    rows: tuple[int, int] | None = None,
-) -> Tensor:
-    """Features of all views, [L, V, B, D]; views of one size share a forward pass."""
-    groups: dict[tuple[int, float], list[int]] = {}
-    for position, spec in enumerate(recipe.views):
-        groups.setdefault((spec.size, spec.keep), []).append(position)
-    features: list[Tensor] = [torch.empty(0)] * len(views)
-    for (size, keep), members in groups.items():
-        batch = torch.cat([views[m] for m in members])
-        kept_BK = None
-        if keep < 1:
-            patches = (size // model.patch_embed.patch_size[0]) ** 2
-            kept_BK = draw_patches(len(members), len(views[0]), patches, keep, generator, rows)
-            kept_BK = kept_BK.to(batch.device)
-        out_LMD = head_features(
-            model,
-            batch,
-            recipe.blocks,
-            pooling=recipe.pooling,
-            kept_BK=kept_BK,
-            frozen=frozen_blocks,
-            recompute=recipe.checkpoint,
-        )
-        for member, chunk in zip(members, out_LMD.chunk(len(members), dim=1), strict=True):
-            features[member] = chunk
-    return torch.stack(features, dim=1)
-
-
-# ---------------------------------------------------------------- one step
-
-
-@dataclass
-class Step:
-    """Loss and observations of one step: all [L] tensors on the device.
-
-    Attributes:
-        loss: NNA loss of this process's samples.
-        similarity: mean cosine similarity of the neighbors.
-        neighbor_accuracy: share of neighbors with their query's label; None without labels.
-        age: how many steps ago the neighbors entered the queue, in the mean.
-        spread: standard deviation of the normalised projections over samples, times √O: 1 when
-            they point everywhere, 0 when all are the same.
-    """
-
-    loss: Tensor
-    similarity: Tensor
-    neighbor_accuracy: Tensor | None
-    age: Tensor
-    spread: Tensor
-
-
-def batch_features(
-    model, pixels: Tensor, recipe: Recipe, *, stage: int, total: int, generator: torch.Generator
-) -> Tensor:
-    """Pooled features of the views of one batch, [L, V, b, D].
-
-    Args:
-        pixels: uint8 [b, 3, H, W] on the device; with several processes, this one's rows.
-        stage: 2 keeps the encoder out of the graph.
-        total: images of the whole batch.
-        generator: of views and dropped patches.
-    """
-    rows = parallel.rows(total)[0], total
-    views = make_views(pixels, recipe.views, generator, rows=rows)
-    views = [normalize(view, model.refiner_card) for view in views]
-    frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
-    with torch.no_grad() if stage == 2 else nullcontext():
-        return view_features(
-            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
-        )
-
-
-def refine_step(
-    model,
-    heads: IDHeads,
-    queue: NeighborQueue,
-    pixels: Tensor | None,
-    ids: Tensor,
-    recipe: Recipe,
-    *,
-    stage: int,
-    swap_chance: float,
-    generator: torch.Generator,
-    labels: Tensor | None = None,
-    features: Tensor | None = None,
-) -> Step:
-    """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
-
-    With several processes each hands in its rows of the batch and the ids of the whole one. The
-    batch's loss is the mean of the processes' losses, its gradient the mean of their gradients.
-
-    Args:
-        pixels: uint8 [b, 3, H, W] on the device.
-        ids: int64 [B] sample ids on the device; b = B with one process.
-        stage: 2 keeps the encoder out of the graph.
-        swap_chance: probability that a sample's target is swapped for its neighbor.
-        generator: of views and draws; on the device it is fastest.
-        labels: int64 [all samples] on the device; only watched, never learned from.
-        features: what :func:`batch_features` gave, in place of the pixels.
-    """
-    first, count = parallel.rows(len(ids))
-    own = ids[first : first + count]
-    x_LVBD = features
-    if x_LVBD is None:
-        x_LVBD = batch_features(
-            model, pixels, recipe, stage=stage, total=len(ids), generator=generator
-        )
-    z_LVBO, p_LVBO = heads(x_LVBD)
-    # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
-    with torch.autocast(z_LVBO.device.type, enabled=False):
-        found, targets, loss_L = _aligned(
-            z_LVBO.detach().float(),
-            p_LVBO,
-            queue,
-            ids,
-            recipe,
-            swap_chance,
-            k=1 if stage == 2 else recipe.top_k,
-            generator=generator,
-        )
-    step = Step(
-        loss_L,
-        found.similarity.mean(dim=1),
-        _right(found, queue, labels, own, recipe.global_views),
-        _age(found, queue),
-        _spread(targets[:, 0]),
-    )
-    queue.push(parallel.gather(targets[:, 0], dim=1), ids)
-    return step
-
-
-def _aligned(
-    z_LVBO: Tensor,
-    p_LVBO: Tensor,
-    queue: NeighborQueue,
-    ids: Tensor,
-    recipe: Recipe,
-    swap_chance: float,
-    *,
-    k: int,
-    generator: torch.Generator,
-):
-    """Projections and predictions → neighbors of the global views, these views, NNA loss [L]."""
-    l, _, b, o = z_LVBO.shape
-    g, (first, _) = recipe.global_views, parallel.rows(len(ids))
-    targets = z_LVBO[:, :g]
-    found = queue.lookup(
-        targets.reshape(l, g * b, o),
-        ids[first : first + b],
-        k=k,
-        generator=generator,
-        rows=(first, len(ids)),
-    )
-    neighbors = found.vectors.reshape(l, g, b, o)
-    if recipe.swap == "none":
-        swap_chance = 0.0
-    if swap_chance < 1:
-        chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
-        swapped = chance[:, :, first : first + b] < swap_chance
-        neighbors = torch.where(swapped, neighbors, targets)
-    loss_L = nna_loss(
-        parallel.gather(p_LVBO, dim=2).float(),
-        targets,
-        neighbors,
-        first=first,
-        per_head=True,
-        temperature=recipe.temperature,
-        swap_negatives=neighbors if recipe.swap == "both" else None,
-    )
-    return found, targets, loss_L
-
-
-def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):
-    """Share of the neighbors with their query's label, [L]."""
-    if labels is None:
-        return None
-    same = labels[queue.ids[found.positions]] == labels[own].repeat(g)
-    return (same & (found.positions >= 0)).float().mean(dim=1)
-
-
-def _age(found, queue: NeighborQueue) -> Tensor:
-    """Steps since the neighbors were pushed, [L]; a query that found nobody counts 0."""
-    age_LM = queue.pushes - queue.born[found.positions]
-    return torch.where(found.positions >= 0, age_LM, 0).float().mean(dim=1)
-
-
-def _spread(z_LBO: Tensor) -> Tensor:
-    deviation_LO = F.normalize(z_LBO, dim=-1).std(dim=1, correction=0)
-    return deviation_LO.mean(dim=1) * math.sqrt(z_LBO.shape[-1])
 
 
 # ---------------------------------------------------------------- the two stages
