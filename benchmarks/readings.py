@@ -24,11 +24,10 @@ from measured import header, rounded
 
 import refiner
 from refiner.base.files import write_json
-from refiner.base.tensors import step_generator
-from refiner.images.views import View, make_view
-from refiner.probing.choosing import Candidate, Choice, by_knn
+from refiner.evaluation.advice import views_of
+from refiner.probing.choosing import Candidate
 from refiner.probing.features import Features
-from refiner.probing.readings import Reading, Spectrum, Transform, affine, pooled
+from refiner.probing.readings import STANDARDISED, Reading
 
 RESULTS = Path(__file__).parent / "results" / "readings.json"
 CHECKPOINTS = {
@@ -36,8 +35,6 @@ CHECKPOINTS = {
     "cifar10": ["mae_cifar10", "mae_cifar10_refined"],
     "clothes": ["mae_cifar10", "mae_cifar10_refined"],
 }
-VIEW = View(size=32, scale=(0.3, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4)
-VIEWS, SEEN = 3, 300  # views an image, and of how many images
 
 
 def load(data: str, split: str, n: int):
@@ -46,31 +43,11 @@ def load(data: str, split: str, n: int):
     return images[: min(n, len(images))]
 
 
-def on_test(choice: Choice, z: Features, t: torch.Tensor) -> dict[Candidate, float]:
-    """k-NN accuracy of every candidate on the test images."""
-    found, right = {}, by_knn().right
-    for block, pooling in dict.fromkeys(candidate[:2] for candidate in choice.scores):
-        sides = [pooled(features, block, pooling) for features in (choice.features, z)]
-        spectrum = Spectrum(sides[0])
-        for candidate in (c for c in choice.scores if c[:2] == (block, pooling)):
-            bank, asked = (affine(x, *spectrum.fitted(candidate.transform)) for x in sides)
-            found[candidate] = float(right(bank, choice.labels, asked, t).double().mean())
-    return found
-
-
 def without_labels(model, train, x: Features, accuracy: dict) -> dict[str, dict]:
     """Each measure's rank correlation with the accuracy, and what its first choice loses."""
-    views = [
-        refiner.extract(
-            model,
-            make_view(train.images[:SEEN], VIEW, step_generator(0, v)).mul(255).byte(),
-            progress=False,
-        )
-        for v in range(VIEWS)
-    ]
     some = Features({kind: f[..., :1000, :] for kind, f in x.items()}, x.blocks)
-    ranking = refiner.rank_readings(some, views)
-    known = [accuracy[Candidate(*place, Transform())] for place in ranking.places]
+    ranking = refiner.rank_readings(some, views_of(model, train))
+    known = [accuracy[Candidate(*place, STANDARDISED)] for place in ranking.places]
     return {
         measure: {
             "correlation": round(correlation, 3),
@@ -87,7 +64,7 @@ def row(name: str, checkpoint: str, train, test) -> dict:
     start = time.process_time()
     choice = refiner.best_reading(x, train.labels)
     seconds = time.process_time() - start
-    tested, accuracy = choice.test(z, test.labels), on_test(choice, z, test.labels)
+    tested, accuracy = choice.test(z, test.labels), choice.on_test(z, test.labels)
     best = max(accuracy, key=accuracy.get)
     return {
         "set": name,

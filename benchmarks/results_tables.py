@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from statistics import mean
 
+from refiner.probing import choosing
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURES = {
@@ -236,21 +238,10 @@ def label_free() -> str:
         lost = [score["loses"] for score in scores]
         span = f"{ranks[0]:+.2f} to {ranks[-1]:+.2f}"
         points = f"{percent(mean(lost))} (at most {percent(max(lost))})"
-        rows.append([WITHOUT_LABELS[measure], f"{mean(ranks):+.2f}", span, points])
+        rows.append([choosing.MEASURES[measure].name, f"{mean(ranks):+.2f}", span, points])
     rows.sort(key=lambda row: -float(row[1]))
     head = ["Measure", "rank correlation, mean", "lowest to highest", "points lost by its first"]
     return table(head, rows)
-
-
-WITHOUT_LABELS = {
-    "rankme": "RankMe",
-    "participation_ratio": "participation ratio",
-    "alpha_req": "α-ReQ, distance to 1",
-    "intrinsic_dimension": "intrinsic dimension (TwoNN)",
-    "uniformity": "uniformity",
-    "lidar": "LiDAR",
-    "alignment": "alignment",
-}
 
 
 def attentive() -> str:

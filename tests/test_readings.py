@@ -167,6 +167,14 @@ def test_the_choice_finds_what_was_planted(by):
     assert low < tested.accuracy() < high and tested.real("usual")
     assert str(tested).startswith("Use block 2, patch mean, ")
     assert f"has {100 * tested.accuracy('usual'):.1f} %." in str(tested)
+    everywhere = choice.on_test(z, t)
+    assert everywhere.keys() == choice.scores.keys()
+    for place, name in enumerate(("best", "runner_up")):
+        known = everywhere[list(choice.scores)[place]]
+        assert known == pytest.approx(tested.accuracy(name), abs=1e-6)
+    assert set(choice.on_test(z, t, [Transform(0.5)])) == {
+        (block, pooling, Transform(0.5)) for block, pooling, _ in choice.scores
+    }
 
 
 def test_test_labels_have_no_part_in_the_choice():

@@ -86,7 +86,9 @@ def test_probing_claims_hold_on_the_committed_measurement():
         ahead.append(seconds["scikit-learn"] / seconds["refiner"])
         behind.append(100 * (1 - seconds["faiss"] / seconds["refiner"]))
     assert f"faiss takes less than ours, by {min(behind):.0f} to {max(behind):.0f} %" in text
-    assert f"{ahead[0]:.1f} times as fast at width 192 and {ahead[1]:.1f} at 768" in text
+    assert (
+        f"{ahead[0]:.1f} times as fast at width 192 and {ahead[1]:.1f} times as fast at 768" in text
+    )
     for row in PROBING["kmeans"]["rows"]:
         inertia = {name: side["inertia"] for name, side in row["sides"].items()}
         assert inertia["refiner"] <= 1.001 * min(inertia.values())

@@ -15,7 +15,7 @@ from refiner.images.views import View, make_view
 from refiner.models.encoders import Encoder
 from refiner.probing import choosing
 from refiner.probing.features import Features, extract
-from refiner.probing.readings import Reading, Transform, pooling_words, poolings_of
+from refiner.probing.readings import STANDARDISED, Reading, Transform, pooling_words, poolings_of
 from refiner.probing.search import nearest_neighbors
 from refiner.visuals import pictures, plots
 from refiner.visuals.style import plain
@@ -48,21 +48,16 @@ def advise(model: Encoder, x: Features, train: ImageSet, z: Features, test: Imag
     Raises:
         ValueError: for labels that cannot choose, such as of one class.
     """
-    ranking = choosing.rank_readings(z, _views(model, test, how["seed"], how["device"]))
+    ranking = choosing.rank_readings(z, views_of(model, test, how["seed"], how["device"]))
     if train.labels is None or test.labels is None:
         reading = Reading.fit(x, *ranking.order()[0], UNLABELLED)
         return json_ready(_without_labels(ranking, reading)), reading
     choice = choosing.best_reading(x, train.labels, **how)
     tested = choice.test(z, test.labels, seed=how["seed"])
     reading = tested.readings["best"]
-
-    def accuracy(block: int, pooling: str, transform: Transform) -> float:
-        fitted = Reading.fit(x, block, pooling, transform)
-        right = choice.objective.right(fitted.apply(x), choice.labels, fitted.apply(z), test.labels)
-        return float(right.double().mean())
-
-    curves = {p: [accuracy(b, p, reading.transform) for b in x.blocks] for p in poolings_of(x)}
-    known = [accuracy(*place, Transform()) for place in ranking.places]
+    accuracy = choice.on_test(z, test.labels, (reading.transform, STANDARDISED))
+    curves = {p: [accuracy[b, p, reading.transform] for b in x.blocks] for p in poolings_of(x)}
+    known = [accuracy[*place, STANDARDISED] for place in ranking.places]
     found = {
         "sentence": str(tested),
         "by": choice.objective.words,
@@ -80,8 +75,8 @@ def _row(tested: choosing.Tested, which: str) -> dict:
     return row if which == "best" else row | {"real": tested.real(than=which)}
 
 
-def _views(model: Encoder, images: ImageSet, seed: int, device) -> list[Features]:
-    """Features of several views of some images."""
+def views_of(model: Encoder, images: ImageSet, seed: int = 0, device=None) -> list[Features]:
+    """Features of several views of some images, for the measures that compare views."""
     pixels = images.batch(torch.arange(min(SEEN, len(images))))
     view = View(size=pixels.shape[-1], scale=(0.3, 1.0), jitter=0.8)
     made = (make_view(pixels, view, step_generator(seed, v)) for v in range(VIEWS))

@@ -8,6 +8,7 @@ run goes on where it stopped.
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,9 +165,11 @@ def probe(
             sets = train, test
             file = out / "readings" / f"{names.index(name) + 1}-{Path(name).name}.safetensors"
             lines = advice.code(name, str(data), size, str(file))
-            for _ in _probe_model(model, found, *sets, settings, device, bar, file):
-                if "sentence" in found.get("reading", {}):
-                    found["reading"]["code"] = lines
+            for part in _probe_model(model, found, *sets, settings, device, bar, file):
+                if part == "reading" and "sentence" in found[part]:
+                    found[part]["code"] = lines
+                    if progress:  # the rest takes minutes
+                        bar.write(f"{name}: {found[part]['sentence']}", file=sys.stderr)
                 write_json(out / "report.json", report)
     with fitting(out / "report.json", resume):
         report["left_out"] = _left_out(report)
@@ -183,8 +186,8 @@ def probe(
 
 def _probe_model(
     model, found: dict, train, test, settings: Settings, device, bar: tqdm, file: Path
-) -> Iterator[None]:
-    """Fills ``found`` with the parts that are missing, and stops after each."""
+) -> Iterator[str]:
+    """Fills ``found`` with the parts that are missing, and yields each when it is done."""
     done = found["done"]
     missing = [p for p in settings.parts if p not in done and (p != "factors" or train.factors)]
     bar.update(sum(COST[part] for part in settings.parts if part not in missing))
@@ -204,7 +207,7 @@ def _probe_model(
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
                 found.setdefault(pooling, {})[part] = _tried(part, sides)
         done.append(part)
-        yield
+        yield part
         bar.update(COST[part])
 
 
@@ -218,8 +221,9 @@ def _reading(model, sides: tuple, settings: Settings, file: Path, *, device, **_
     reading.save(file)
     if "firsts" in found:
         name = f"neighbors_{file.stem}"
-        drawn = lambda: [(name, "", advice.neighbors(sides[3], sides[2], reading))]  # noqa: E731
-        save_figures(file.parent.parent, drawn)
+        save_figures(
+            file.parent.parent, lambda: [(name, "", advice.neighbors(sides[3], sides[2], reading))]
+        )
     return found | {"file": str(file)}
 
 

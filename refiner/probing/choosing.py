@@ -9,7 +9,7 @@ pooling), V views, R trials (draws of labels, or one).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -153,6 +153,28 @@ class Choice:
             x, z = (v.to(self.device or v.device) for v in (x, z))
             right[name] = self.objective.right(x, self.labels, z, labels)
         return Tested(known, right, self.objective.words, seed)
+
+    @torch.no_grad()
+    def on_test(
+        self, features: Features, labels: Tensor, transforms: Iterable[Transform] = ()
+    ) -> dict[Candidate, float]:
+        """Test accuracy of every block and pooling that was tried: to look at, not to choose by.
+
+        Args:
+            features, labels: of the test images, [M].
+            transforms: by default those that were tried.
+        """
+        labels, found = class_labels(labels, features.main, "test").cpu(), {}
+        transforms = dict.fromkeys(transforms or (c.transform for c in self.scores))
+        for block, pooling in dict.fromkeys(candidate[:2] for candidate in self.scores):
+            sides = [pooled(f, block, pooling) for f in (self.features, features)]
+            sides = [x.to(self.device or x.device) for x in sides]
+            spectrum = Spectrum(sides[0])
+            for transform in transforms:
+                bank, asked = (affine(x, *spectrum.fitted(transform)) for x in sides)
+                right = self.objective.right(bank, self.labels, asked, labels)
+                found[Candidate(block, pooling, transform)] = float(right.double().mean())
+        return found
 
     def __str__(self) -> str:
         best, score = next(iter(self.scores.items()))
@@ -301,8 +323,10 @@ def _same(x: Tensor) -> Tensor:
 MEASURES = {
     "rankme": Measure("RankMe", measures.rankme, _same),
     "participation_ratio": Measure("participation ratio", measures.participation_ratio, _same),
-    "alpha_req": Measure("α-ReQ", measures.alpha_req, lambda x: -(x - 1).abs()),
-    "intrinsic_dimension": Measure("intrinsic dimension", measures.intrinsic_dimension, _same),
+    "alpha_req": Measure("α-ReQ, distance to 1", measures.alpha_req, lambda x: -(x - 1).abs()),
+    "intrinsic_dimension": Measure(
+        "intrinsic dimension (TwoNN)", measures.intrinsic_dimension, _same
+    ),
     "uniformity": Measure("uniformity", measures.uniformity, torch.neg),
     "lidar": Measure("LiDAR", measures.lidar, _same, views=True),
     "alignment": Measure("alignment", measures.alignment, torch.neg, views=True),
