@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.probing.probes import low_shot as low_shot
     from refiner.probing.readings import Reading as Reading
     from refiner.probing.readings import Transform as Transform
+    from refiner.probing.readings import standardize_groups as standardize_groups
     from refiner.probing.readings import whiten as whiten
     from refiner.probing.search import nearest_neighbors as nearest_neighbors
     from refiner.training.decoders import decode_blocks as decode_blocks
@@ -132,6 +133,7 @@ _HOME = {
     "Transform": "probing.readings",
     "best_reading": "probing.choosing",
     "rank_readings": "probing.choosing",
+    "standardize_groups": "probing.readings",
     "whiten": "probing.readings",
     "nearest_neighbors": "probing.search",
     "decode_blocks": "training.decoders",

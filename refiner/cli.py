@@ -239,6 +239,8 @@ def add_refine(subparsers) -> None:
     _add_training(add, "runs/refined")
     add("--plan", **FLAG, help="only say what would be done")
     add("--knn-every", **number("STEPS"), help=every)
+    by = "batches of one group each: a factor such as lab, class, or parent for images' folders"
+    add("--group-by", **NAME, help=by)
     add("--tensorboard", **FLAG, help="write event files to --out as well")
 
 
@@ -265,14 +267,15 @@ def refine_command(args: argparse.Namespace) -> int:
         options["evaluate_every"] = args.knn_every
     recipe = refine_preset(args.preset, model, size, images, args.settings or [])
     if args.plan or not args.resume:
-        ahead = str(plan(model, images, recipe=recipe, device=args.device))
+        grouped = {"groups": args.group_by, "device": args.device}
+        ahead = str(plan(model, images, recipe=recipe, **grouped))
         if parallel.rank() == 0:
             print(ahead, flush=True)
     if args.plan:
         return 0
     if args.tensorboard and parallel.rank() == 0:
         options["watch"] = [watch.TensorBoard(Path(args.out) / "tensorboard")]
-    run = resumable(refine, model, images, recipe=recipe, **options)
+    run = resumable(refine, model, images, recipe=recipe, groups=args.group_by, **options)
     if parallel.rank() == 0:
         print(f"{args.out}: refined in {run.history[-1]['seconds'] / 60:.1f} minutes")
     return 0
@@ -295,7 +298,8 @@ def refinable_images(args: argparse.Namespace, size: int, smallest: int):
     if not is_stream(args.data):
         check_source(args.data)
         check_sides(args.data, size, smallest)
-        return load_images(args.data, n=args.n, size=size)
+        parent = "parent" if args.group_by == "parent" else None
+        return load_images(args.data, n=args.n, size=size, group_by=parent)
     if args.knn_every:
         raise UserError("a stream has no labels to hold out; leave --knn-every out")
     return open_stream(args.data, n=args.n, size=size)

@@ -111,7 +111,7 @@ def test_gray_and_hue_keep_luminance():
 
 def test_hue_of_a_full_turn_is_the_identity():
     turns = torch.tensor([0.0, 1.0, 0.25])
-    matrices = views._hue_rotation(turns)
+    matrices = views.hue_rotation(turns)
     assert torch.allclose(matrices[:2], torch.eye(3).expand(2, 3, 3), atol=1e-5)
     quarter = torch.linalg.matrix_power(matrices[2], 4)
     assert torch.allclose(quarter, torch.eye(3), atol=1e-4)

@@ -25,9 +25,11 @@ import torch
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder
+from refiner.images import labs as labs_module
 from refiner.images import named_sets, toybox
 from refiner.images.decode import ValueRange, check_range, read_files, resize
 from refiner.images.folders import Files, class_folders, common_size, files_of, split_folder
+from refiner.images.labs import lab
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
@@ -84,15 +86,17 @@ def load_images(
     size: int | None = None,
     seed: int = 0,
     value_range: ValueRange = None,
+    labs: Sequence[int] | None = None,
+    group_by: str | None = None,
     cache: bool = True,
     progress: bool = True,
     device: str | torch.device = "cpu",
 ) -> ImageSet:
     """Loads images by name, or from a folder.
 
-    - ``"toybox"``, ``"toybox-hard"``, ``"toybox-new"`` are rendered (see
-    :mod:`refiner.images.toybox`),
-      with every factor known. Splits train, val, test; by default 8192, 2048, 2048 images.
+    - ``"toybox"``, ``"toybox-hard"``, ``"toybox-new"`` and ``"toybox-labs"`` are rendered (see
+      :mod:`refiner.images.toybox`), with every factor known. Splits train, val, test; by default
+      8192, 2048, 2048 images. The last comes from six labs (:mod:`refiner.images.labs`).
     - ``"cifar10"``, ``"cifar100"`` are downloaded once through torchvision. Splits train, test.
     - ``"flowers102"``, ``"oxfordiiitpet"``, ``"dtd"``, ``"caltech101"``, ``"sun397"``,
       ``"food101"``, ``"imagenette"`` are downloaded once through torchvision. Splits train, test,
@@ -119,6 +123,10 @@ def load_images(
         value_range: the gray values that become black and white, where images of a folder have more
             than 8 bits. By default one range for all splits, measured on a sample: 0 to the least
             of 8, 10, 12, 14 or 16 bits that holds it, or what it spans if some are negative.
+        labs: of ``"toybox-labs"``, the numbers of the labs that take the pictures, such as
+            ``range(3)``; by default the first six. The factor "lab" says which one took an image.
+        group_by: "parent" numbers the images of a folder by the name of the folder that each lies
+            in, in the factor "parent": labs, say, inside of each class.
         cache: keep rendered Toybox images on disk, see :func:`cache_folder`.
         progress: show a bar while rendering or reading.
         device: where the images are rendered and kept.
@@ -143,8 +151,15 @@ def load_images(
     check_range(value_range)
     if size is not None and size < 1:
         raise UserError(f"size must be at least 1 pixel, not {size}")
+    if labs is not None and str(name) != "toybox-labs":
+        raise UserError(f"labs are those of 'toybox-labs'; {name} has none to choose from")
+    if group_by not in (None, "parent"):
+        raise UserError(f"images of a folder are grouped by 'parent', not by {group_by!r}")
+    if group_by and (str(name) in BUILT_IN):
+        raise UserError(f"{name} has no folders to group by; group by one of its factors")
     if str(name) in toybox.VARIANTS:
-        found = _load_toybox(str(name), split, n, size or 32, seed, cache, progress, device)
+        options = {"split": split, "size": size or 32, "seed": seed, "device": device}
+        found = _load_toybox(str(name), n, _lab_numbers(name, labs), options, cache, progress)
     elif str(name) in ("cifar10", "cifar100"):
         found = _load_cifar(str(name), split, n, size or 32, seed)
     elif str(name) == "digits":
@@ -152,7 +167,8 @@ def load_images(
     elif str(name) in named_sets.SOURCES:
         found = _load_named(str(name), split, n, size, seed, progress)
     else:
-        found = _read_set(files_of(Path(name), split), n, size, seed, progress, value_range)
+        files = files_of(Path(name), split)
+        found = _read_set(files, n, size, seed, progress, value_range, group_by == "parent")
     return found.to(device)
 
 
@@ -188,13 +204,26 @@ def _first(n: int | None, available: int, name: str) -> int:
 # ---------------------------------------------------------------- Toybox and its cache
 
 
-def _load_toybox(variant, split, n, size, seed, cache, progress, device) -> ImageSet:
+def _lab_numbers(name, labs: Sequence[int] | None) -> tuple[int, ...]:
+    """Those asked for, or the set's own; none but for a set of labs."""
+    numbers = toybox.VARIANTS[str(name)].labs if labs is None else tuple(map(int, labs))
+    if labs is not None and (not numbers or len(set(numbers)) < len(numbers)):
+        raise UserError(f"labs must be one or more different numbers, not {list(labs)}")
+    for number in numbers:
+        lab(number)
+    return numbers
+
+
+def _load_toybox(variant: str, n: int | None, labs: tuple, options, cache, progress) -> ImageSet:
+    split, size, seed = options["split"], options["size"], options["seed"]
     _check_split(split, tuple(toybox.SPLITS), variant)
     n = TOYBOX_DEFAULT_N[split] if n is None else n
     # The renderer's source is part of the key: an edited renderer never meets old images.
-    source = hashlib.sha256(Path(toybox.__file__).read_bytes()).hexdigest()[:12]
-    path = cache_folder() / f"{variant}-{split}-{size}px-seed{seed}-{source}.npz"
-    options = {"split": split, "size": size, "seed": seed, "variant": variant, "device": device}
+    files = toybox, *([labs_module] if labs else [])
+    source = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in files)).hexdigest()[:12]
+    which = "".join(f"-{number}" for number in labs)
+    path = cache_folder() / f"{variant}{which}-{split}-{size}px-seed{seed}-{source}.npz"
+    options = options | {"variant": variant, "labs": labs}
     arrays = _read_cache(path, options) if cache else None
     have = len(arrays["images"]) if arrays else 0
     if have < n:  # image i does not depend on n, so only the missing ones are rendered
@@ -356,6 +385,7 @@ def _read_set(
     seed: int,
     progress: bool,
     value_range: ValueRange = None,
+    by_parent: bool = False,
 ) -> ImageSet:
     """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
     folder, classes, available = files.folder, files.classes, len(files.paths)
@@ -363,13 +393,15 @@ def _read_set(
     paths = [files.paths[i] for i in order]
     labels = None if files.labels is None else files.labels[order]
     size, value_range = size or common_size(paths), value_range or files.value_range()
+    names = [path.parent.name for path in paths]
+    factors = {"parent": np.unique(names, return_inverse=True)[1] * 1.0} if by_parent else {}
     if len(paths) * 3 * size * size > MEMORY_LIMIT:
         lazy = LazyImages(paths, size, value_range)
-        return ImageSet(lazy, labels, classes, name=str(folder))
+        return ImageSet(lazy, labels, classes, factors, str(folder))
 
     pixels, broken = read_files(paths, size, value_range=value_range, progress=progress)
     if not broken:
-        return ImageSet(pixels, labels, classes, name=str(folder))
+        return ImageSet(pixels, labels, classes, factors, str(folder))
     if len(broken) == len(paths):
         path, reason = next(iter(broken.items()))
         raise UserError(
@@ -382,8 +414,7 @@ def _read_set(
         stacklevel=3,
     )
     good = torch.tensor([path not in broken for path in paths])
-    labels = None if labels is None else labels[good]
-    return ImageSet(pixels[good], labels, classes, name=str(folder))
+    return ImageSet(pixels, labels, classes, factors, str(folder))[good]
 
 
 def is_stream(name: str | os.PathLike) -> bool:

@@ -22,6 +22,7 @@ import colorsys
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.images.labs import Lab, lab, photographed, staged
 from refiner.images.sets import ImageSet
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -170,7 +172,7 @@ HELD_OUT = tuple(_SHAPES)[16:]
 
 @dataclass(frozen=True)
 class Variant:
-    """What an image set draws: its toys and the ranges of its factors (angles in degrees)."""
+    """What a set draws: its toys, the ranges of its factors (angles in degrees), and its labs."""
 
     toys: tuple[str, ...] = TOYS
     yaw: float = 50.0
@@ -182,10 +184,12 @@ class Variant:
     background_contrast: float = 0.12
     background_saturation: float = 0.18
     busy: bool = False
+    labs: tuple[int, ...] = ()
 
 
 VARIANTS = {
     "toybox": Variant(),
+    "toybox-labs": Variant(labs=tuple(range(6))),
     "toybox-new": Variant(toys=HELD_OUT),
     "toybox-hard": Variant(
         yaw=180.0,
@@ -217,6 +221,7 @@ FACTORS = {
     "background_brightness": "brightness of the background, 0 to 1",
     "background_angle": "direction of the background's gradient, degrees",
 }
+LAB = {"lab": "number of the lab that took the picture, in sets of several labs"}
 
 
 def _generator(seed: int, split: str, index: int) -> np.random.Generator:
@@ -390,6 +395,7 @@ def render(
     size: int = 32,
     seed: int = 0,
     variant: str | Variant = "toybox",
+    labs: Sequence[int] | None = None,
     noise: float = 0.01,
     chunk: int = 512,
     device: str | torch.device = "cpu",
@@ -403,17 +409,21 @@ def render(
         size: height and width in pixels; the same index shows the same scene at every size.
         seed: another seed is another image set.
         variant: a name of :data:`VARIANTS` or a :class:`Variant`.
-        noise: standard deviation of the sensor noise, in units of full brightness.
+        labs: numbers of the labs that take the pictures in turn, so that each takes as many of
+            every toy; by default the variant's (see :mod:`refiner.images.labs`). A scene is the
+            same in each lab, but for its light and its background.
+        noise: standard deviation of the sensor noise, in units of full brightness; labs have
+            their own.
         chunk: images rendered at once; changes memory and speed, never a pixel.
         device: where to render; images come back on it.
         progress: show a bar.
 
     Returns:
         An :class:`ImageSet` with factors and masks. Labels are balanced: image i shows toy
-        ``i mod len(classes)``.
+        ``i mod len(classes)``. With labs, the factor "lab" says which one took it.
 
     Raises:
-        ValueError: for an unknown split or variant.
+        ValueError: for an unknown split, variant or lab.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -424,28 +434,42 @@ def render(
     indices = list(range(indices)) if isinstance(indices, int) else [int(i) for i in indices]
     device = torch.device(device)
     n, classes = len(indices), variant.toys
+    labs = variant.labs if labs is None else tuple(map(int, labs))
+    lab_of = [labs[i // len(classes) % len(labs)] if labs else 0 for i in indices]
     images = torch.empty(n, 3, size, size, dtype=torch.uint8, device=device)
     masks = torch.empty(n, size, size, device=device)
     labels = torch.tensor([i % len(classes) for i in indices], dtype=torch.int64)
-    factors = {name: np.empty(n) for name in FACTORS}
-    # Neighbors in a chunk share a toy: each distance function runs once over many rays.
-    by_toy = sorted(range(n), key=lambda j: indices[j] % len(classes))
+    factors = {name: np.empty(n) for name in FACTORS | (LAB if labs else {})}
+    # Neighbors in a chunk share a toy and a lab: each function runs once over many rays.
+    kind = lambda j: (indices[j] % len(classes), lab_of[j])  # noqa: E731
     bar = tqdm(total=n, desc="rendering Toybox", unit="image", disable=not progress)
-    for toy in range(len(classes)):
-        group = [j for j in by_toy if indices[j] % len(classes) == toy]
-        for start in range(0, len(group), chunk):
-            where = group[start : start + chunk]
+    for (toy, number), group in groupby(sorted(range(n), key=kind), key=kind):
+        group = list(group)
+        for where in (group[i : i + chunk] for i in range(0, len(group), chunk)):
             rngs = [_generator(seed, split, indices[j]) for j in where]
-            drawn = [_draw_factors(rng, variant) for rng in rngs]
-            colours, coverage = _render_group(classes[toy], drawn, size, variant, device)
-            grain = np.stack([rng.standard_normal((3, size * size), np.float32) for rng in rngs])
-            colours = colours + noise * torch.from_numpy(grain).to(device)
-            pixels = (colours * 255.0 + 0.5).clamp(0, 255).to(torch.uint8)
+            here = lab(number) if labs else None
+            pixels, coverage, drawn = _pictures(
+                classes[toy], rngs, size, variant, here, noise, device
+            )
             at = torch.tensor(where, device=device)
-            images[at] = pixels.reshape(-1, 3, size, size)
-            masks[at] = coverage.reshape(-1, size, size)
-            for name in FACTORS:
-                factors[name][where] = [f[name] for f in drawn]
+            images[at] = pixels
+            masks[at] = coverage
+            for name, values in factors.items():
+                values[where] = number if name == "lab" else [f[name] for f in drawn]
             bar.update(len(where))
     bar.close()
     return ImageSet(images, labels, classes, factors, f"toybox {split}", masks)
+
+
+def _pictures(toy: str, rngs, size: int, variant: Variant, here: Lab | None, noise: float, device):
+    """Pictures of one toy in one lab, uint8 [N, 3, S, S], coverage [N, S, S], and their factors."""
+    drawn = [_draw_factors(rng, variant) for rng in rngs]
+    if here is not None:
+        drawn, noise = [staged(factors, here) for factors in drawn], here.noise
+    colours, coverage = _render_group(toy, drawn, size, variant, device)
+    if here is not None:
+        colours = photographed(colours, here, size)
+    grain = np.stack([rng.standard_normal((3, size * size), np.float32) for rng in rngs])
+    colours = colours + noise * torch.from_numpy(grain).to(device)
+    pixels = (colours * 255.0 + 0.5).clamp(0, 255).to(torch.uint8)
+    return pixels.unflatten(2, (size, size)), coverage.unflatten(1, (size, size)), drawn

@@ -41,6 +41,9 @@ class View:
         sigma: range of the blur's standard deviation, in pixels of a 224-pixel view; scaled to
             ``size``.
         solarize: probability of inverting all values above one half.
+        invert: probability of a negative.
+        noise: largest standard deviation of added noise, in units of full brightness; each sample
+            draws its own from 0 to it.
         keep: share of the patches that the encoder sees; below 1 the rest are dropped, which
             saves time. A masked autoencoder has seen such input throughout its pretraining.
     """
@@ -58,6 +61,8 @@ class View:
     blur: Share = 0.0
     sigma: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (0.1, 2.0)
     solarize: Share = 0.0
+    invert: Share = 0.0
+    noise: NotNegative = 0.0
     keep: Portion = 1.0
 
 
@@ -134,7 +139,7 @@ def colour_matrices(n: int, view: View, generator: Generator = None) -> Tensor:
     turns = torch.where(jitter_n, _uniform(n, -view.hue, view.hue, generator), 0.0)
     saturate = saturation * eye_33 + (1 - saturation) * to_gray_33
     grayed = _chance(n, view.gray, generator)[:, None, None]
-    colour = _hue_rotation(turns) @ saturate
+    colour = hue_rotation(turns) @ saturate
     colour = torch.where(grayed, to_gray_33 @ colour, colour)
     # contrast * (b * x) + (1 - contrast) * b * mean, then colour; gray is a fixed point of colour.
     pixel = colour @ (eye_33 * (brightness * contrast))
@@ -142,8 +147,8 @@ def colour_matrices(n: int, view: View, generator: Generator = None) -> Tensor:
     return torch.cat([pixel, mean, torch.zeros_like(mean)], dim=2)
 
 
-def _hue_rotation(turns: Tensor) -> Tensor:
-    """Rotation of the colour plane of YIQ by an angle, as RGB matrices [n, 3, 3]."""
+def hue_rotation(turns: Tensor) -> Tensor:
+    """Rotation of the colour plane of YIQ by angles [n], in turns, as RGB matrices [n, 3, 3]."""
     to_yiq, to_rgb = (constant(rows, turns.device) for rows in (_TO_YIQ, _TO_RGB))
     cos, sin = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
@@ -223,7 +228,20 @@ def _view_of(
     if view.solarize:
         flip = _chance(n, view.solarize, generator)[mine].to(x.device)[:, None, None, None]
         x = torch.where(flip & (x > 0.5), 1 - x, x)
+    if view.invert:
+        negative = _chance(n, view.invert, generator)[mine].to(x.device)[:, None, None, None]
+        x = torch.where(negative, 1 - x, x)
+    if view.noise:
+        x = (x + _grain(n, view, generator, mine, x.device)).clamp(0, 1)
     return x
+
+
+def _grain(n: int, view: View, generator: Generator, mine: slice, device) -> Tensor:
+    """Noise of a strength that each sample draws; near enough normal, as a sum of uniforms is."""
+    sigma = _uniform(n, 0.0, view.noise, generator)[mine].to(device)[:, None, None, None]
+    shape = n, 3, view.size, view.size
+    total = sum(draw(*shape, generator=generator, device=device)[mine] for _ in range(3))
+    return sigma * (2 * total - 3)  # a uniform's variance is 1 / 12
 
 
 def _blurred(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:

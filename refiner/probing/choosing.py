@@ -96,6 +96,22 @@ def by_few_labels(shots: int = 5, draws: int = 10, seed: int = 0) -> Objective:
     return Objective(f"a linear classifier with {shots} labels a class", chosen, right)
 
 
+def across(objective: Objective, groups_N: Tensor) -> Objective:
+    """The same, chosen across groups: the train images of each group are asked of the others'."""
+
+    def chosen(x, y):
+        right = 0.0
+        for group in groups_N.unique():
+            mine = (groups_N == group).to(x.device)
+            y_own, y_other = (y[side.to(y.device)] for side in (mine, ~mine))
+            right += float(
+                objective.right(x[~mine], y_other, x[mine], y_own).double().mean(0).sum()
+            )
+        return right / len(y)
+
+    return objective._replace(chosen=chosen)
+
+
 OBJECTIVES = {"knn": by_knn, "linear": by_linear_probe, "few": by_few_labels}
 
 
@@ -242,6 +258,7 @@ def best_reading(
     by: str | Objective = "knn",
     poolings: Sequence[str] | None = None,
     transforms: Sequence[Transform] = TRANSFORMS,
+    groups: Tensor | None = None,
     most: int = 4096,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -255,6 +272,8 @@ def best_reading(
         by: "knn", "linear", "few", or an :class:`Objective` such as ``by_knn(k=20)``.
         poolings: such as ``("cls", "cls+patch")``; default all that the features have.
         transforms: of equals the first is chosen.
+        groups: int [N], such as the lab that each image comes from; then a reading is chosen by
+            how well the images of some groups serve those of another.
         most: images to choose on; of more a random part is taken. Readings are fitted on all.
         seed: of this part.
         device: where to work; default where the features are.
@@ -275,6 +294,8 @@ def best_reading(
     rng = np.random.default_rng(seed)
     some = torch.from_numpy(np.sort(rng.permutation(len(labels))[:most]))
     y_N, scores = labels[some], {}
+    if groups is not None:
+        objective = across(objective, _checked_groups(groups, len(labels))[some])
     for block, pooling in tqdm(tried, desc="readings", disable=not progress):
         x_ND = pooled(features, block, pooling)
         x_ND = x_ND.to(device or x_ND.device)
@@ -286,6 +307,13 @@ def best_reading(
     order = sorted(scores, key=lambda c: (transforms.index(c.transform), len(c.pooling), -c.block))
     order.sort(key=scores.get, reverse=True)
     return Choice({c: scores[c] for c in order}, features, labels, objective, device)
+
+
+def _checked_groups(groups, n: int) -> Tensor:
+    groups = torch.as_tensor(np.asarray(groups)).cpu()
+    if groups.shape != (n,) or len(groups.unique()) < 2:
+        raise UserError(f"groups must be {n} numbers, of two groups or more, one for each image")
+    return groups
 
 
 def _choosable(labels, features: Features) -> Tensor:

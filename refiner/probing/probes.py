@@ -52,7 +52,7 @@ from refiner.probing.logistic import (
 
 RIDGE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 CIRCULAR = {"hue": 1.0, "background_hue": 1.0, "background_angle": 360.0}  # period of each
-CATEGORICAL = ("pattern", "class")
+CATEGORICAL = ("pattern", "class", "lab", "parent")
 
 
 # ---------------------------------------------------------------- what all probes share

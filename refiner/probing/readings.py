@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -132,6 +133,39 @@ def whiten(train: Tensor, *others: Tensor, power: float = 1.0, shrinkage=1e-3, r
     found = [torch.stack([affine(x, *m) for x, m in zip(b, maps, strict=True)]) for b in blocks]
     found = [x[0] for x in found] if train.ndim == 2 else found
     return tuple(found) if others else found[0]
+
+
+@torch.no_grad()
+def standardize_groups(features: Features, groups) -> Features:
+    """Takes each group's own mean and deviation out of its features.
+
+    What is done today about images from several labs, and needs to know only which lab each is
+    from: Johnson et al. 2007 ("Adjusting batch effects", ComBat) without its prior.
+
+    Args:
+        features: of N images.
+        groups: [N] numbers, such as ``images.factors["lab"]``.
+
+    Returns:
+        Features, float32: each feature has mean 0 and deviation 1 in each group of two images or
+        more, and is 0 in a group of one and where it is constant.
+
+    Raises:
+        ValueError: for groups of another number.
+    """
+    groups = torch.as_tensor(np.asarray(groups)).cpu()
+    if groups.shape != (len(features.main[0]),):
+        raise UserError(
+            f"{len(features.main[0])} images have {list(groups.shape)} groups: give one for each"
+        )
+    found = {kind: x.float().clone() for kind, x in features.items()}
+    for x in found.values():
+        members = [(groups == group).nonzero()[:, 0].to(x.device) for group in groups.unique()]
+        for x_ND in x if x.ndim == 3 else x[None]:
+            for mine in members:
+                mean, scale = mean_and_scale(x_ND[mine])
+                x_ND[mine] = ((x_ND[mine].double() - mean) * scale).float()
+    return Features(found, features.blocks)
 
 
 def _check_count(n: int) -> None:

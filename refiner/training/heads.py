@@ -178,6 +178,7 @@ class NeighborQueue(nn.Module):
         k: int = 1,
         generator: torch.Generator | None = None,
         rows: tuple[int, int] | None = None,
+        barred: Tensor | None = None,
     ) -> Neighbors:
         """One neighbor of each query, drawn uniformly from its k nearest queue entries.
 
@@ -191,6 +192,7 @@ class NeighborQueue(nn.Module):
             generator: for the draw.
             rows: (first, total) when the B samples are some rows of a batch: the draws are those
                 that a lookup of the whole batch would make.
+            barred: bool [B, Q], entries that are no neighbors of a sample either.
 
         Returns:
             A :class:`Neighbors`; without the head axis if z had none.
@@ -202,6 +204,8 @@ class NeighborQueue(nn.Module):
         ids_M = sample_ids.repeat(m // b)
         similarity_LMQ = torch.bmm(z_LMO.to(self.vectors.dtype), self.vectors.mT)
         forbidden_MQ = (ids_M[:, None] == self.ids) | (self.ids < 0)
+        if barred is not None:
+            forbidden_MQ |= barred.repeat(m // b, 1)
         similarity_LMQ.masked_fill_(forbidden_MQ, -torch.inf)
         k = min(k, self.size)
         found_MK = largest(similarity_LMQ.flatten(0, 1), k)

@@ -22,6 +22,7 @@ from refiner.base.tensors import step_generator, take
 from refiner.images.sets import pixels_of
 from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
+from refiner.training.groups import check_groups, groups_of
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
 from refiner.training.refining import Refined, Steps, begin, loop_of
@@ -95,6 +96,7 @@ def plan(
     images,
     *,
     recipe: Recipe | None = None,
+    groups=None,
     device: str | torch.device | None = None,
     available: float | None = None,
 ) -> Plan:
@@ -104,7 +106,7 @@ def plan(
     recipe with ``compile`` takes less time than foretold.
 
     Args:
-        model, images, recipe, device: as for :func:`refiner.training.refining.refine`.
+        model, images, recipe, groups, device: as for :func:`refiner.training.refining.refine`.
         available: bytes of memory to plan for; default the device's.
 
     Raises:
@@ -112,7 +114,9 @@ def plan(
     """
     device = parallel.join(device)
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
-    what = tuple(describe(model, images, recipe))
+    groups = groups_of(images, groups)
+    check_groups(recipe, groups)
+    what = (*describe(model, images, recipe), *in_groups(recipe, groups))
     n = count(images)
     images = some(images, recipe.batch)
     if available is None:
@@ -184,6 +188,19 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
         f"stage 3  encoder and heads: {epochs(recipe.steps)}{frozen}",
         f"targets  {_swapping(recipe)}; temperature {recipe.temperature}, queue {recipe.queue}, "
         f"one of the {recipe.top_k} nearest",
+    ]
+
+
+def in_groups(recipe: Recipe, groups: torch.Tensor | None) -> list[str]:
+    """How batches are made of groups, as a line of text; none without groups."""
+    if groups is None:
+        return []
+    sizes, a = torch.bincount(groups), recipe.groups_a_step
+    batches = f"{a} a step, {recipe.batch // a} images of each" if a else "mixed in every batch"
+    where = "the own group" if recipe.neighbors_from == "own" else recipe.neighbors_from
+    return [
+        f"groups   {len(sizes)} of {int(sizes.min())} to {int(sizes.max())} images, {batches}; "
+        f"neighbors from {where}"
     ]
 
 

@@ -92,6 +92,10 @@ class Recipe:
             1. Neighbors are only useful once they are mostly right; (0, 0) swaps from the start.
         loss_weights: of the heads below the last in stage 3: "constant"; "decay", all from 1 to 0
             together; or "staggered", one after the other, the earliest block first.
+        groups_a_step: of images with known groups (labs, say), each batch holds so many groups, and
+            the loss compares within each; 0 mixes all groups. See
+            :mod:`refiner.training.groups`.
+        neighbors_from: "anywhere", or only from the sample's "own" group, or from "others".
         ema: decay of the averaged encoder that is returned.
         clip: largest gradient norm, None for no limit.
         checkpoint: recompute each trained block in the backward pass instead of keeping its
@@ -131,6 +135,8 @@ class Recipe:
     swap_from: Share = 0.0
     swap_full: Share = 0.0
     loss_weights: Literal["constant", "decay", "staggered"] = "constant"
+    groups_a_step: Whole = 1
+    neighbors_from: Literal["anywhere", "own", "others"] = "anywhere"
     ema: Share = 0.9999
     clip: Positive | None = None
     checkpoint: bool = False

@@ -30,6 +30,7 @@ from refiner.models.encoders import (
 )
 from refiner.models.load import copy_model
 from refiner.models.save import check_savable, save_model
+from refiner.training.groups import GroupedOrder, check_groups, groups_of
 from refiner.training.heads import (
     IDHeads,
     NeighborQueue,
@@ -97,6 +98,7 @@ def refine(
     images,
     *,
     recipe: Recipe | None = None,
+    groups=None,
     out: str | Path | None = None,
     resume: bool = False,
     evaluate: Callable[[Encoder], dict] | None = None,
@@ -121,6 +123,9 @@ def refine(
         images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.images.streams`).
             Labels are only used to watch the neighbors.
         recipe: default :meth:`Recipe.cpu`.
+        groups: which group (lab, microscope, season) each image comes from, for batches of one
+            group: the name of a factor, "class", or N numbers or words; see
+            :mod:`refiner.training.groups`.
         out: folder for the refined model, heads, ``history.json`` and the last two training
             states. The state of an earlier run there becomes ``state.old.pt``.
         resume: go on from the state in ``out``, with the same model and images; ``lr``,
@@ -157,6 +162,8 @@ def refine(
             "evaluate_every needs an evaluate, such as refiner.training.watch.online_knn makes"
         )
     recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    groups = groups_of(images, groups)
+    check_groups(recipe, groups)
     if not recipe.head_steps + recipe.steps:
         raise UserError("head_steps and steps are both 0: there is nothing to train")
     run = begin(model, recipe, device, heads=heads, queue=queue)
@@ -164,9 +171,9 @@ def refine(
     if out:
         check_savable(run.model)
     loop = loop_of(
-        Steps(run, images, device),
+        Steps(run, images, device, groups),
         file=Path(out) / "state.pt" if out else None,
-        origin=origin(images, model) if out or resume else None,
+        origin=origin(images, model, groups=groups) if out or resume else None,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         watch=watch,
@@ -263,12 +270,16 @@ class Steps:
         run: of :func:`begin`.
         images: as for :func:`refine`.
         device: of both.
+        groups: of :func:`refiner.training.groups.groups_of`.
     """
 
-    def __init__(self, run: Refined, images, device: torch.device):
+    def __init__(self, run: Refined, images, device: torch.device, groups: Tensor | None = None):
         recipe = run.recipe
         self.run, self.device, self.n = run, device, count(images)
         self.order = partial(_indices, recipe, self.n)
+        if groups is not None and recipe.groups_a_step:
+            self.order = GroupedOrder(groups, recipe)
+        self.groups = None if groups is None else groups.to(device)
         self.source = open_source(
             images,
             self.order,
@@ -304,6 +315,7 @@ class Steps:
                 swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
                 generator=self.generator(at),
                 labels=self.labels,
+                groups=self.groups,
                 features=features,
             )
         loss_L = result.loss

@@ -79,13 +79,20 @@ def set_states_aside(path: str | Path) -> None:
     )
 
 
-def origin(images, model: nn.Module | None = None, *, start: str | None = None) -> dict:
+def origin(
+    images,
+    model: nn.Module | None = None,
+    *,
+    start: str | None = None,
+    groups: torch.Tensor | None = None,
+) -> dict:
     """What a run starts from, in a few numbers that its states hold (:func:`check_origin`).
 
     Args:
         images: an ImageSet, a tensor or an ImageStream.
         model: with the weights at the start; left out where the run itself changes it.
         start: name of the checkpoint that was trained on.
+        groups: int64 [N] of the images.
     """
     shards, name = getattr(images, "shards", None), getattr(images, "name", None)
     found = {
@@ -97,6 +104,9 @@ def origin(images, model: nn.Module | None = None, *, start: str | None = None) 
         pixels = pixels_of(images)
         some = pixels[torch.linspace(0, len(pixels) - 1, min(16, len(pixels))).long()]
         found["brightness"] = some.double().mean(dim=(1, 2, 3)).tolist()
+    if groups is not None:
+        places = torch.arange(len(groups)) % 1009
+        found["groups"] = [*torch.bincount(groups).tolist(), int((groups * places).sum())]
     if model is not None:
         sums = [v.detach().cpu().double().abs().sum() for v in model.state_dict().values()]
         found["weights"] = torch.stack(sums).tolist()
@@ -124,6 +134,8 @@ def check_origin(saved: dict | None, now: dict, out: Path | None) -> None:
         different.append(f"its images were {saved['set']!r}, not {now['set']!r}")
     if saved["start"] != now["start"]:
         different.append(f"it started from {saved['start']!r}, not {now['start']!r}")
+    if saved.get("groups") != now.get("groups"):
+        different.append("its images were grouped in another way")
     seen = [np.array(x.get("brightness") or ()) for x in (saved, now)]
     # Decoders of JPEG differ a little.
     if not different and seen[0].size and not np.allclose(*seen, rtol=0, atol=0.5):

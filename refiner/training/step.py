@@ -18,6 +18,7 @@ from refiner.base import parallel
 from refiner.base.tensors import draw
 from refiner.images.views import make_views
 from refiner.models.encoders import Encoder, head_features, normalize
+from refiner.training.groups import barred
 from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
 from refiner.training.recipe import Recipe
 
@@ -123,6 +124,7 @@ def refine_step(
     swap_chance: float,
     generator: torch.Generator,
     labels: Tensor | None = None,
+    groups: Tensor | None = None,
     features: Tensor | None = None,
 ) -> Step:
     """Views → features → heads → neighbors → NNA loss of one batch; fills the queue.
@@ -137,6 +139,8 @@ def refine_step(
         swap_chance: probability that a sample's target is swapped for its neighbor.
         generator: of views and draws; on the device it is fastest.
         labels: int64 [all samples] on the device; only watched, never learned from.
+        groups: int64 [all samples] on the device; then the batch is one of
+            :class:`refiner.training.groups.GroupedOrder`, and compared group by group.
         features: what :func:`batch_features` gave, in place of the pixels.
     """
     first, count = parallel.rows(len(ids))
@@ -146,7 +150,11 @@ def refine_step(
         x_LVBD = batch_features(
             model, pixels, recipe, stage=stage, total=len(ids), generator=generator
         )
-    z_LVBO, p_LVBO = heads(x_LVBD)
+    parts = 1 if groups is None else max(1, recipe.groups_a_step)
+    z_LVBO, p_LVBO = projected(heads, x_LVBD, parts)
+    no_neighbors = None
+    if groups is not None:
+        no_neighbors = barred(groups, queue.ids, own, recipe.neighbors_from)
     # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
     with torch.autocast(z_LVBO.device.type, enabled=False):
         found, targets, loss_L = _aligned(
@@ -158,6 +166,8 @@ def refine_step(
             swap_chance,
             k=1 if stage == 2 else recipe.top_k,
             generator=generator,
+            parts=parts,
+            no_neighbors=no_neighbors,
         )
     step = Step(
         loss_L,
@@ -170,6 +180,14 @@ def refine_step(
     return step
 
 
+def projected(heads: IDHeads, x_LVBD: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Projections and predictions [L, V, b, O]; each interleaved part has its own BatchNorm."""
+    if parts == 1:
+        return heads(x_LVBD)
+    found = zip(*(heads(x_LVBD[:, :, part::parts]) for part in range(parts)), strict=True)
+    return tuple(torch.stack(each, dim=3).flatten(2, 3) for each in found)  # [L, V, b / A, A, O]
+
+
 def _aligned(
     z_LVBO: Tensor,
     p_LVBO: Tensor,
@@ -180,6 +198,8 @@ def _aligned(
     *,
     k: int,
     generator: torch.Generator,
+    parts: int = 1,
+    no_neighbors: Tensor | None = None,
 ):
     """Projections and predictions → neighbors of the global views, these views, NNA loss [L]."""
     l, _, b, o = z_LVBO.shape
@@ -191,6 +211,7 @@ def _aligned(
         k=k,
         generator=generator,
         rows=(first, len(ids)),
+        barred=no_neighbors,
     )
     neighbors = found.vectors.reshape(l, g, b, o)
     if recipe.swap == "none":
@@ -199,15 +220,14 @@ def _aligned(
         chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
         swapped = chance[:, :, first : first + b] < swap_chance
         neighbors = torch.where(swapped, neighbors, targets)
-    loss_L = nna_loss(
-        parallel.gather(p_LVBO, dim=2).float(),
-        targets,
-        neighbors,
-        first=first,
-        per_head=True,
-        temperature=recipe.temperature,
-        swap_negatives=neighbors if recipe.swap == "both" else None,
-    )
+    p_LVBO = parallel.gather(p_LVBO, dim=2).float()
+    losses = []
+    for part in range(parts):
+        p, z, nn = (x[:, :, part::parts] for x in (p_LVBO, targets, neighbors))
+        both = nn if recipe.swap == "both" else None
+        how = {"temperature": recipe.temperature, "swap_negatives": both, "per_head": True}
+        losses.append(nna_loss(p, z, nn, first=first // parts, **how))
+    loss_L = losses[0] if parts == 1 else torch.stack(losses).mean(dim=0)
     return found, targets, loss_L
 
 
