@@ -89,7 +89,7 @@ PRESETS = {
     "cpu": Preset(
         mae=MAERecipe(steps=3000, normalize_targets=True, compile=True),
         # The swap grows late: this short an autoencoder's neighbors are mostly wrong at first.
-        refine=Recipe.cpu(views=_views(2, 2, keep=0.5), swap_from=0.3, swap_full=0.9),
+        refine=Recipe.cpu(views=_views(2, 2, keep=0.5), swap_from=0.3, swap_full=0.9, keep="last"),
         bank=10_000,
         queries=2_000,
     ),

@@ -137,7 +137,8 @@ def views_repeat(job) -> dict:
 def short_recipe(job, **changes):
     sizes = {"batch": 16, "hidden": 16, "predictor_hidden": 16, "out": 8} if job.tiny else {}
     few = 6 if job.tiny else 10
-    return refiner.Recipe.cpu(**{"head_steps": few, "steps": few, "ema": 0.5, **sizes, **changes})
+    base = {"head_steps": few, "steps": few, "ema": 0.5, "keep": "last"}
+    return refiner.Recipe.cpu(**base | sizes | changes)
 
 
 def training_falls_and_resumes(job) -> dict:

@@ -333,7 +333,13 @@ def deep(job) -> None:
         base = replace(DEEP, **TINY) if job.tiny else DEEP
         mae = pretrained_in(0.3 * room, train, replace(base, decoder_depth=depth), job)
         recipe = refiner.Recipe.gpu(
-            size=32, patch=4, blocks=tuple(range(-8, 0)), head_steps=100, ema=0.998, compile=True
+            size=32,
+            patch=4,
+            blocks=tuple(range(-8, 0)),
+            head_steps=100,
+            ema=0.998,
+            compile=True,
+            keep="last",
         )
         if job.tiny:
             recipe = replace(recipe, **TINY_REFINE)

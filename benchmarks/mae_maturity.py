@@ -52,7 +52,7 @@ def refined(steps: int, longer: int, seed: int, images):
     """The rung's refined encoder and its history."""
     out = RUNS / f"refined-{steps}{_suffix(longer)}-seed{seed}"
     if not (out / "history.json").is_file():
-        recipe = Recipe.cpu(seed=seed, steps=longer)
+        recipe = Recipe.cpu(seed=seed, steps=longer, keep="last")
         resume = (out / "state.pt").is_file()
         refine(pretrained(steps, seed, images), images, recipe=recipe, out=out, resume=resume)
     return refiner.load_model(out), json.loads((out / "history.json").read_text())

@@ -65,7 +65,7 @@ def refined(arm: str, steps: int, longer: int, seed: int, images):
     if not (out / "history.json").is_file():
         model = trained_on(arm, steps, seed, images)
         resume = (out / "state.pt").is_file()
-        recipe = Recipe.cpu(seed=seed, steps=longer)
+        recipe = Recipe.cpu(seed=seed, steps=longer, keep="last")
         refine(model, images, recipe=recipe, out=out, resume=resume)
     return refiner.load_model(out), json.loads((out / "history.json").read_text())
 

@@ -70,7 +70,7 @@ def main() -> None:
     before = knn_curves(model, bank, test)
     rows = []
     for seed in args.seeds:
-        recipe = Recipe.cpu(seed=seed, **changes)
+        recipe = Recipe.cpu(seed=seed, **{"keep": "last"} | changes)
         refined, seconds = refined_model(model, images, recipe, args.keep)
         row = {
             "seed": seed,
@@ -94,7 +94,7 @@ def main() -> None:
         + (" --time-control" if args.time_control else "")
         + (f" --set {' '.join(args.set)}" if args.set else ""),
         "machine": machine(),
-        "recipe": recipe_dict(Recipe.cpu(**changes)),
+        "recipe": recipe_dict(Recipe.cpu(**{"keep": "last"} | changes)),
         "chance": 1 / len(images.classes),
         "before": before,
         "seeds": rows,

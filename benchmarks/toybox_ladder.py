@@ -49,7 +49,7 @@ RUNGS = (*(f"{c}-{s}" for c in ("mild", "strong") for s in SWAPS), "strong-ramp-
 def rung_recipe(name: str, seed: int) -> Recipe:
     """The cpu preset with a rung's colours, swap and pooling."""
     colour, swap, *rest = name.split("-")
-    recipe = Recipe.cpu(seed=seed, **SWAPS[swap])
+    recipe = Recipe.cpu(seed=seed, keep="last", **SWAPS[swap])
     if colour == "mild":
         recipe = replace(recipe, views=tuple(replace(v, **MILD) for v in recipe.views))
     return replace(recipe, pooling="patch") if rest else recipe

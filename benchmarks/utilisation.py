@@ -57,6 +57,7 @@ def encoder(name: str):
 def setup_of(name: str, batch: int, **changes):
     """Model, images of noise and recipe of a refinement."""
     shape, model = SHAPES[name], encoder(name)
+    changes = {"keep": "last"} | changes
     if shape:
         recipe = Recipe.gpu(size=shape["size"], patch=shape["patch"], batch=batch, **changes)
     else:

@@ -278,6 +278,8 @@ def refine_command(args: argparse.Namespace) -> int:
     run = resumable(refine, model, images, recipe=recipe, groups=args.group_by, **options)
     if parallel.rank() == 0:
         print(f"{args.out}: refined in {run.history[-1]['seconds'] / 60:.1f} minutes")
+        if run.verdict:
+            print(run.verdict)
     return 0
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import refiner
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import preprocess, preprocessing_card
-from refiner.probing.features import Features, extract
+from refiner.probing.features import Features, extract, extract_part
 
 CARD = {
     "preprocessing": {
@@ -215,6 +215,19 @@ def test_chosen_blocks_are_those_blocks_in_the_asked_order():
     for bad in ([0], [4], [-4], []):
         with pytest.raises(ValueError, match="blocks count from 1: choose among 1 to 3"):
             quiet(model, images, blocks=bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [1, 2])
+def test_walked_in_two_parts_the_features_are_the_same(kind, first):
+    model, images, cpu = tiny(**KINDS[kind]), pixels(), torch.device("cpu")
+    below, tokens = extract_part(model, images, range(1, first + 1), device=cpu)
+    above, _ = extract_part(model, images, range(first + 1, 4), (first, tokens), device=cpu)
+    whole = quiet(model, images)
+    assert below.blocks + above.blocks == whole.blocks
+    for name in set(whole) - {"final"}:
+        found = torch.cat([below[name], above[name]])
+        assert torch.allclose(found, whole[name], atol=1e-5), name
 
 
 def test_without_a_class_token_cls_is_an_error_that_says_what_to_use():

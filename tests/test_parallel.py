@@ -22,7 +22,9 @@ from refiner.images.views import View, make_views
 from refiner.models.encoders import freeze_first
 from refiner.models.load import build_vit, load_model
 from refiner.models.save import save_model
+from refiner.training import keeping
 from refiner.training.heads import IDHeads, NeighborQueue, nna_loss
+from refiner.training.keeping import Keeper
 from refiner.training.planning import traffic
 from refiner.training.recipe import Recipe, complete_recipe
 from refiner.training.refining import begin, refine
@@ -40,6 +42,7 @@ TINY = Recipe.cpu(
     cached_views=1,
     frozen_blocks=1,
     blocks=(2, 3),
+    keep="last",
     head_lr=1e-2,
     lr=1e-2,
     clip=1.0,
@@ -106,7 +109,7 @@ def main(out: Path) -> None:
         "loss": [e["loss"] for e in run.history],
         "queue_ids": run.queue.ids.tolist(),
         "similarity": [e["similarity"] for e in run.history],
-        "weights": float(sum(p.double().sum() for p in run.model.parameters())),
+        "weights": weights_of(run.model),
     }
     try:
         refine(model(), images()[: 24 - parallel.rank()], recipe=TINY, progress=False)
@@ -116,6 +119,8 @@ def main(out: Path) -> None:
     stop = lambda: asked.append(1) or len(asked) > 3 + 2 * parallel.rank()  # noqa: E731
     found["stopped"] = refine(model(), images(), recipe=TINY, progress=False, stop=stop).steps
     found["bytes"] = counted
+    run, found["measured"] = kept_of_24()
+    found["verdict"], found["kept"] = str(run.verdict), weights_of(run.model)
     stream = open_stream(str(out / "s-{0..1}.tar"), size=16)
     streamed = refine(model(), stream, recipe=replace(TINY, cached_views=0), progress=False)
     found["streamed"] = streamed.queue.ids.tolist()
@@ -123,6 +128,20 @@ def main(out: Path) -> None:
     found["gradients"] = [g.tolist() for g in float64_gradients()]
     (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
     assert cli.main(command(out, "command")) == 0
+
+
+def kept_of_24():
+    """A run that keeps its best weights, and how often this process measured."""
+    measure, calls = Keeper._measure, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "LEAST", 4)
+        patch.setattr(Keeper, "_measure", lambda *a: (calls.append(1), measure(*a))[1])
+        recipe = replace(TINY, keep="best")
+        return refine(model(), images(), recipe=recipe, progress=False, device="cpu"), len(calls)
+
+
+def weights_of(encoder) -> float:
+    return float(sum(p.detach().double().sum() for p in encoder.parameters()))
 
 
 def float64_gradients() -> list[torch.Tensor]:
@@ -183,6 +202,14 @@ def test_two_processes_are_one_with_the_same_batch(two, ranks):
         expected = torch.tensor([entry[key] for entry in alone.history])
         assert torch.allclose(torch.tensor(ranks[0][key]), expected, rtol=1e-4, atol=1e-4), key
     assert_alike(load_model(two / "run"), alone.model)
+
+
+def test_the_first_measures_and_all_keep_the_same_weights(ranks):
+    alone, measured = kept_of_24()
+    assert [r["measured"] for r in ranks] == [measured, 0] and measured == 8
+    assert ranks[0]["kept"] == ranks[1]["kept"] and ranks[0]["verdict"] == ranks[1]["verdict"]
+    assert ranks[0]["verdict"] == str(alone.verdict)
+    assert ranks[0]["kept"] == pytest.approx(weights_of(alone.model), rel=1e-3)
 
 
 def test_the_command_is_one_process_with_the_same_batch(two):

@@ -40,6 +40,7 @@ TINY = Recipe.cpu(
     queue=12,
     blocks=(2, 3, 4),
     frozen_blocks=0,
+    keep="last",
     views=(View(size=16), View(size=8)),
     swap_from=0.3,
     swap_full=0.9,
@@ -76,6 +77,18 @@ def test_plan_says_what_how_long_and_how_much(model, images):
         "GB:",
     ):
         assert part in text, part
+
+
+def test_measuring_held_out_images_is_said_and_its_time_counted(model, monkeypatch):
+    """A forward pass of a whole image takes its share of a step of stage 2, by pixels."""
+    pixels = torch.randint(256, (2000, 3, 16, 16), dtype=torch.uint8)
+    monkeypatch.setattr(planning, "_step_seconds", lambda *_, **__: (2.0, 3.0))
+    recipe = replace(TINY, keep="best", frozen_blocks=1)
+    made = plan(model, pixels, recipe=recipe, device="cpu", available=1e12)
+    step = 8 * sum(v.keep * v.size**2 / 16**2 for v in recipe.views)  # whole images
+    assert made.seconds == pytest.approx(10 * 2 + 20 * 3 + 8 * 200 * 3 / 4 * 2 / step)
+    assert "keeps    the best weights, measured 8 times on 200 images" in str(made)
+    assert plan(model, pixels, recipe=TINY, device="cpu", available=1e12).seconds == 10 * 2 + 20 * 3
 
 
 def test_many_epochs_are_written_out(model, images):

@@ -21,7 +21,7 @@ from refiner.training.recipe import (
 )
 from refiner.training.refining import Refined, loop_of
 
-TINY = Recipe.cpu(batch=8, blocks=(2, 3), frozen_blocks=1, queue=24)
+TINY = Recipe.cpu(batch=8, blocks=(2, 3), frozen_blocks=1, queue=24, keep="last")
 
 
 def pixels(n=16, size=32, seed=0):

@@ -33,6 +33,7 @@ TINY = R.Recipe.cpu(
     queue=24,
     frozen_blocks=1,
     blocks=(2, 3),
+    keep="last",
 )
 
 

@@ -329,7 +329,7 @@ def test_only_the_same_model_and_images_go_on(model, images, whole, tmp_path):
 def test_states_of_older_versions_still_load(model, images, whole, tmp_path):
     run(model, images, tmp_path)
     state = states.load_state(tmp_path / "state.previous.pt")
-    del state["origin"], state["seen"]
+    del state["origin"], state["seen"], state["keeper"]
     state["stream"] = state.pop("source")
     state["ema"] = {"shadow": state["ema"], "updates": 15}
     states.save_state(tmp_path / "state.pt", state)

@@ -65,6 +65,7 @@ def test_cifar_rungs_start_from_one_mae_and_are_kept(scripts, tmp_path):
             queue=16,
             frozen_blocks=1,
             blocks=(2, 3),
+            keep="last",
         ),
         bank=24,
         queries=8,

@@ -16,6 +16,7 @@ _TINY = Recipe.cpu(
     blocks=(1, 2),
     frozen_blocks=0,
     views=(View(size=8), View(size=8)),
+    keep="last",
 )
 
 

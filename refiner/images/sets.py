@@ -114,16 +114,8 @@ class ImageSet:
         Raises:
             ValueError: when a part would be empty.
         """
-        held = round(share * len(self))
-        if not 0 < held < len(self):
-            raise UserError(f"a share of {share} of {len(self)} images leaves one part empty")
-        order = balanced_order(self.labels, len(self), seed=seed)
-        if self.labels is not None:
-            order, most = _by_share(order, self.labels.cpu(), share)
-            held = min(held, most)
-            if held == 0:
-                raise UserError("every class has one image: none can be held out")
-        return self[order[held:].sort().values], self[order[:held].sort().values]
+        rest, held = held_out_rows(self.labels, len(self), share, seed=seed)
+        return self[rest], self[held]
 
 
 def pixels_of(images) -> Tensor | LazyImages:
@@ -169,6 +161,22 @@ def _positions(index, n: int) -> Tensor:
     if len(where) and not (-n <= int(where.min()) and int(where.max()) < n):
         raise IndexError(f"index out of range for {n} images")
     return torch.where(where < 0, where + n, where)
+
+
+def held_out_rows(
+    labels: Tensor | None, n: int, share: float, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Positions of the two parts of :meth:`ImageSet.holdout`, int64, rising."""
+    held = round(share * n)
+    if not 0 < held < n:
+        raise UserError(f"a share of {share} of {n} images leaves one part empty")
+    order = balanced_order(labels, n, seed=seed)
+    if labels is not None:
+        order, most = _by_share(order, labels.cpu(), share)
+        held = min(held, most)
+        if held == 0:
+            raise UserError("every class has one image: none can be held out")
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def balanced_order(labels: Tensor | None, n: int, *, seed: int = 0) -> Tensor:

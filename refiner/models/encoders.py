@@ -209,14 +209,16 @@ def walk(
     top: int | None = None,
     kept_BK: Tensor | None = None,
     gaps: tuple[Tensor, Tensor] | None = None,
+    known: tuple[int, Tensor] | None = None,
     frozen: int = 0,
     recompute: bool = False,
     class_token_only: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """The tokens after each block in turn: ``for number, x_BTD in walk(model, images)``.
 
-    Number 0 comes first, with the tokens that enter block 1. Nothing is kept on the way: a block's
-    tokens are freed when the next ones are there, unless the caller or a gradient needs them.
+    Number 0 comes first, with the tokens that enter block 1, or what is known. Nothing is kept on
+    the way: a block's tokens are freed when the next ones are there, unless the caller or a
+    gradient needs them.
 
     Args:
         model: an encoder, whatever its class.
@@ -224,6 +226,7 @@ def walk(
         top: the last block to run, counted from 1; default the model's last.
         kept_BK: int64 [B, K], the patches that stay; None keeps all.
         gaps: a mask [B, N], True where a patch is hidden, and the token [1, 1, D] in its place.
+        known: a block's number and the tokens [B, T, D] after it; the blocks up to it do not run.
         frozen: the embedding and this many blocks run without gradient; with 0, nothing does.
         recompute: run the other blocks again in the backward pass instead of storing activations.
         class_token_only: of the top block only the first token will be read, so that it may be the
@@ -233,9 +236,10 @@ def walk(
         x_BTD, context = embed(model, images, gaps)
         if kept_BK is not None:
             x_BTD, context = keep_patches(model, x_BTD, context, kept_BK)
-    yield 0, x_BTD
+    first, x_BTD = known or (0, x_BTD)
+    yield first, x_BTD
     top = len(model.blocks) if top is None else top
-    for number, block in enumerate(model.blocks[:top], start=1):
+    for number, block in enumerate(model.blocks[first:top], start=first + 1):
         run = class_token_of if class_token_only and number == top else run_block
         # The context ends before the tokens are handed out: the caller's gradients are his own.
         with torch.no_grad() if number <= frozen else nullcontext():

@@ -144,6 +144,7 @@ def model_card(card: dict, *, timm_opens: bool = True) -> str:
         "machine": "Machine",
         "seconds": "Seconds of training",
         "loss": "Loss",
+        "verdict": "Verdict",
     }
     lines += [f"- {label}: {card[key]}" for key, label in told.items() if key in card]
     lines += [f"- {k}: {v}" for k, v in card.get("architecture", {}).items()]

@@ -173,7 +173,8 @@ def extract(
             # Turned off, it is so inside of somebody else's autocast too.
             with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
                 try:
-                    pooled = _pooled_pass(model, x.to(own), numbers)
+                    pooled, x_BTD = _pooled_pass(model, x.to(own), numbers)
+                    pooled["final"] = final_features(model, x_BTD, final_pooling(model))
                 except (AssertionError, RuntimeError) as error:  # timm's, for another size
                     _check_side(x, card["preprocessing"]["size"], error)
                     raise
@@ -183,11 +184,45 @@ def extract(
     return Features({kind: store.joined(kind) for kind in list(store.parts)}, numbers)
 
 
-def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """timm's ``forward_features`` with pooling after each wanted block: [L, B, D] and [B, D]."""
+def extract_part(
+    model: Encoder,
+    pixels: Tensor,
+    blocks: Sequence[int],
+    known: tuple[int, Tensor] | None = None,
+    *,
+    device: torch.device,
+) -> tuple[Features, Tensor | None]:
+    """Features of some blocks in a row, as of :func:`extract`, for walks in two parts.
+
+    Args:
+        model: an encoder.
+        pixels: uint8 [N, 3, H, W].
+        blocks: their numbers, from 1 or from the one after what is known.
+        known: a block's number and the tokens [N, T, D] after it, on the CPU.
+        device: where to work.
+
+    Returns:
+        The features, and the tokens after the last block, on the CPU, if none were known.
+    """
+    found, tokens, card = [], [], preprocessing_card(model)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with borrowed(model, device), autocast:
+        for some in torch.arange(len(pixels)).split(default_batch(model, device)):
+            start = known and (known[0], known[1][some].to(device))
+            x = preprocess(pixels[some].to(device), card)
+            pooled, x_BTD = _pooled_pass(model, x, blocks, known=start, top=max(blocks))
+            found.append({kind: value.float().cpu() for kind, value in pooled.items()})
+            if known is None:
+                tokens.append(x_BTD.cpu())
+    joined = {kind: torch.cat([part[kind] for part in found], dim=1) for kind in found[0]}
+    return Features(joined, tuple(blocks)), torch.cat(tokens) if tokens else None
+
+
+def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], **how):
+    """Pooling after each wanted block of a :func:`walk`: [L, B, D] by kind, and the last tokens."""
     wanted, prefix, with_cls = set(numbers), prefix_tokens(model), has_class_token(model)
     cls, patch, registers = {}, {}, {}
-    for number, x_BTD in walk(model, x):
+    for number, x_BTD in walk(model, x, **how):
         if number in wanted:
             if with_cls:
                 cls[number] = x_BTD[:, 0].clone()  # a view would keep all the block's tokens
@@ -196,8 +231,7 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int]) -> dict[str,
             mean_BD = x_BTD[:, prefix:].mean(1, dtype=torch.float32)
             patch[number] = F.pad(mean_BD, (0, model.num_features - mean_BD.shape[1]))
     kinds = {"cls": cls, "patch": patch, "registers": registers}
-    pooled = {kind: torch.stack([x[i] for i in numbers]) for kind, x in kinds.items() if x}
-    return pooled | {"final": final_features(model, x_BTD, final_pooling(model))}
+    return {k: torch.stack([x[i] for i in numbers]) for k, x in kinds.items() if x}, x_BTD
 
 
 def _check_side(x: Tensor, side: int, error: Exception) -> None:

@@ -28,6 +28,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import fitting, naming
 from refiner.base.settings import Count, Range, Whole, in_range
 from refiner.images.sources import Source
+from refiner.training.keeping import Keeper
 from refiner.training.states import (
     as_now,
     check_origin,
@@ -260,6 +261,7 @@ class Loop:
         write_recipe, read_recipe: to plain values and back; older ones get defaults.
         origin: what the run starts from, see :func:`origin`.
         ema: the average.
+        keeper: measures it at moments of its own.
         clip: largest norm of the gradient.
         file: of the state, beside which the one before is kept; without it nothing is saved.
         save_every: see :func:`save_is_due`.
@@ -282,6 +284,7 @@ class Loop:
     changeable: tuple[str, ...] = ()
     origin: dict | None = None
     ema: EMA | None = None
+    keeper: Keeper | None = None
     clip: float | None = None
     file: Path | None = None
     save_every: int | None = None
@@ -386,13 +389,17 @@ class Loop:
         last = step == stage.steps
         evaluates = self.evaluate_every and stage.averaged
         due = evaluates and (step % self.evaluate_every == 0 or last)
-        if step % self.log_every == 0 or last or due:
+        measured = self.keeper and stage.averaged and self.keeper.due(step)
+        if step % self.log_every == 0 or last or due or measured:
             at = {"stage": number, "step": step} if len(self.stages) > 1 else {"step": step}
             self.log(at, lr, bar)
         if due and parallel.rank() == 0:
             self.history[-1] |= plain_numbers(self.evaluate(self.ema.module))
             self.ema.module.eval()
-            self.tell()
+        if measured:
+            self.history[-1] |= self.keeper.look(step, self.ema.module)
+        if due or measured:
+            self.tell(bar)
 
     def log(self, at: dict, lr: float, bar: tqdm) -> None:
         """Adds an entry to the history; on a GPU, here the host waits for the numbers."""
@@ -404,12 +411,13 @@ class Loop:
         self.seen = []
         self.guard.check(entry)
         self.history.append(entry)
+        self.tell(bar)
+
+    def tell(self, bar: tqdm) -> None:
+        """Shows the newest entry, and hands the history to those who watch."""
+        entry = self.history[-1]
         mean = torch.tensor(entry["loss"]).mean()
         bar.set_postfix(self.shown(entry) if self.shown else {"loss": f"{mean:.4f}"})
-        self.tell()
-
-    def tell(self) -> None:
-        """Hands the history to those who watch."""
         for watcher in self.watch if parallel.rank() == 0 else ():
             watcher(self.history)
 
@@ -429,6 +437,7 @@ class Loop:
             "recipe": self.write_recipe(self.recipe),
             **{name: module.state_dict() for name, module in self.parts.items()},
             "ema": self.ema and self.ema.module.state_dict(),
+            "keeper": self.keeper and self.keeper.state(),
             "optimizers": {n: optimizer.state_dict() for n, optimizer in optimizers.items()},
             "history": self.history,
             "seen": self.seen if self.mean else [],
@@ -458,6 +467,8 @@ class Loop:
             module.load_state_dict(state[name])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
+        if self.keeper:
+            self.keeper.restore(state["keeper"])
         for number, saved in state["optimizers"].items():
             optimizer = self.stages[int(number)].optimizer
             optimizer.load_state_dict(saved)

@@ -23,6 +23,7 @@ from refiner.images.sets import pixels_of
 from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
 from refiner.training.groups import check_groups, groups_of
+from refiner.training.keeping import TIMES, Keeper, keeper_of
 from refiner.training.loop import autocast
 from refiner.training.recipe import Recipe, complete_recipe
 from refiner.training.refining import Refined, Steps, begin, loop_of
@@ -43,6 +44,7 @@ class Plan:
         available: bytes that the device has free; on a CPU all of its memory.
         changes: where it does not fit: ``NAME=VALUE`` settings with the bytes needed then.
         what: lines that describe it.
+        measuring: seconds that measuring held-out images takes.
     """
 
     recipe: Recipe
@@ -52,15 +54,16 @@ class Plan:
     available: float
     changes: dict[str, float]
     what: tuple[str, ...]
+    measuring: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Of both stages, without the steps from kept features, which take little."""
+        """Of all of it but the steps from kept features, which take little."""
         heads, encoder = self.step_seconds
         steps, kept = self.recipe.head_steps, self.recipe.cached_views
         if kept:
             steps = min(steps, kept * (self.images // self.recipe.batch))
-        return heads * steps + encoder * self.recipe.steps
+        return heads * steps + encoder * self.recipe.steps + self.measuring
 
     @property
     def bytes(self) -> float:
@@ -117,6 +120,10 @@ def plan(
     groups = groups_of(images, groups)
     check_groups(recipe, groups)
     what = (*describe(model, images, recipe), *in_groups(recipe, groups))
+    keeper = keeper_of(recipe, model, images, device, groups)
+    if keeper:
+        kept = f"keeps    the best weights, measured {TIMES} times on {len(keeper.held)} images"
+        what = (*what, kept)
     n = count(images)
     images = some(images, recipe.batch)
     if available is None:
@@ -134,14 +141,16 @@ def plan(
 
     if too_large:
         changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
+    seconds = _step_seconds(model, images, recipe, device, fits=fits)
     return Plan(
         recipe=recipe,
         images=n,
-        step_seconds=_step_seconds(model, images, recipe, device, fits=fits),
+        step_seconds=seconds,
         memory=memory,
         available=available,
         changes=changes,
         what=what,
+        measuring=_measuring(keeper, seconds[0]) if keeper else 0.0,
     )
 
 
@@ -364,6 +373,15 @@ def _step_seconds(
     (b, last), (a, before) = points[-1], points[-2] if len(points) > 1 else (0, torch.zeros(2))
     slope = ((last - before) / (b - a)).clamp(min=0)
     return tuple((last + slope * (recipe.batch - b)).tolist())
+
+
+def _measuring(keeper: Keeper, step: float) -> float:
+    """Seconds of all measuring, by the forward passes of a step of stage 2."""
+    recipe, model = keeper.recipe, keeper.model
+    side = model.refiner_card["preprocessing"]["size"]
+    images = recipe.batch / parallel.world() * sum(v.keep * v.size**2 for v in recipe.views)
+    trained = 1 - recipe.frozen_blocks / len(model.blocks)
+    return step * side**2 / images * TIMES * trained * (len(keeper.bank) + len(keeper.held))
 
 
 def _timed_if_it_fits(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor | None:

@@ -97,6 +97,10 @@ class Recipe:
             :mod:`refiner.training.groups`.
         neighbors_from: "anywhere", or only from the sample's "own" group, or from "others".
         ema: decay of the averaged encoder that is returned.
+        keep: "best" holds a tenth of the images out (100 to 1,000), follows the best reading of the
+            averaged encoder on them, and returns the best weights with a verdict
+            (:mod:`refiner.training.keeping`): those of a moment on the way, between before and
+            after, or before. Of streams and of fewer than 400 images it returns the "last".
         clip: largest gradient norm, None for no limit.
         checkpoint: recompute each trained block in the backward pass instead of keeping its
             activations; less memory, about a third more time.
@@ -138,6 +142,7 @@ class Recipe:
     groups_a_step: Whole = 1
     neighbors_from: Literal["anywhere", "own", "others"] = "anywhere"
     ema: Share = 0.9999
+    keep: Literal["last", "best"] = "last"
     clip: Positive | None = None
     checkpoint: bool = False
     compile: bool = False
@@ -171,6 +176,7 @@ class Recipe:
             queue=4096,
             top_k=5,
             ema=0.98,
+            keep="best",
             warmup=0.1,
         )
         return replace(base, **changes)
@@ -196,6 +202,7 @@ class Recipe:
             lr=1e-3,
             queue=8192,
             ema=0.999,
+            keep="best",
         )
         if size <= 64:
             base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)

@@ -10,7 +10,7 @@ neighbors) is in :mod:`refiner.training.step`. What is done is decided in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from refiner.training.heads import (
     fresh_heads,
     save_heads,
 )
+from refiner.training.keeping import Keeper, Verdict, keeper_of
 from refiner.training.loop import (
     EMA,
     Loop,
@@ -82,6 +83,8 @@ class Refined:
             what ``evaluate`` returned.
         recipe: with blocks and pooling filled in.
         steps: taken in both stages together; fewer than the recipe's where the run was stopped.
+        verdict: whether to keep the refined model, in a sentence; None unless the recipe's ``keep``
+            is "best", and before stage 3.
     """
 
     model: Encoder
@@ -90,6 +93,7 @@ class Refined:
     recipe: Recipe
     history: list[dict] = field(default_factory=list)
     steps: int = 0
+    verdict: Verdict | None = None
 
 
 @one_run_a_folder
@@ -121,7 +125,7 @@ def refine(
     Args:
         model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
         images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.images.streams`).
-            Labels are only used to watch the neighbors.
+            Labels are only used to watch the neighbors, and to choose the weights that are kept.
         recipe: default :meth:`Recipe.cpu`.
         groups: which group (lab, microscope, season) each image comes from, for batches of one
             group: the name of a factor, "class", or N numbers or words; see
@@ -170,8 +174,10 @@ def refine(
     check_ids(run.queue, images)
     if out:
         check_savable(run.model)
+    keeper = keeper_of(recipe, model, images, device, groups)
     loop = loop_of(
-        Steps(run, images, device, groups),
+        Steps(run, images, device, groups, keeper and keeper.used),
+        keeper=keeper,
         file=Path(out) / "state.pt" if out else None,
         origin=origin(images, model, groups=groups) if out or resume else None,
         evaluate=evaluate,
@@ -183,10 +189,17 @@ def refine(
     )
     loop.run("refining", resume=resume, progress=progress)
     run.model, run.history, run.steps = loop.ema.module, loop.history, loop.done
+    run.verdict = _verdict(run, keeper, progress and parallel.rank() == 0)
     if out and parallel.rank() == 0:
         save_refined(run, Path(out), model)
     parallel.wait()
     return run
+
+
+def _verdict(run: Refined, keeper: Keeper | None, progress: bool) -> Verdict | None:
+    """On a run that took steps of stage 3, if it has a keeper; the model gets its best weights."""
+    step = run.steps - run.recipe.head_steps
+    return keeper.decide(step, run.model, progress=progress) if keeper and step > 0 else None
 
 
 def begin(
@@ -260,6 +273,8 @@ def _shown(entry: dict) -> dict:
     shown = {"stage": entry["stage"], "loss": f"{sum(entry['loss']) / len(entry['loss']):.3f}"}
     if entry["neighbor_accuracy"] is not None:
         shown["neighbors right"] = f"{entry['neighbor_accuracy'][-1]:.0%}"
+    if "held_out" in entry:
+        shown["held out"] = f"{entry['held_out']:.4g}"
     return shown
 
 
@@ -271,14 +286,25 @@ class Steps:
         images: as for :func:`refine`.
         device: of both.
         groups: of :func:`refiner.training.groups.groups_of`.
+        used: positions of the images that are trained on; default all.
     """
 
-    def __init__(self, run: Refined, images, device: torch.device, groups: Tensor | None = None):
-        recipe = run.recipe
+    def __init__(
+        self,
+        run: Refined,
+        images,
+        device: torch.device,
+        groups: Tensor | None = None,
+        used: Tensor | None = None,
+    ):
+        recipe, n = run.recipe, count(images) if used is None else len(used)
         self.run, self.device, self.n = run, device, count(images)
-        self.order = partial(_indices, recipe, self.n)
+        self.epoch_steps = n // recipe.batch
+        self.order = partial(_indices, recipe, n)
         if groups is not None and recipe.groups_a_step:
-            self.order = GroupedOrder(groups, recipe)
+            self.order = GroupedOrder(groups if used is None else groups[used], recipe)
+        if used is not None:
+            self.order = partial(_among, used, self.order)
         self.groups = None if groups is None else groups.to(device)
         self.source = open_source(
             images,
@@ -330,8 +356,7 @@ class Steps:
 
     def kept_features(self, step: int) -> tuple[Tensor, Tensor]:
         """Features [L, V, b, D] of a step's views and the batch's ids, computed or found again."""
-        recipe = self.run.recipe
-        per_epoch = self.n // recipe.batch
+        recipe, per_epoch = self.run.recipe, self.epoch_steps
         epoch = step // per_epoch
         if epoch < recipe.cached_views:
             return self.keep_features(step)
@@ -353,9 +378,14 @@ class Steps:
         if self.kept_KNLVD is None:
             self.kept_KNLVD = x_LVBD.new_empty(recipe.cached_views, self.n, l, v, d)
         everyone = parallel.gather(x_LVBD, dim=2).permute(2, 0, 1, 3)
-        self.kept_KNLVD[step // (self.n // recipe.batch), ids] = everyone
+        self.kept_KNLVD[step // self.epoch_steps, ids] = everyone
         self.kept_steps.add(step)
         return x_LVBD, ids
+
+
+def _among(used: Tensor, order: Callable[[int], Tensor], step: int) -> Tensor:
+    """The batch of a step whose order is one of the images at some positions."""
+    return used[order(step)]
 
 
 def _indices(recipe: Recipe, n: int, step: int) -> Tensor:
@@ -390,9 +420,12 @@ def save_refined(run: Refined, out: Path, origin: Encoder) -> None:
         "machine": machine(),
         "seconds": run.history[-1]["seconds"] if run.history else 0.0,
     }
-    card.pop("stopped_after_steps", None)
+    for name in ("stopped_after_steps", "verdict", "held_out"):  # of what was refined
+        card.pop(name, None)
     if run.steps < run.recipe.head_steps + run.recipe.steps:
         card["stopped_after_steps"] = run.steps
+    if run.verdict:
+        card |= {"verdict": str(run.verdict), "held_out": asdict(run.verdict)}
     save_model(run.model, out)
     save_heads(out / "heads.pt", run.heads, run.queue)
     write_json(out / "history.json", run.history)
