@@ -231,7 +231,7 @@ def add_refine(subparsers) -> None:
         "refine ...`; several processes without a GPU: `torchrun --nproc-per-node 2 -m refiner "
         "refine ...`.",
     )
-    presets = ("cpu", "gpu", "fitted", "L/16", "H/14", "2B/14")
+    presets = ("cpu", "labs", "gpu", "fitted", "L/16", "H/14", "2B/14")
     what = "fitted scales the paper's recipe to model and data; the sizes are the paper's recipes"
     every = "hold a tenth of the labelled images out and follow their k-NN accuracy"
     add("--model", default="mae_toybox", **NAME, help="a model's name or folder")

@@ -82,8 +82,8 @@ def lab(number: int) -> Lab:
         cast=tuple(1.0 + 0.3 * s for s in signed[5:8]),
         exposure=3.0 ** signed[8],
         offset=0.15 * signed[9],
-        blur=1.2 * u[10],
-        noise=0.12 * u[11],
+        blur=0.9 * u[10],
+        noise=0.06 * u[11],
         negative=u[12] > 0.5,
     )
 

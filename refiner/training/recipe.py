@@ -1,8 +1,8 @@
 """What decides a refinement: the recipe, its presets, its schedules, and the checks before a start.
 
-Presets: ``cpu`` and ``gpu`` for the course, ``paper`` for the published runs (MIM-Refiner, Alkin et
-al. 2025, arXiv 2402.10093), and ``fitted``, which scales the paper's recipe to a model and a set of
-images by rules that its docstring states.
+Presets: ``cpu``, ``labs`` and ``gpu`` for the course, ``paper`` for the published runs
+(MIM-Refiner, Alkin et al. 2025, arXiv 2402.10093), and ``fitted``, which scales the paper's recipe
+to a model and a set of images by rules that its docstring states.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def refine_preset(name: str, model, size: int, images, settings: list[str]):
     batch = {"batch": int(batch)} if numbers else {}
     if name == "cpu":
         recipe = Recipe.cpu(size=size)
+    elif name == "labs":
+        recipe = Recipe.labs(size=size)
     elif name == "gpu":
         recipe = Recipe.gpu(size=size, patch=model.patch_embed.patch_size[0])
     elif name == "fitted":
@@ -178,6 +180,32 @@ class Recipe:
             ema=0.98,
             keep="best",
             warmup=0.1,
+        )
+        return replace(base, **changes)
+
+    @classmethod
+    def labs(cls, *, size: int = 32, **changes) -> Recipe:
+        """Like ``cpu``, for images from several labs: views that cover what differs between labs.
+
+        Plain instance discrimination: across labs most neighbors are wrong, and teach what is
+        wrong. Hand ``groups=`` to :func:`refiner.refine`, so that each batch is of one lab.
+
+        Args:
+            size: the model's image size; the small views have half of it.
+            **changes: other values for any attribute.
+        """
+        light = {"jitter": 0.95, "brightness": 0.8, "contrast": 0.8, "invert": 0.3}
+        colour = {"saturation": 0.8, "hue": 0.5, "gray": 0.2, "blur": 0.5, "noise": 0.06}
+        large = View(size=size, scale=(0.6, 1.0), keep=0.5, **light, **colour)
+        small = View(size=size // 2, scale=(0.3, 0.6), **light, **colour)
+        base = cls.cpu(
+            size=size,
+            views=(large, large, small, small),
+            batch=64,
+            steps=600,
+            frozen_blocks=0,
+            swap="none",
+            keep="last",
         )
         return replace(base, **changes)
 
