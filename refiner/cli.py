@@ -347,6 +347,8 @@ def add_probe(subparsers) -> None:
     add("--out", default="runs/probe", **FOLDER)
     add("--n", **number("IMAGES"), help="how many train images; default: all")
     add("--n-test", **number("IMAGES"), help="how many test images; default: all")
+    enough = "only the reading, on as many images as about so many minutes a model allow"
+    add("--minutes", type=float, metavar="MINUTES", help=enough)
     add("--parts", nargs="+", metavar="PART", help=parts)
     by = "what the reading is chosen by, on train images: knn, linear or few (labels); default: knn"
     add("--by", metavar="OBJECTIVE", help=by)
@@ -364,12 +366,14 @@ def add_probe(subparsers) -> None:
 def probe_command(args: argparse.Namespace) -> int:
     """Probes and writes the report."""
     from refiner.base.parallel import check_device
-    from refiner.evaluation.probe import PARTS, Settings, probe
+    from refiner.evaluation.probe import PARTS, QUICK, Settings, probe
 
     check_device(args.device)
     names = ("parts", "by", "k", "shots", "fractions", "draws", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    if args.minutes is not None:
+        given = QUICK | given
     if args.attentive:
         given["parts"] = tuple(dict.fromkeys((*given.get("parts", PARTS), "attentive")))
     check_out(args.out)
@@ -380,6 +384,7 @@ def probe_command(args: argparse.Namespace) -> int:
         out=args.out,
         n=args.n,
         n_test=args.n_test,
+        minutes=args.minutes,
         settings=Settings(**given),
         resume=args.resume,
         device=args.device,

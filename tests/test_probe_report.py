@@ -1,5 +1,6 @@
 """``refiner probe``: its numbers are the library's, its page stands alone, and it goes on."""
 
+import importlib
 import json
 import shutil
 from functools import partial
@@ -16,6 +17,7 @@ from refiner.images.load import train_and_test
 from refiner.models.load import build_vit
 from refiner.models.save import save_model
 
+probe_module = importlib.import_module("refiner.evaluation.probe")
 QUICK = Settings(k=(1, 5), shots=(1, 2), draws=2)
 
 
@@ -295,3 +297,31 @@ def test_bad_options_are_one_line(arguments, message, models, tmp_path, capsys):
     assert main(["probe", *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("refiner: ")
+
+
+def test_minutes_choose_as_many_images_as_they_allow(models, tmp_path, monkeypatch, capsys):
+    """A folder has fewer; half of the time is for reading images, three quarters of them train."""
+    monkeypatch.setattr(probe_module, "in_minutes", lambda *_: (160, 48))
+    assert (
+        main(["probe", "--model", models[0], "--minutes", "2", "--out", str(tmp_path / "a")]) == 0
+    )
+    assert "Use block" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert found["images"] == {"train": 160, "test": 48, "classes": 16}
+    assert found["models"][models[0]]["done"] == ["reading"]
+    for i in range(40):
+        file = tmp_path / "few" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * i, 90 * (i % 2), 0)).save(file)
+    few = probe(models[0], tmp_path / "few", tmp_path / "b", minutes=1, progress=False)
+    assert few["images"] == {"train": 32, "test": 8, "classes": 2}
+    for wrong in (["--minutes", "0"], ["--minutes", "2", "--n", "64"], ["--minutes", "nan"]):
+        assert main(["probe", "--model", models[0], *wrong, "--out", str(tmp_path / "c")]) == 2
+        assert "minutes, above 0, choose the images" in capsys.readouterr().err
+
+
+def test_images_a_minute_follow_the_models_pace(models, monkeypatch):
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(probe_module.time, "monotonic", lambda: next(clock))
+    n, n_test = probe_module.in_minutes(refiner.load_model(models[0]), 2.0, "cpu")
+    assert n + n_test == 60 * 16 / 2 and n == 3 * n_test

@@ -8,7 +8,9 @@ run goes on where it stopped.
 from __future__ import annotations
 
 import base64
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ COST |= dict(factors=10, attentive=600)
 Part = Literal[
     "reading", "knn", "linear", "low_shot", "clustering", "measures", "factors", "attentive"
 ]
+QUICK = {"parts": ("reading",)}
 PARTS = get_args(Part)[:-1]  # attentive probes take minutes: only if they are asked for
 
 
@@ -111,6 +114,7 @@ def probe(
     *,
     n: int | None = None,
     n_test: int | None = None,
+    minutes: float | None = None,
     settings: Settings | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
@@ -126,6 +130,8 @@ def probe(
         out: gets ``report.json``, ``figures/*.png`` and ``index.html``; with attentive probes
             ``benchmark.csv``, a row a model (:func:`refiner.benchmark_row`).
         n, n_test: only so many train and test images; default all.
+        minutes: about as long as it may take for each model: as many images as the model reads in
+            half of it, 6,000 at most, and only the reading, unless the settings say otherwise.
         settings: parts and their options, a :class:`Settings`.
         resume: keep the parts that are in ``out`` already, from the same data and settings.
         device: where to run; default CUDA if there is one.
@@ -140,7 +146,11 @@ def probe(
         ValueError: for unknown parts, the same model twice, or data that do not load.
         FileNotFoundError: for a model or image set that is not there.
     """
-    settings = checked(settings or Settings())
+    settings = checked(settings or Settings(**({} if minutes is None else QUICK)))
+    if minutes is not None and (n or n_test or resume or not 0 < minutes < math.inf):
+        raise UserError(
+            "minutes, above 0, choose the images: give them without n, n_test and resume"
+        )
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     check_source(data)
     check_device(device)
@@ -156,7 +166,10 @@ def probe(
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
             if size not in by_size:
-                by_size[size] = train_and_test(data, n, n_test, size)
+                if minutes is None:
+                    by_size[size] = train_and_test(data, n, n_test, size)
+                else:
+                    by_size[size] = at_most(data, *in_minutes(model, minutes, device), size)
             train, test = by_size[size]
             counts = len(train), len(test), len(train.classes)
             report["images"] = dict(zip(("train", "test", "classes"), counts, strict=True))
@@ -182,6 +195,28 @@ def probe(
         ]
         write_rows(out / "benchmark.csv", rows)
     return report
+
+
+def in_minutes(model, minutes: float, device) -> tuple[int, int]:
+    """How many train and test images a model reads in half of some minutes, 3 to 1."""
+    size = model.refiner_card["preprocessing"]["size"]
+    some = torch.zeros(16, 3, size, size, dtype=torch.uint8)
+    extract(model, some, device=device, progress=False)  # the first pass is slower
+    began = time.monotonic()
+    extract(model, some, device=device, progress=False)
+    rate = len(some) / (time.monotonic() - began)
+    total = min(6000, max(200, int(30 * minutes * rate)))
+    return 3 * total // 4, total // 4
+
+
+def at_most(data, n: int, n_test: int, size: int) -> tuple[ImageSet, ImageSet]:
+    """Train and test images, so many or all that there are of either."""
+    for some in ((n, n_test), (n, None), (None, n_test)):
+        try:
+            return train_and_test(data, *some, size)
+        except UserError:  # fewer than that
+            continue
+    return train_and_test(data, None, None, size)
 
 
 def _probe_model(
