@@ -50,6 +50,10 @@ TINY = Recipe.cpu(
     views=(View(size=16, blur=0.7, keep=0.5), View(size=16, solarize=0.5), View(size=8, blur=0.5)),
 )
 
+LABS = [i % 3 for i in range(24)]
+CHANGES = {"groups_a_step": 2, "neighbors_from": "others", "cached_views": 0}
+GROUPED = replace(TINY, **CHANGES, views=(View(size=16, noise=0.1), View(size=16, invert=0.5)))
+
 
 def images() -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
@@ -125,6 +129,8 @@ def main(out: Path) -> None:
     streamed = refine(model(), stream, recipe=replace(TINY, cached_views=0), progress=False)
     found["streamed"] = streamed.queue.ids.tolist()
     found["streamed loss"] = streamed.history[-1]["loss"]
+    grouped = refine(model(), images(), recipe=GROUPED, groups=LABS, progress=False, log_every=1)
+    found["grouped"] = [e["loss"] + e["similarity"] for e in grouped.history]
     found["gradients"] = [g.tolist() for g in float64_gradients()]
     (out / f"rank{parallel.rank()}.json").write_text(json.dumps(found))
     assert cli.main(command(out, "command")) == 0
@@ -269,6 +275,14 @@ def test_each_process_streams_its_own_shards_into_one_queue(ranks):
         assert ranks[0][key] == ranks[1][key]
     shards = (torch.tensor(ranks[0]["streamed"]) // SHARD).reshape(3, 2, 4)
     assert (shards[:, 0] == 0).all() and (shards[:, 1] == 1).all()
+
+
+def test_two_processes_share_groups(ranks):
+    """Parts, their BatchNorm, loss and neighbors are those of one process, and so are the views."""
+    alone = refine(model(), images(), recipe=GROUPED, groups=LABS, progress=False, log_every=1)
+    alone = torch.tensor([e["loss"] + e["similarity"] for e in alone.history])
+    assert torch.allclose(torch.tensor(ranks[0]["grouped"]), alone, atol=2e-4)
+    assert ranks[0]["grouped"] == ranks[1]["grouped"]
 
 
 def test_the_first_process_stops_all(ranks):
