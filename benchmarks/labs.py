@@ -31,14 +31,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measured import header, rounded
+from measured import at_its_best, header, rounded
 
 import refiner
 from refiner.base.files import read_json, write_json
 from refiner.images.views import View
 from refiner.models.mae import MAERecipe, load_mae
 from refiner.probing.features import Features
-from refiner.probing.readings import STANDARDISED, Reading
+from refiner.probing.readings import Reading
 from refiner.training.pretraining import pretrain
 from refiner.training.recipe import Recipe
 
@@ -84,34 +84,11 @@ def measure(model, bank, queries, own) -> dict:
     x, z, o = (refiner.extract(model, images, progress=False) for images in (bank, queries, own))
     labs = [images.factors["lab"] for images in (bank, queries)]
     alike = (refiner.standardize_groups(f, lab) for f, lab in zip((x, z), labs, strict=True))
-    found = {"as they are": read(x, z, bank, queries), "per lab": read(*alike, bank, queries)}
+    sides = bank.labels, queries.labels, labs[0]
+    found = {"as they are": at_its_best(x, z, *sides), "per lab": at_its_best(*alike, *sides)}
     choice = refiner.best_reading(o, own.labels)
     found["knn_own_labs"] = rounded([choice.test(z, queries.labels).accuracy()])[0]
     return found | {"lab_read": lab_read(z, choice.reading, labs[1])}
-
-
-def read(x: Features, z: Features, bank, queries) -> dict:
-    """What the best reading across labs makes of the queries."""
-    choice = refiner.best_reading(x, bank.labels, groups=bank.factors["lab"])
-    tested = choice.test(z, queries.labels)
-    everywhere, reading = choice.on_test(z, queries.labels), tested.readings["best"]
-    keys, asked = reading.apply(x), reading.apply(z)
-    # Whitening hardly changes a linear probe, and its penalty is chosen anyway.
-    how = {"by": "linear", "transforms": [STANDARDISED], "most": 1500}
-    probe = refiner.best_reading(x, bank.labels, groups=bank.factors["lab"], **how)
-    shots = refiner.low_shot(keys, bank.labels, asked, queries.labels, shots=[1, 5])
-    clusters = refiner.clustering(asked, queries.labels)
-    return {
-        "reading": str(reading),
-        "knn": round(tested.accuracy(), 4),
-        "interval": rounded(tested.interval()),
-        "usual": round(tested.accuracy("usual"), 4),
-        "best_on_test": round(max(everywhere.values()), 4),
-        "linear": round(probe.test(z, queries.labels).accuracy(), 4),
-        "1-shot": round(float(shots.mean[0]), 4),
-        "5-shot": round(float(shots.mean[1]), 4),
-        "clusters": round(float(clusters["acc"]), 4),
-    }
 
 
 def lab_read(z: Features, reading: Reading, lab) -> float:

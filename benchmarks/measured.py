@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # refiner need not be ins
 
 import refiner
 from refiner.base.places import machine
+from refiner.probing.features import Features
+from refiner.probing.readings import STANDARDISED
 
 SHOTS = (1, 2, 5)
 
@@ -62,6 +64,44 @@ def block_report(model, bank, test) -> dict:
             found["factors"] = {name: rounded(v) for name, v in scores.items()}
         report[pooling] = found
     return report
+
+
+def at_its_best(x: Features, z: Features, train_labels, test_labels, groups=None) -> dict:
+    """What an encoder is worth when block, pooling and transform are chosen on train images alone.
+
+    Args:
+        x, z: features of the train and test images.
+        train_labels, test_labels: theirs.
+        groups: of the train images; then readings are chosen across them.
+
+    Returns:
+        The reading; "knn" with its interval, and of the usual reading and the best on the test
+        images; "linear" with a block and pooling of its own; "1-shot" and "5-shot", linear
+        classifiers under the reading chosen for five labels; and "clusters", k-means of the test
+        images under the k-NN's reading.
+    """
+    how = {"groups": groups}
+    choice = refiner.best_reading(x, train_labels, **how)
+    tested = choice.test(z, test_labels)
+    # Whitening hardly changes a linear probe, and its penalty is chosen anyway.
+    few = {"transforms": [STANDARDISED], "most": 1500}
+    linear = refiner.best_reading(x, train_labels, by="linear", **few, **how)
+    labels = refiner.best_reading(x, train_labels, by="few", most=1500, **how).reading
+    keys, asked = labels.apply(x), labels.apply(z)
+    shots = refiner.low_shot(keys, train_labels, asked, test_labels, shots=[1, 5])
+    clusters = refiner.clustering(tested.readings["best"].apply(z), test_labels)
+    return {
+        "reading": str(tested.readings["best"]),
+        "knn": round(tested.accuracy(), 4),
+        "interval": rounded(tested.interval()),
+        "usual": round(tested.accuracy("usual"), 4),
+        "best_on_test": round(max(choice.on_test(z, test_labels).values()), 4),
+        "linear": round(linear.test(z, test_labels).accuracy(), 4),
+        "few reading": str(labels),
+        "1-shot": round(float(shots.mean[0]), 4),
+        "5-shot": round(float(shots.mean[1]), 4),
+        "clusters": round(float(clusters["acc"]), 4),
+    }
 
 
 @lru_cache
