@@ -271,6 +271,21 @@ def memory() -> str:
     return table(["GB, planned / simulated", *ways], rows)
 
 
+def verdicts() -> str:
+    """What refining said at its end, and what the test images say."""
+    rows = []
+    for row in read(RESULTS / "verdicts.json")["rows"]:
+        verdict, kept = row["verdict"], row["kept"]
+        low, high = (f"{100 * end:+.1f}" for end in verdict["gain"])
+        gain = f"{100 * (verdict['refined'] - verdict['before']):+.1f} ({low} to {high})"
+        start = percent(row["before"]["accuracy"])
+        ends = [f"{percent(m['accuracy'])} ({100 * m['gain']:+.1f})" for m in (kept, row["end"])]
+        right = "yes" if row["right"] else "no"
+        rows.append([f"{row['set']}, {row['seed']}", gain, verdict["kept"], start, *ends, right])
+    head = ["Images, seed", "gain said (95 %)", "kept", "on test: before", "kept", "at the end"]
+    return table([*head, "right"], rows)
+
+
 TABLES = {
     "cards": cards,
     "ladder": ladder,
@@ -282,6 +297,7 @@ TABLES = {
     "memory": memory,
     "readings": readings,
     "label free": label_free,
+    "verdicts": verdicts,
 }
 
 
