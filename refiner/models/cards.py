@@ -17,6 +17,7 @@ Width = Annotated[int, Range(1, 2**16)]
 Blocks = Annotated[int, Range(1, 2**8)]
 Heads = Annotated[int, Range(1, 2**10)]
 Registers = Annotated[int, Range(0, 2**10)]
+Norm = Annotated[float, Range(above=0, high=1e-2)]  # the epsilon of layer norms
 Sides = Side | Annotated[list[Side], Entries(2, most=2)]
 Means = Annotated[list[float], Entries(3, most=3)]
 Deviations = Annotated[list[Positive], Entries(3, most=3)]
@@ -47,6 +48,7 @@ class Architecture(TypedDict, total=False):
     layer_scale: bool
     final_norm: bool
     post_norm: bool
+    eps: Norm
 
 
 class ModelArguments(TypedDict, total=False):

@@ -37,7 +37,7 @@ from refiner.base.errors import Damaged, UserError
 from refiner.base.files import fitting, naming
 from refiner.base.settings import in_range
 from refiner.models.cards import Architecture
-from refiner.models.encoders import plain_vit
+from refiner.models.encoders import EPSILON, plain_vit
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
 WRAPPERS = ("state_dict", "model", "target_encoder", "teacher")
@@ -167,15 +167,62 @@ def convert(
         state, left_out = _unwrap(content, name)
         kind = _format(state, name)
         state, decoder, dropped = _renamed(state, kind)
-        _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
-        architecture = _architecture(state, kind, num_heads, size, name)
-        state = _with_positions(state, architecture, name)
-        _check(state, architecture, name, kind)
-        encoder, decoder = (
-            {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
-            for part in (state, decoder)
+        return finished(
+            kind, state, decoder, left_out + dropped, num_heads=num_heads, size=size, name=name
         )
-    return Converted(kind, architecture, encoder, decoder, _shortened(left_out + dropped))
+
+
+def finished(
+    kind: str,
+    state: Mapping,
+    decoder: Mapping,
+    left_out: list[str],
+    *,
+    name: str,
+    num_heads: int | None = None,
+    size: int = 224,
+    eps: float = EPSILON,
+) -> Converted:
+    """Tensors in timm's names as a checkpoint: told what it is, completed and compared.
+
+    Args:
+        kind: the format.
+        state, decoder: the encoder's tensors and the decoder's.
+        left_out: keys that were dropped.
+        name, num_heads, size: see :func:`convert`.
+        eps: of the norms.
+    """
+    _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
+    architecture = _architecture(state, kind, num_heads, size, name)
+    architecture |= {"eps": eps} if eps != EPSILON else {}
+    state = _with_positions(state, architecture, name)
+    _check(state, architecture, name, kind)
+    encoder, decoder = (
+        {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
+        for part in (state, decoder)
+    )
+    return Converted(kind, architecture, encoder, decoder, _shortened(left_out))
+
+
+def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values that lie apart in one tensor, as timm has them.
+
+    ``attn.q.weight``, ``attn.k.weight`` and ``attn.v.weight`` become ``attn.qkv.weight``; so do
+    their biases, and the ``q_bias`` and ``v_bias`` of EVA and BEiT. A bias that is missing is zero.
+    """
+    whole, parts = {}, {}
+    for key, value in state.items():
+        found = re.fullmatch(r"(.*attn\.)([qkv])[._](weight|bias)", key)
+        if found is None:
+            whole[key] = value
+        else:
+            parts.setdefault(f"{found[1]}qkv.{found[3]}", {})[found[2]] = value
+    for key, found in parts.items():
+        if key.endswith("weight") and len(found) < 3:
+            raise UserError(f"{key} lacks one of q, k and v: there are {', '.join(found)} only")
+        like = next(iter(found.values()))
+        whole[key] = torch.cat([found.get(part, torch.zeros_like(like)) for part in "qkv"])
+    return whole
 
 
 def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:

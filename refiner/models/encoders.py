@@ -31,6 +31,7 @@ from refiner.base.tensors import constant
 from refiner.models.beit import beit_block, embed_beit
 
 Encoder = VisionTransformer | Beit | Eva | Hiera
+EPSILON = 1e-6  # of timm's layer norms, and of MAE's
 SUPPORTED = "VisionTransformer, Beit (BEiT, BEiT v2), Eva (EVA-02) and, for probing only, Hiera"
 
 
@@ -91,22 +92,31 @@ def timm_arguments(
     }
 
 
-def plain_vit(*, post_norm: bool = False, **description) -> VisionTransformer:
+def plain_vit(*, post_norm: bool = False, eps: float = EPSILON, **description) -> VisionTransformer:
     """A VisionTransformer without head, with timm's initial weights (none on the meta device).
 
     Args:
         post_norm: data2vec 2.0's architecture: a norm after the embedding (``norm_pre``), blocks of
             :class:`PostNormBlock`, no norm after them.
+        eps: of the norms, below their variance.
         **description: see :func:`timm_arguments`.
     """
     shapes_only = torch.get_default_device().type == "meta"
     options = {"num_classes": 0, "weight_init": "skip" if shapes_only else ""}
     if not post_norm:
-        return VisionTransformer(**timm_arguments(**description), **options)
+        return with_epsilon(VisionTransformer(**timm_arguments(**description), **options), eps)
     arguments = timm_arguments(**description | {"final_norm": False})
     model = VisionTransformer(**arguments, **options, block_fn=PostNormBlock)
     # timm's own pre_norm would take the bias from the patch embedding.
     model.norm_pre = type(model.blocks[0].norm1)(model.embed_dim)
+    return with_epsilon(model, eps)
+
+
+def with_epsilon(model: nn.Module, eps: float) -> nn.Module:
+    """The same model, with this epsilon in all its layer norms."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
     return model
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -33,6 +35,14 @@ from refiner.models.convert import (
 )
 from refiner.models.download import download, file_name, from_hub
 from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
+from refiner.models.transformers_names import (
+    SUPPORTED,
+    from_transformers,
+    is_transformers,
+    preprocessing,
+    read_settings,
+    read_weights,
+)
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
 # What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use.
@@ -70,7 +80,7 @@ def build_vit(
         patch: patch height and width, pixels.
         seed: of the weights; None uses torch's global generator.
         **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
-            ``final_norm``, ``post_norm``: see :func:`refiner.models.encoders.plain_vit`. By default
+            ``final_norm``, ``post_norm``, ``eps``: see :func:`refiner.models.encoders.plain_vit`. By default
             a pre-norm ViT with a class token.
 
     Returns:
@@ -141,8 +151,8 @@ def load_model(
             a model of the catalogue (``"mae_refined_l16"``; ``refiner models`` lists them) or any
             other model of timm of a supported class (``"vit_base_patch16_224.mae"``), fetched on
             first use;
-            a folder written by :func:`save_model` or by timm (or its ``model.safetensors``), or a
-            repository ``"hf-hub:…"``;
+            a folder written by :func:`save_model`, by timm (or its ``model.safetensors``) or by
+            transformers, or a repository ``"hf-hub:…"``;
             a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
             data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
             an http(s) address of such a file.
@@ -203,8 +213,9 @@ def _whole(path: Path) -> Path:
     if (path.parent / "card.json").is_file():
         return path.parent
     config = path.parent / "config.json"  # of timm, unless of another library
-    timms = config.is_file() and "architecture" in read_json(config, dict[str, object])
-    return path.parent if timms else path
+    told = read_json(config, dict[str, object]) if config.is_file() else {}
+    known = "architecture" in told or told.get("model_type") in SUPPORTED
+    return path.parent if known else path
 
 
 def _is_carded(path: Path) -> bool:
@@ -216,6 +227,8 @@ def _load_carded(path: Path) -> Encoder:
     """An embedded checkpoint, or a folder of ours or of timm's."""
     config = path / "config.json"
     if config.is_file() and not (path / "card.json").is_file():
+        if is_transformers(config):
+            return _load_transformers(str(path), _beside(path))
         weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is None:
             raise FileNotFoundError(f"{path} holds no weights: {' or '.join(WEIGHTS)} is missing")
@@ -230,6 +243,37 @@ def _load_carded(path: Path) -> Encoder:
     _check_size(model, card, str(path))
     model.refiner_card = card
     return model.eval()
+
+
+def _beside(folder: Path) -> Callable[[str], Path]:
+    """Gives the files of a folder by their names."""
+
+    def file(name: str) -> Path:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+        return folder / name
+
+    return file
+
+
+def _load_transformers(source: str, file: Callable[[str], Path]) -> VisionTransformer:
+    """A folder or repository of transformers."""
+    found, card = _from_transformers(source, file)
+    model = _built(found.architecture, found.encoder, source)
+    model.refiner_card = card
+    return model.eval()
+
+
+def _from_transformers(source: str, file: Callable[[str], Path]) -> tuple[Converted, dict]:
+    """The tensors of a folder or repository of transformers in timm's names, and their card."""
+    settings = read_settings(file("config.json"))
+    found = from_transformers(settings, read_weights(file), source)
+    card = _file_card(found, source)
+    try:
+        card["preprocessing"] |= preprocessing(file("preprocessor_config.json"))
+    except FileNotFoundError:  # ImageNet's
+        pass
+    return found, card
 
 
 def _check_size(model: Encoder, card: dict, name: str) -> None:
@@ -309,6 +353,10 @@ def read_checkpoint(
     if not _is_carded(path):
         found = convert(read_file(path), name=str(path), num_heads=num_heads)
         return _file_card(found, path.stem), found.encoder, found.decoder
+    config = path / "config.json"
+    if config.is_file() and not (path / "card.json").is_file() and is_transformers(config):
+        found, card = _from_transformers(str(path), _beside(path))
+        return card, found.encoder, found.decoder
     card = read_card(path)
     files = [path / "model.safetensors", path / "decoder.safetensors"] if path.is_dir() else [path]
     state = {k: v.float() for file in files if file.is_file() for k, v in read_file(file).items()}
@@ -347,9 +395,10 @@ def _load_timm(name: str) -> Encoder:
             f"pretrained model of timm.{hint}"
         )
     if hub:
-        repository = name.removeprefix("hf-hub:")
-        weights = from_hub(repository, "model.safetensors")
-        return _load_timm_folder(name, from_hub(repository, "config.json"), weights)
+        file = partial(from_hub, name.removeprefix("hf-hub:"))
+        if is_transformers(config := file("config.json")):
+            return _load_transformers(name, file)
+        return _load_timm_folder(name, config, file("model.safetensors"))
     architecture = name.split(".")[0]
     options = _timm_options(name, name, {})
     path = _timm_file(name)

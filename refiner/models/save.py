@@ -23,7 +23,8 @@ def save_model(
     Writes ``model.safetensors``, timm's ``config.json``, ``card.json`` and a model card
     ``README.md``; ``timm.create_model("local-dir:<folder>")`` gives the same network, and
     ``"hf-hub:…"`` does once the folder was pushed to the hub. A post-norm model (data2vec 2.0) has
-    no counterpart in timm: it gets no ``config.json``, and only :func:`load_model` opens it.
+    no counterpart in timm: it gets no ``config.json``, and only :func:`load_model` opens it. timm
+    takes its own 1e-6 for the norms' epsilon, whatever that of a model of transformers is.
 
     Args:
         model: an encoder with a ``refiner_card``.
@@ -102,7 +103,8 @@ def _timm_recipe(model: Encoder) -> tuple[str, dict]:
     """timm's name of the architecture, and the arguments that make it this model."""
     card = model.refiner_card
     if "architecture" in card:
-        return "vit_base_patch16_224", timm_arguments(**card["architecture"])
+        told = {k: v for k, v in card["architecture"].items() if k != "eps"}  # timm has no word
+        return "vit_base_patch16_224", timm_arguments(**told)
     if "timm" in card:
         options = {k: v for k, v in card["timm"]["model_args"].items() if k != "num_classes"}
         return card["timm"]["architecture"], options

@@ -1,0 +1,192 @@
+"""Folders and repositories of transformers (Hugging Face), in timm's names.
+
+``config.json`` names the kind of model before any weight is read or fetched, and tells what tensors
+cannot: heads, and the epsilon of the norms. All sizes are those of the tensors. Names are those of
+transformers 4 on disk, which version 5 still writes, and of version 5 in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from torch import Tensor
+
+from refiner.base.errors import UserError
+from refiner.base.files import fitting, read_json
+from refiner.base.settings import Range
+from refiner.models.cards import Deviations, Heads, Means, Norm, Sides
+from refiner.models.convert import Converted, finished, joined, read_file
+
+PLAIN = ("vit_mae", "vit", "dinov2", "dinov2_with_registers", "ijepa")
+SUPPORTED = PLAIN
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What the classes' own settings are where a file leaves them out.
+USUAL = {"num_attention_heads": 12, "layer_norm_eps": 1e-12}
+EPSILON = {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+# Each is tried in turn; the first of a group that fits renames.
+OUTER = (
+    (r"embeddings\.cls_token$", "cls_token"),
+    (r"embeddings\.position_embeddings$", "pos_embed"),
+    (r"embeddings\.register_tokens$", "reg_token"),
+    (r"embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
+    (r"(?:encoder\.layer|model\.layer|layers|layer)\.(\d+)\.", r"blocks.\1."),
+    (r"(?:layernorm|norm)\.", "norm."),
+    (r"decoder\.decoder_(?:encoder\.layer|layers)\.(\d+)\.", r"decoder_blocks.\1."),
+    (r"decoder\.(mask_token|decoder_(?:pos_embed|embed|norm|pred))", r"\1"),
+)
+INNER = (
+    (r"attention\.(?:attention\.query|q_proj)\.", "attn.q."),
+    (r"attention\.(?:attention\.key|k_proj)\.", "attn.k."),
+    (r"attention\.(?:attention\.value|v_proj)\.", "attn.v."),
+    (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
+    (r"(?:intermediate\.dense|mlp\.up_proj)\.", "mlp.fc1."),
+    (r"(?:output\.dense|mlp\.down_proj)\.", "mlp.fc2."),
+    (r"layernorm_before\.", "norm1."),
+    (r"layernorm_after\.", "norm2."),
+    (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
+)
+HEAD = re.compile(r"(classifier|pooler|lm_head|decoder|embeddings\.mask_token|.*_head)\b")
+
+
+class Settings(TypedDict):
+    """What is read of a ``config.json`` of transformers."""
+
+    model_type: str
+    num_attention_heads: NotRequired[Heads]
+    layer_norm_eps: NotRequired[Norm]
+    image_size: NotRequired[Sides]
+    hidden_act: NotRequired[Literal["gelu"]]
+    num_channels: NotRequired[Literal[3]]
+    use_swiglu_ffn: NotRequired[Literal[False]]
+
+
+class Index(TypedDict):
+    """Which file of several holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+class Processor(TypedDict):
+    """What is read of a ``preprocessor_config.json``."""
+
+    image_mean: NotRequired[Means]
+    image_std: NotRequired[Deviations]
+    resample: NotRequired[Annotated[int, Range(0, 5)]]
+    size: NotRequired[object]
+    crop_size: NotRequired[object]
+    do_center_crop: NotRequired[bool]
+
+
+def is_transformers(config: Path) -> bool:
+    """Whether a ``config.json`` is of transformers and of no other library."""
+    found = read_json(config, dict[str, object])
+    return "model_type" in found and "architecture" not in found
+
+
+def read_settings(config: Path) -> Settings:
+    """A ``config.json``, checked.
+
+    Raises:
+        UserError: for a kind of model that is not supported, or a value that cannot be.
+    """
+    kind = read_json(config, dict[str, object])["model_type"]
+    if kind not in SUPPORTED:
+        raise UserError(
+            f"{config} is of transformers' model_type {kind!r:.60}; supported are "
+            f"{', '.join(SUPPORTED)}, and of other models those that timm has (`refiner models`)"
+        )
+    found = USUAL | {"layer_norm_eps": EPSILON.get(kind, 1e-12)} | read_json(config, Settings)
+    size = found.get("image_size", 1)
+    if isinstance(size, list) and len(set(size)) > 1:
+        raise UserError(f"{config}: image_size is {size}; only square images are known")
+    return found
+
+
+def read_weights(file: Callable[[str], Path]) -> dict[str, Tensor]:
+    """The tensors of a folder or repository, from one file or several.
+
+    Args:
+        file: gives the place of a file by its name.
+
+    Raises:
+        FileNotFoundError: where there are none, or one of several is missing.
+    """
+    missing = []
+    for name in (*WEIGHTS[:1], *INDICES[:1], *WEIGHTS[1:], *INDICES[1:]):
+        try:
+            path = file(name)
+        except FileNotFoundError as error:
+            missing.append(error)
+            continue
+        if name in WEIGHTS:
+            return dict(read_file(path))
+        parts = sorted(set(read_json(path, Index)["weight_map"].values()))
+        if strange := [part for part in parts if not re.fullmatch(r"[\w-]+(\.[\w-]+)+", part)]:
+            raise UserError(f"{path} names {strange[0]!r:.60}, which is no file beside it")
+        return {k: v for part in parts for k, v in read_file(file(part)).items()}
+    raise missing[0]
+
+
+def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str) -> Converted:
+    """A model of transformers in timm's names; a ViTMAE's decoder, too.
+
+    Raises:
+        UserError: listing what is missing, extra or of wrong shape.
+    """
+    with fitting(name):
+        state, decoder, left_out = _renamed(state)
+        heads, eps = settings["num_attention_heads"], settings["layer_norm_eps"]
+        kind = f"transformers' {settings['model_type']}"
+        return finished(kind, state, decoder, left_out, num_heads=heads, name=name, eps=eps)
+
+
+def _renamed(state: Mapping[str, Tensor]) -> tuple[dict, dict, list[str]]:
+    """Tensors in timm's names, those of a decoder, and keys that were dropped."""
+    patches = "embeddings.patch_embeddings."
+    prefix = next((k.partition(patches)[0] for k in state if patches in k), "")
+    encoder, decoder, dropped = {}, {}, []
+    for key, value in state.items():
+        new = _first(OUTER, key.removeprefix(prefix))
+        block, dot, rest = re.match(r"((?:decoder_)?blocks\.\d+|)(\.?)(.*)", new).groups()
+        new = block + dot + _first(INNER, rest) if block else new
+        if new.startswith(("decoder_", "mask_token")):
+            decoder[new] = value
+        elif HEAD.match(new):
+            dropped.append(key.removeprefix(prefix))
+        else:
+            encoder[new] = value
+    return joined(encoder), joined(decoder), dropped
+
+
+def _first(names: tuple, key: str) -> str:
+    """A key renamed by the first pattern at its beginning, or as it is."""
+    found = ((re.sub(rf"^{a}", b, key), a) for a, b in names if re.match(a, key))
+    return next(found, (key, ""))[0]
+
+
+def preprocessing(processor: Path) -> dict:
+    """What a ``preprocessor_config.json`` says, in a card's words.
+
+    Raises:
+        UserError: for a value that cannot be.
+    """
+    found = read_json(processor, Processor)
+    words = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    if "resample" in found:
+        words["interpolation"] = "bilinear" if found["resample"] == 2 else "bicubic"
+    shorter, crop = _side(found.get("size")), _side(found.get("crop_size"))
+    cropped = found.get("do_center_crop", False) and shorter and crop
+    return {k: v for k, v in words.items() if v} | {
+        "crop_pct": min(1.0, crop / shorter) if cropped else 1.0
+    }
+
+
+def _side(size: object) -> int:
+    """Pixels of the shorter side, which is told in several ways; 0 where it is not."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return size if isinstance(size, int) and 0 < size < 2**14 else 0

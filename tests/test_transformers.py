@@ -1,0 +1,208 @@
+"""transformers' folders against the models that transformers builds from them."""
+
+import json
+
+import pytest
+import torch
+
+from refiner.models.encoders import walk
+from refiner.models.load import load_model
+from refiner.models.mae import load_mae
+from refiner.models.save import save_model
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DECODER = {
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 128,
+}
+# A class, and what differs from SIZES.
+KINDS = {
+    "ViTMAEForPreTraining": DECODER,
+    "ViTMAEModel": {"mask_ratio": 0.5},
+    "ViTModel": {"qkv_bias": False},
+    "ViTForImageClassification": {"num_labels": 4},
+    "Dinov2Model": {"image_size": 40, "patch_size": 10},
+    "Dinov2WithRegistersModel": {"num_register_tokens": 3},
+    "IJepaModel": {"layer_norm_eps": 1e-5},
+}
+
+
+LARGER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 48}
+
+
+def built(kind, larger=False):
+    """A model of transformers with weights that no norm, bias or scale hides behind."""
+    sizes = SIZES | KINDS[kind] | (LARGER | {"patch_size": 12} if larger else {})
+    settings = getattr(transformers, kind).config_class(**sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(settings).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3
+    return model
+
+
+def hidden_states(model, images):
+    """transformers' tokens after the embedding and after each block, every patch visible."""
+    options = {"output_hidden_states": True}
+    if "MAE" in type(model).__name__:
+        model.config.mask_ratio = 0.0
+        n = (images.shape[-1] // model.config.patch_size) ** 2
+        options["noise"] = torch.arange(n).expand(len(images), n).float()
+    with torch.no_grad():
+        return model(images, **options).hidden_states
+
+
+def agree(model, theirs):
+    """Whether all tokens are those of transformers, block by block."""
+    size = theirs.config.image_size
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        found = [x_BTD for _, x_BTD in walk(model, x)]
+    expected = hidden_states(theirs, x)
+    assert len(found) == len(expected) == 1 + theirs.config.num_hidden_layers
+    for ours, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, others, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_is_that_of_transformers_and_stays_so(kind, larger, tmp_path):
+    theirs = built(kind, larger)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    agree(model, theirs)
+    save_model(model, tmp_path / "ours")
+    agree(load_model(tmp_path / "ours"), theirs)
+    assert model.refiner_card["preprocessing"]["size"] == theirs.config.image_size
+
+
+def in_shards(theirs, folder):
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def as_pickle(theirs, folder):
+    theirs.config.save_pretrained(folder)
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")  # names of version 5
+
+
+def as_pickled_shards(theirs, folder):
+    theirs.config.save_pretrained(folder)
+    keys = list(state := theirs.state_dict())
+    files = {key: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, key in enumerate(keys)}
+    for file in set(files.values()):
+        torch.save({k: v for k, v in state.items() if files[k] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("saved", [in_shards, as_pickle, as_pickled_shards])
+def test_weights_in_one_file_or_several(saved, tmp_path):
+    theirs = built("ViTModel")
+    saved(theirs, tmp_path)
+    agree(load_model(tmp_path), theirs)
+
+
+def test_a_shard_is_a_file_beside_its_index(tmp_path):
+    as_pickled_shards(built("ViTModel"), tmp_path)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for name, message in (("../x.bin", "is no file beside it"), ("x.bin", "x.bin is missing")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_model(tmp_path)
+
+
+def test_the_decoder_of_a_vitmae_paints_what_it_paints_there(tmp_path):
+    theirs = built("ViTMAEForPreTraining")
+    theirs.save_pretrained(tmp_path)
+    mae = load_mae(tmp_path, decoder_heads=2)
+    x, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    with torch.no_grad():
+        expected = theirs(x, noise=noise)
+        _, found = mae(x, noise.argsort(1)[:, :4], expected.mask.bool())
+    torch.testing.assert_close(found, expected.logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A ViT with a classifier and the preprocessing of a folder from the hub."""
+    folder = tmp_path_factory.mktemp("vit")
+    built("ViTForImageClassification").save_pretrained(folder)
+    processor = {
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 2,
+        "size": {"shortest_edge": 40},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_the_card_says_what_the_files_say(folder):
+    card = load_model(folder / "model.safetensors").refiner_card
+    assert card["preprocessing"] == {
+        "size": 32,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "bilinear",
+        "crop_pct": 0.8,
+    }
+    assert card["left_out"] == ["classifier"] and card["format"] == "transformers' vit"
+    assert card["architecture"]["heads"] == 3 and card["architecture"]["eps"] == 1e-12
+
+
+def test_a_repository_is_told_by_its_config_before_weights_are_fetched(folder, monkeypatch):
+    asked = []
+
+    def from_hub(repository, file):
+        asked.append(file)
+        if not (folder / file).is_file():
+            raise FileNotFoundError(file)
+        return folder / file
+
+    monkeypatch.setattr("refiner.models.load.from_hub", from_hub)
+    assert load_model("hf-hub:owner/name").refiner_card["name"] == "hf-hub:owner/name"
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert list(dict.fromkeys(asked)) == files
+    asked.clear()
+    monkeypatch.setattr("refiner.models.transformers_names.SUPPORTED", ())
+    with pytest.raises(ValueError, match="of transformers' model_type 'vit'; supported are"):
+        load_model("hf-hub:owner/name")
+    assert set(asked) == {"config.json"}
+    with pytest.raises(ValueError, match="tells its number of heads itself"):
+        load_model("hf-hub:owner/name", num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "swin", "'swin'; supported are vit_mae, vit, dinov2"),
+        ("model_type", ["vit"], r"\['vit'\]; supported are"),
+        ("num_attention_heads", "3", "num_attention_heads is '3'; it needs to be a whole number"),
+        ("num_attention_heads", 5, "num_heads=5 does not divide the width 24"),
+        ("layer_norm_eps", 7, "layer_norm_eps is 7; it needs to be above 0"),
+        ("hidden_act", "relu", "hidden_act is 'relu'; choose 'gelu'"),
+        ("num_channels", 4, "num_channels is 4; choose 3"),
+        ("image_size", [32, 64], "only square images are known"),
+    ],
+)
+def test_a_config_that_cannot_be(key, value, message, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
