@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def build_vit(
         patch: patch height and width, pixels.
         seed: of the weights; None uses torch's global generator.
         **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
-            ``final_norm``, ``post_norm``, ``eps``: see :func:`refiner.models.encoders.plain_vit`. By default
-            a pre-norm ViT with a class token.
+            ``final_norm``, ``post_norm``, ``eps``: see :func:`refiner.models.encoders.plain_vit`.
+            By default a pre-norm ViT with a class token.
 
     Returns:
         A timm VisionTransformer in eval mode, with a ``refiner_card``.
@@ -269,10 +270,8 @@ def _from_transformers(source: str, file: Callable[[str], Path]) -> tuple[Conver
     settings = read_settings(file("config.json"))
     found = from_transformers(settings, read_weights(file), source)
     card = _file_card(found, source)
-    try:
+    with suppress(FileNotFoundError):  # without it, ImageNet's
         card["preprocessing"] |= preprocessing(file("preprocessor_config.json"))
-    except FileNotFoundError:  # ImageNet's
-        pass
     return found, card
 
 
