@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from tiny import tiny
 
-from refiner.models.encoders import walk
-from refiner.models.load import load_model
+from refiner.images.views import View
+from refiner.models.encoders import final_features, final_pooling, last_tokens, walk
+from refiner.models.load import load_model, random_like
 from refiner.models.mae import load_mae
 from refiner.models.save import save_model
+from refiner.training.refining import refine
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -33,7 +36,19 @@ KINDS = {
     "ViTForImageClassification": {"num_labels": 4},
     "Dinov2Model": {"image_size": 40, "patch_size": 10},
     "Dinov2WithRegistersModel": {"num_register_tokens": 3},
+    "Dinov2Model, gated": {"use_swiglu_ffn": True, "patch_size": 16},
     "IJepaModel": {"layer_norm_eps": 1e-5},
+    "BeitModel": {"use_relative_position_bias": True},
+    "BeitForMaskedImageModeling": {
+        "use_shared_relative_position_bias": True,
+        "use_absolute_position_embeddings": True,
+        "use_mean_pooling": False,
+        "vocab_size": 8,
+    },
+    "BeitForImageClassification": {"use_absolute_position_embeddings": True, "num_labels": 3},
+    "Data2VecVisionModel": {"use_relative_position_bias": True},
+    "DINOv3ViTModel": {"num_register_tokens": 2},
+    "DINOv3ViTModel, gated": {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False},
 }
 
 
@@ -43,10 +58,11 @@ LARGER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "
 def built(kind, larger=False):
     """A model of transformers with weights that no norm, bias or scale hides behind."""
     sizes = SIZES | KINDS[kind] | (LARGER | {"patch_size": 12} if larger else {})
-    settings = getattr(transformers, kind).config_class(**sizes)
+    kind = getattr(transformers, kind.split(",")[0])
+    settings = kind.config_class(**sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, kind)(settings).eval()
+        model = kind(settings).eval()
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter) * 0.3
     return model
@@ -85,6 +101,30 @@ def test_every_block_is_that_of_transformers_and_stays_so(kind, larger, tmp_path
     save_model(model, tmp_path / "ours")
     agree(load_model(tmp_path / "ours"), theirs)
     assert model.refiner_card["preprocessing"]["size"] == theirs.config.image_size
+
+
+@pytest.mark.parametrize("kind", ["Dinov2WithRegistersModel", "BeitModel", "DINOv3ViTModel"])
+def test_it_is_refined_resized_and_drawn_anew(kind, tmp_path):
+    built(kind).save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs", size=16)
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    refined = refine(model, images, recipe=tiny(views=(View(size=16), View(size=16)))).model
+    save_model(refined, tmp_path / "refined")
+    opened = load_model(tmp_path / "refined")
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.forward_features(x), refined.forward_features(x))
+    assert opened.blocks[0].norm1.eps == random_like(opened).blocks[0].norm1.eps
+    assert opened.blocks[0].norm1.eps == built(kind).config.layer_norm_eps
+
+
+def test_the_last_norm_of_a_beit_is_that_of_its_pooler(tmp_path):
+    theirs = built("BeitModel")
+    theirs.save_pretrained(tmp_path)
+    model, x = load_model(tmp_path), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = final_features(model, last_tokens(model, x), final_pooling(model))
+        torch.testing.assert_close(found, theirs(x).pooler_output, atol=1e-5, rtol=1e-5)
 
 
 def in_shards(theirs, folder):
@@ -195,6 +235,7 @@ def test_a_repository_is_told_by_its_config_before_weights_are_fetched(folder, m
         ("num_attention_heads", 5, "num_heads=5 does not divide the width 24"),
         ("layer_norm_eps", 7, "layer_norm_eps is 7; it needs to be above 0"),
         ("hidden_act", "relu", "hidden_act is 'relu'; choose 'gelu'"),
+        ("hidden_act", "silu", "hidden_act is 'silu'; timm's network has 'gelu'"),
         ("num_channels", 4, "num_channels is 4; choose 3"),
         ("image_size", [32, 64], "only square images are known"),
     ],

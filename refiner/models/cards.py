@@ -68,6 +68,7 @@ class ModelArguments(TypedDict, total=False):
     class_token: bool
     no_embed_class: bool
     reg_tokens: Registers
+    num_reg_tokens: Registers
     pos_embed: Literal["", "learn", "none"]
     use_abs_pos_emb: bool
     use_rel_pos_bias: bool
@@ -100,6 +101,7 @@ class Made(TypedDict):
 
     architecture: Annotated[str, Registered()]
     model_args: ModelArguments
+    eps: NotRequired[Norm]
 
 
 class Card(TypedDict):

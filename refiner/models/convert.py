@@ -70,6 +70,7 @@ class Converted:
         encoder: float32 tensors, exactly those of the model.
         decoder: MAE's decoder where the file has one, else empty.
         left_out: keys that have no place in an encoder (heads, other decoders), shortened.
+        timm: how timm makes the model, where it is no plain ViT and ``architecture`` is empty.
     """
 
     format: str
@@ -77,6 +78,7 @@ class Converted:
     encoder: dict[str, Tensor]
     decoder: dict[str, Tensor] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    timm: dict | None = None
 
 
 # ---------------------------------------------------------------- reading
@@ -192,10 +194,10 @@ def finished(
         name, num_heads, size: see :func:`convert`.
         eps: of the norms.
     """
-    _need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
+    need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
     architecture = _architecture(state, kind, num_heads, size, name)
     architecture |= {"eps": eps} if eps != EPSILON else {}
-    state = _with_positions(state, architecture, name)
+    state = with_positions(state, architecture, name)
     _check(state, architecture, name, kind)
     encoder, decoder = (
         {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
@@ -305,7 +307,6 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
         shape = list(patch_weight.shape)
         raise UserError(f"{name}: patch_embed.proj.weight is {shape}, expected [D, 3, P, P]")
     dim, _, patch, _ = patch_weight.shape
-    blocks = [int(m.group(1)) for k in state if (m := re.match(r"blocks\.(\d+)\.", k))]
     mlp = len(state["blocks.0.mlp.fc1.weight"])
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     details = {
@@ -335,9 +336,14 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
         "size": size,
         "patch": patch,
         "dim": dim,
-        "depth": 1 + max(blocks),
+        "depth": depth_of(state),
         "heads": _heads(dim, num_heads, name),
     } | {k: v for k, v in details.items() if v != usual[k]}
+
+
+def depth_of(state: Mapping) -> int:
+    """How many blocks there are."""
+    return 1 + max(int(m.group(1)) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
 
 
 def _heads(dim: int, num_heads: int | None, name: str) -> int:
@@ -383,7 +389,7 @@ def _sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
     return F.pad(positions_ND, (0, 0, prefix, 0))[None]
 
 
-def _with_positions(state: dict, architecture: Mapping, name: str) -> dict:
+def with_positions(state: dict, architecture: Mapping, name: str) -> dict:
     """Positions [1, prefix + N, D] with a row for every prefix token."""
     grid = architecture["size"] // architecture["patch"]
     prefix = int(architecture.get("class_token", True)) + architecture.get("registers", 0)
@@ -401,7 +407,7 @@ def _with_positions(state: dict, architecture: Mapping, name: str) -> dict:
 # ---------------------------------------------------------------- checking
 
 
-def _need(state: Mapping, keys: tuple[str, ...], name: str, kind: str) -> None:
+def need(state: Mapping, keys: tuple[str, ...], name: str, kind: str) -> None:
     missing = [key for key in keys if key not in state]
     if missing:
         raise UserError(f"{name} ({kind}'s format) does not fit a ViT: missing {_listed(missing)}")

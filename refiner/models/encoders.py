@@ -112,10 +112,10 @@ def plain_vit(*, post_norm: bool = False, eps: float = EPSILON, **description) -
     return with_epsilon(model, eps)
 
 
-def with_epsilon(model: nn.Module, eps: float) -> nn.Module:
-    """The same model, with this epsilon in all its layer norms."""
+def with_epsilon(model: nn.Module, eps: float | None) -> nn.Module:
+    """The same model, with this epsilon in all its layer norms; None leaves what they have."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = eps
     return model
 

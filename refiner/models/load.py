@@ -35,7 +35,14 @@ from refiner.models.convert import (
     read_file,
 )
 from refiner.models.download import download, file_name, from_hub
-from refiner.models.encoders import Encoder, Eva, Hiera, check_supported, plain_vit
+from refiner.models.encoders import (
+    Encoder,
+    Eva,
+    Hiera,
+    check_supported,
+    plain_vit,
+    with_epsilon,
+)
 from refiner.models.transformers_names import (
     SUPPORTED,
     from_transformers,
@@ -129,6 +136,7 @@ def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             twin = timm.create_model(card["timm"]["architecture"], **card["timm"]["model_args"])
+        with_epsilon(twin, card["timm"].get("eps"))
         twin.eval().refiner_card = {"name": "random", "timm": copy.deepcopy(card["timm"])}
     else:
         raise UserError(
@@ -239,6 +247,7 @@ def _load_carded(path: Path) -> Encoder:
         if not config.is_file():
             raise FileNotFoundError(f"{path}: config.json is missing, which tells the network")
         model = _load_timm_folder(str(path), config, path / WEIGHTS[0])
+        with_epsilon(model, card.get("timm", {}).get("eps"))
     else:
         model = _built(card["architecture"], read_checkpoint(path)[1], str(path))
     _check_size(model, card, str(path))
@@ -257,10 +266,16 @@ def _beside(folder: Path) -> Callable[[str], Path]:
     return file
 
 
-def _load_transformers(source: str, file: Callable[[str], Path]) -> VisionTransformer:
+def _load_transformers(source: str, file: Callable[[str], Path]) -> Encoder:
     """A folder or repository of transformers."""
     found, card = _from_transformers(source, file)
-    model = _built(found.architecture, found.encoder, source)
+    if found.timm:
+        name, options = card["timm"]["architecture"], card["timm"]["model_args"]
+        options |= _timm_options(name, source, options)
+        model = _timm_built(name, options, found.encoder, source)
+        with_epsilon(model, card["timm"]["eps"])
+    else:
+        model = _built(found.architecture, found.encoder, source)
     model.refiner_card = card
     return model.eval()
 
@@ -300,12 +315,14 @@ def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransfo
 
 
 def _file_card(found: Converted, name: str) -> dict:
+    made = {"timm": found.timm} if found.timm else {"architecture": found.architecture}
+    size = found.timm["model_args"]["img_size"] if found.timm else found.architecture["size"]
     return {
         "name": name,
-        "architecture": found.architecture,
+        **made,
         "format": found.format,
         "left_out": list(found.left_out),
-        "preprocessing": {"size": found.architecture["size"], **IMAGENET},
+        "preprocessing": {"size": size, **IMAGENET},
     }
 
 
@@ -442,8 +459,15 @@ def _timm_model(name: str, options: dict, weights: Path, known: dict) -> Encoder
     names = known.get("classifier") or "head"
     head = tuple(f"{n}." for n in ([names] if isinstance(names, str) else names))
     state = {k: v for k, v in state.items() if k in twin.state_dict() or not k.startswith(head)}
-    check_shapes(twin.state_dict(), state, f"{weights} does not fit {name}")
-    check_memory(sum(4 * v.numel() for v in state.values()), f"the model of {weights}")
+    return _timm_built(name, options, state, str(weights))
+
+
+def _timm_built(name: str, options: dict, state: dict, source: str) -> Encoder:
+    """One of timm's architectures with these weights, which are compared with it first."""
+    with torch.device("meta"):
+        expected = timm.create_model(name, **options).state_dict()
+    check_shapes(expected, state, f"{source} does not fit {name}")
+    check_memory(sum(4 * v.numel() for v in state.values()), f"the model of {source}")
     model = timm.create_model(name, **options)
     model.load_state_dict(state)
     return model

@@ -7,26 +7,37 @@ transformers 4 on disk, which version 5 still writes, and of version 5 in memory
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.files import fitting, read_json
 from refiner.base.settings import Range
 from refiner.models.cards import Deviations, Heads, Means, Norm, Sides
-from refiner.models.convert import Converted, finished, joined, read_file
+from refiner.models.convert import (
+    Converted,
+    depth_of,
+    finished,
+    joined,
+    need,
+    read_file,
+    with_positions,
+)
 
 PLAIN = ("vit_mae", "vit", "dinov2", "dinov2_with_registers", "ijepa")
-SUPPORTED = PLAIN
+BEIT = ("beit", "data2vec-vision")
+SUPPORTED = (*PLAIN, *BEIT, "dinov3_vit")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What the classes' own settings are where a file leaves them out.
-USUAL = {"num_attention_heads": 12, "layer_norm_eps": 1e-12}
-EPSILON = {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+USUAL = {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "image_size": 224}
+EPSILON = {"dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
 # Each is tried in turn; the first of a group that fits renames.
 OUTER = (
     (r"embeddings\.cls_token$", "cls_token"),
@@ -35,6 +46,8 @@ OUTER = (
     (r"embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
     (r"(?:encoder\.layer|model\.layer|layers|layer)\.(\d+)\.", r"blocks.\1."),
     (r"(?:layernorm|norm)\.", "norm."),
+    (r"pooler\.layernorm\.", "fc_norm."),
+    (r"(?:encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
     (r"decoder\.decoder_(?:encoder\.layer|layers)\.(\d+)\.", r"decoder_blocks.\1."),
     (r"decoder\.(mask_token|decoder_(?:pos_embed|embed|norm|pred))", r"\1"),
 )
@@ -45,11 +58,16 @@ INNER = (
     (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
     (r"(?:intermediate\.dense|mlp\.up_proj)\.", "mlp.fc1."),
     (r"(?:output\.dense|mlp\.down_proj)\.", "mlp.fc2."),
+    (r"mlp\.weights_in\.", "mlp.fc1."),
+    (r"mlp\.weights_out\.", "mlp.fc2."),
+    (r"(?:attention\.attention\.)?relative_position_bias\.(?=relative_position)", "attn."),
+    (r"lambda_([12])$", r"gamma_\1"),
     (r"layernorm_before\.", "norm1."),
     (r"layernorm_after\.", "norm2."),
     (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
 )
-HEAD = re.compile(r"(classifier|pooler|lm_head|decoder|embeddings\.mask_token|.*_head)\b")
+HEAD = re.compile(r"(classifier|pooler|lm_head|decoder|embeddings\.mask_token|\w*_head)\b")
+BUFFERS = ("relative_position_index", "inv_freq")  # computed, not learned
 
 
 class Settings(TypedDict):
@@ -59,9 +77,10 @@ class Settings(TypedDict):
     num_attention_heads: NotRequired[Heads]
     layer_norm_eps: NotRequired[Norm]
     image_size: NotRequired[Sides]
-    hidden_act: NotRequired[Literal["gelu"]]
+    hidden_act: NotRequired[Literal["gelu", "silu"]]
+    use_gated_mlp: NotRequired[bool]
     num_channels: NotRequired[Literal[3]]
-    use_swiglu_ffn: NotRequired[Literal[False]]
+    rope_theta: NotRequired[Literal[100.0]]
 
 
 class Index(TypedDict):
@@ -100,7 +119,12 @@ def read_settings(config: Path) -> Settings:
             f"{', '.join(SUPPORTED)}, and of other models those that timm has (`refiner models`)"
         )
     found = USUAL | {"layer_norm_eps": EPSILON.get(kind, 1e-12)} | read_json(config, Settings)
-    size = found.get("image_size", 1)
+    size = found["image_size"]
+    activation = "silu" if found.get("use_gated_mlp") else "gelu"  # DINOv3's larger models
+    if found.get("hidden_act", activation) != activation:
+        raise UserError(
+            f"{config}: hidden_act is {found['hidden_act']!r}; timm's network has {activation!r}"
+        )
     if isinstance(size, list) and len(set(size)) > 1:
         raise UserError(f"{config}: image_size is {size}; only square images are known")
     return found
@@ -137,11 +161,107 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
     Raises:
         UserError: listing what is missing, extra or of wrong shape.
     """
+    kind, named = settings["model_type"], f"transformers' {settings['model_type']}"
     with fitting(name):
         state, decoder, left_out = _renamed(state)
-        heads, eps = settings["num_attention_heads"], settings["layer_norm_eps"]
-        kind = f"transformers' {settings['model_type']}"
-        return finished(kind, state, decoder, left_out, num_heads=heads, name=name, eps=eps)
+        gated = "blocks.0.mlp.fc1.weight" in state and (
+            len(state["blocks.0.mlp.fc1.weight"]) != state["blocks.0.mlp.fc2.weight"].shape[1]
+        )
+        if kind in PLAIN and not gated:
+            heads, eps = settings["num_attention_heads"], settings["layer_norm_eps"]
+            return finished(named, state, decoder, left_out, num_heads=heads, name=name, eps=eps)
+        place = _as_beit if kind in BEIT else _as_dinov2 if kind in PLAIN else _as_dinov3
+        need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"), name, named)
+        architecture, state, options = place(state)
+        options = _sizes(settings, state) | options
+        made = {"architecture": architecture, "model_args": options}
+        made["eps"] = settings["layer_norm_eps"]
+        state = {k: v.float().contiguous() for k, v in state.items()}
+        return Converted(named, {}, state, left_out=tuple(left_out), timm=made)
+
+
+def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
+    """What timm's constructors have to know of any model."""
+    size, (dim, _, _, patch) = settings["image_size"], state["patch_embed.proj.weight"].shape
+    return {
+        "img_size": size if isinstance(size, int) else size[0],
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": depth_of(state),
+        "num_heads": settings["num_attention_heads"],
+        "mlp_ratio": (state["blocks.0.mlp.fc2.weight"].shape[1] + 0.5) / dim,
+    }
+
+
+def _as_beit(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+    """timm's architecture, the tensors as it names them, and the options that they need."""
+    state = _without_key_bias(state)
+    if not {"norm.weight", "fc_norm.weight"} & set(state):  # saved without its pooler
+        ones = torch.ones(len(state["patch_embed.proj.weight"]))
+        state |= {"fc_norm.weight": ones, "fc_norm.bias": torch.zeros_like(ones)}
+    return (
+        "beit_base_patch16_224",
+        state,
+        {
+            "global_pool": "avg" if "fc_norm.weight" in state else "token",
+            "qkv_bias": "blocks.0.attn.q_bias" in state,
+            "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
+            "use_abs_pos_emb": "pos_embed" in state,
+            "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in state,
+            "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in state,
+        },
+    )
+
+
+def _as_dinov2(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+    """DINOv2 with gates, as in its giant model; the gates are the first half of ``fc1``."""
+    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    side = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+    told = {"size": side, "patch": patch, "dim": dim, "registers": registers}
+    state = with_positions(state, told, "")
+    options = {
+        "img_size": side,
+        "mlp_ratio": (len(state["blocks.0.mlp.fc1.weight"]) + 0.5) / dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "reg_tokens": registers,
+    }
+    return "vit_giant_patch14_dinov2", state, options
+
+
+def _as_dinov3(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+    """DINOv3, whose rotary positions timm's Eva has."""
+    state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", k): v for k, v in state.items()}
+    gates = "blocks.0.mlp.gate_proj.weight" in state
+    if gates:
+        names = (("mlp.fc1.", "mlp.fc1_x."), ("mlp.gate_proj.", "mlp.fc1_g."))
+        for old, new in names:
+            state = {k.replace(old, new): v for k, v in state.items()}
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    biased = "_qkvb" if "blocks.0.attn.qkv.bias" in state else ""
+    return (
+        f"vit_small{'_plus' * gates}_patch16_dinov3{biased}",
+        _without_key_bias(state),
+        {"num_reg_tokens": registers, "global_pool": "token"},
+    )
+
+
+def _without_key_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Biases of queries and values alone, as timm's Beit and Eva have them.
+
+    Raises:
+        UserError: where keys have a bias of their own.
+    """
+    found = {}
+    for key, value in state.items():
+        if not key.endswith("attn.qkv.bias"):
+            found[key] = value
+            continue
+        q, k, v = value.chunk(3)
+        if k.any():
+            raise UserError("keys have a bias, for which timm's network has no place")
+        found |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
+    return found
 
 
 def _renamed(state: Mapping[str, Tensor]) -> tuple[dict, dict, list[str]]:
@@ -153,6 +273,8 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict, dict, list[str]]:
         new = _first(OUTER, key.removeprefix(prefix))
         block, dot, rest = re.match(r"((?:decoder_)?blocks\.\d+|)(\.?)(.*)", new).groups()
         new = block + dot + _first(INNER, rest) if block else new
+        if new.endswith(BUFFERS) or not value.numel():  # no registers are registers of no rows
+            continue
         if new.startswith(("decoder_", "mask_token")):
             decoder[new] = value
         elif HEAD.match(new):
