@@ -9,19 +9,23 @@ ml-jku/MIM-Refiner.
 import argparse
 import os
 import pickle
+import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 from refiner.models.catalogue import CATALOGUE
 from refiner.models.convert import _heads, convert, read_file
-from refiner.models.encoders import allow_any_size
+from refiner.models.encoders import allow_any_size, preprocess
 from refiner.models.load import load_model
 from refiner.models.mae import load_mae, reconstruct
 from refiner.models.save import save_model
+from refiner.probing.features import extract
 
 DIM, HEADS, PATCH, SIZE, DEPTH = 24, 3, 8, 32, 2
 GRID = SIZE // PATCH
@@ -419,6 +423,119 @@ def test_a_file_without_positions_gets_sine_and_cosine():
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
 
 
+# ---------------------------------------------------------------- wrappers and prefixes
+
+
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "backbone.", "encoder.", "vit.")
+NESTED = ("module._orig_mod.", "model.encoder.", "_forward_module.model.backbone.")
+NESTINGS = {
+    "plain": lambda w: w,
+    "Lightning": lambda w: {"state_dict": w, "optimizer_states": [], "epoch": 3},
+    "MAE": lambda w: {"model": w, "optimizer": {"state": {}}, "scaler": {"scale": 2.0}},
+    "DeepSpeed": lambda w: {"module": w, "dp_world_size": 8, "optimizer": None},
+    "PyTorch": lambda w: {"model_state_dict": w, "loss": 0.5},
+    "twice": lambda w: {"checkpoint": {"model": w}},
+}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.parametrize("prefix", PREFIXES + NESTED)
+def test_an_encoder_is_found_behind_any_prefix(prefix, nesting):
+    w = encoder_weights()
+    before = prefix[: prefix.rstrip(".").rfind(".") + 1]  # a head is beside the encoder, or in it
+    content = w.under(prefix) | {f"{before}head.weight": torch.zeros(3, DIM)}
+    found = convert(NESTINGS[nesting](content), num_heads=HEADS)
+    assert found.encoder.keys() == w.keys()
+    assert all(torch.equal(found.encoder[key], value) for key, value in w.items())
+    assert set(found.left_out) == {"head"} | ({"optimizer"} if nesting == "MAE" else set())
+
+
+def pair(one, other, apart):
+    """Two encoders with their names, each in a table of its own or both in one."""
+    names = ((one, encoder_weights(1)), (other, encoder_weights(2)))
+    if apart:
+        return {name: dict(w) for name, w in names}
+    return {"state_dict": {k: v for name, w in names for k, v in w.under(f"{name}.").items()}}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    ("plain", "averaged"),
+    [
+        ("student", "teacher"),
+        ("encoder", "target_encoder"),
+        ("encoder", "encoder_ema"),
+        ("base_encoder", "momentum_encoder"),
+        ("state_dict", "state_dict_ema"),
+        ("model", "model_ema"),
+    ],
+)
+def test_of_two_encoders_the_average_is_taken_and_the_other_named(plain, averaged, apart):
+    for names, which in (((plain, averaged), 2), ((averaged, plain), 1)):
+        found = convert(pair(*names, apart), num_heads=HEADS)
+        assert torch.equal(found.encoder["cls_token"], encoder_weights(which)["cls_token"])
+        assert found.left_out == (plain,)
+
+
+def test_an_encoder_inside_another_is_left_out():
+    w = encoder_weights(1)
+    content = w | encoder_weights(2).under("auxiliary.")
+    found = convert(content, num_heads=HEADS)
+    assert torch.equal(found.encoder["cls_token"], w["cls_token"])
+    assert found.left_out == ("auxiliary",)
+
+
+@pytest.mark.parametrize("names", ["attn.{}.{}", "attn.{}_proj.{}", "attn.{}_{}"])
+def test_queries_keys_and_values_apart_are_joined(names):
+    w, apart = encoder_weights(), {}
+    for key, value in w.items():
+        if (part := key.rpartition(".")[2]) in ("weight", "bias") and "attn.qkv" in key:
+            if names == "attn.{}_{}" and part == "weight":  # EVA-01 has only the biases apart
+                apart[key] = value
+                continue
+            for one, third in zip("qkv", value.chunk(3), strict=True):
+                new = names.format(one, part)
+                if not new.endswith("k_bias"):
+                    apart[key.replace(f"attn.qkv.{part}", new)] = third
+        else:
+            apart[key] = value
+    found = convert(apart, num_heads=HEADS).encoder
+    for key, value in w.items():
+        if names == "attn.{}_{}" and key.endswith("qkv.bias"):  # a bias of keys changes nothing
+            value = value.clone()
+            value[DIM : 2 * DIM] = 0
+        assert torch.equal(found[key], value)
+    del apart[next(key for key in apart if "attn" in key and key.endswith("weight"))]
+    with pytest.raises(ValueError, match="lacks one of q, k and v|missing blocks.0.attn.qkv"):
+        convert(apart, num_heads=HEADS)
+
+
+# ---------------------------------------------------------------- fine-tuned by the mean
+
+
+def test_a_norm_behind_the_mean_is_kept(tmp_path):
+    options = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH}
+    options |= {"num_heads": HEADS, "num_classes": 5, "global_pool": "avg", "fc_norm": True}
+    theirs = VisionTransformer(**options).eval()
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    torch.save({"model": theirs.state_dict()}, tmp_path / "w.pth")
+    model = load_model(tmp_path / "w.pth", num_heads=HEADS)
+    assert model.refiner_card["architecture"]["fc_norm"]
+    assert model.refiner_card["left_out"] == ["head"]
+    save_model(model, tmp_path / "m")
+    timms = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    x = preprocess(images, model.refiner_card)
+    with torch.no_grad():
+        expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(timms(x), expected, atol=1e-5, rtol=1e-5)
+        for ours in (model, load_model(tmp_path / "m")):
+            final = extract(ours, images)["final"]
+            torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(theirs.head(final), theirs(x), atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- decoders
 
 
@@ -500,12 +617,26 @@ def test_heads_are_inferred_by_the_rule_or_asked_for():
     with pytest.raises(ValueError, match="number of heads cannot be told.*24 wide.*num_heads=2"):
         convert(content)
     assert [_heads(dim, None, "w.pth") for dim in (64, 768, 1280, 1408)] == [1, 12, 16, 16]
+    for dim, heads in ((192, 3), (768, 12)):
+        assert _heads(dim, None, "w.pth") == heads
     for dim in (96, 100, 1000):  # 64 channels a head would be a guess that nothing speaks for
         with pytest.raises(ValueError, match=f"w.pth.*{dim} wide.*num_heads="):
             _heads(dim, None, "w.pth")
     with pytest.raises(ValueError, match="num_heads=5 does not divide the width 24"):
         convert(content, num_heads=5)
     assert convert(content, num_heads=2).architecture["heads"] == 2
+
+
+def test_a_number_of_heads_that_is_a_guess_is_told(tmp_path):
+    theirs = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=1, num_heads=6)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="w.pth: assumed are 3 heads of 64.*num_heads=6"):
+        model = load_model(tmp_path / "w.pth")
+    assert model.refiner_card["assumed"].startswith("3 heads of 64 channels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = load_model(tmp_path / "w.pth", num_heads=6)
+    assert "assumed" not in told.refiner_card and told.blocks[0].attn.num_heads == 6
 
 
 def test_a_truncated_file(tmp_path):

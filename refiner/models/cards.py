@@ -47,6 +47,7 @@ class Architecture(TypedDict, total=False):
     qkv_bias: bool
     layer_scale: bool
     final_norm: bool
+    fc_norm: bool
     post_norm: bool
     eps: Norm
 

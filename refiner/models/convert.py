@@ -40,11 +40,18 @@ from refiner.models.cards import Architecture
 from refiner.models.encoders import EPSILON, plain_vit
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
-WRAPPERS = ("state_dict", "model", "target_encoder", "teacher")
-# The usual rule is 64 channels a head; these widths of known models break it.
-HEADS = {1280: 16, 1408: 16, 2560: 32, 4096: 32}
+AVERAGED = {"ema", "target", "teacher", "momentum"}  # of two encoders these are better features
+# The usual rule is 64 channels a head; the last four of these widths of known models break it.
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 2560: 32, 4096: 32}
+ASSUMED = (
+    "{heads} heads of 64 channels in each block, which the file cannot tell; give others as in "
+    "load_model(path, num_heads=6)"
+)
+HEAD = re.compile(r"(\w*heads?(_\w+)?|fc_norm|classifier|projector|predictor)\.")
 FORMATS = "MAE, MAWS, iBOT, dBOT, CrossMAE, I-JEPA, data2vec 2.0 (fairseq), MIM-Refiner"
 IMAGE = "modality_encoders.IMAGE."
+# What every encoder has: the patch embedding, behind any prefix.
+PATCHES = re.compile(rf"(|.*\.)(patch_embed|{re.escape(IMAGE)}local_encoder)\.proj\.weight")
 DATA2VEC_NAMES = (
     (f"{IMAGE}local_encoder.proj.", "patch_embed.proj."),
     (f"{IMAGE}extra_tokens", "prefix_tokens"),
@@ -71,6 +78,7 @@ class Converted:
         decoder: MAE's decoder where the file has one, else empty.
         left_out: keys that have no place in an encoder (heads, other decoders), shortened.
         timm: how timm makes the model, where it is no plain ViT and ``architecture`` is empty.
+        assumed: what nothing tells and a rule stands for.
     """
 
     format: str
@@ -79,6 +87,7 @@ class Converted:
     decoder: dict[str, Tensor] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     timm: dict | None = None
+    assumed: str = ""
 
 
 # ---------------------------------------------------------------- reading
@@ -197,13 +206,14 @@ def finished(
     need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
     architecture = _architecture(state, kind, num_heads, size, name)
     architecture |= {"eps": eps} if eps != EPSILON else {}
+    assumed = "" if num_heads or architecture["dim"] in HEADS else ASSUMED.format(**architecture)
     state = with_positions(state, architecture, name)
     _check(state, architecture, name, kind)
     encoder, decoder = (
         {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
         for part in (state, decoder)
     )
-    return Converted(kind, architecture, encoder, decoder, _shortened(left_out))
+    return Converted(kind, architecture, encoder, decoder, _shortened(left_out), assumed=assumed)
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,7 +224,7 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     whole, parts = {}, {}
     for key, value in state.items():
-        found = re.fullmatch(r"(.*attn\.)([qkv])[._](weight|bias)", key)
+        found = re.fullmatch(r"(.*attn\.)([qkv])(?:_proj)?[._](weight|bias)", key)
         if found is None:
             whole[key] = value
         else:
@@ -228,20 +238,76 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The encoder's tensors, prefixes of wrapping modules removed, and what lay beside them."""
-    inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), Mapping)), content)
-    tensors = {k: v for k, v in inner.items() if isinstance(v, Tensor)}
-    left_out = [k for k in inner if k not in tensors] if inner is not content else []
-    if not tensors:
-        raise UserError(f"{name} holds no weights; at its top are {', '.join(map(str, content))}")
-    if all(k.startswith("module.") for k in tensors):
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-    if any(k.startswith(f"model.{IMAGE}") for k in tensors):  # fairseq's fine-tuned models
-        tensors = {k.removeprefix("model."): v for k, v in tensors.items()}
-    if any(k.startswith("backbone.") for k in tensors):
-        left_out += [k for k in tensors if not k.startswith("backbone.")]
-        tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if k not in left_out}
+    """The encoder's tensors without prefixes of wrapping modules, and what lay beside them.
+
+    Of several encoders an average over training (a teacher, a target, an EMA) is taken.
+    """
+    places = _places(content)
+    if not places:  # nothing that is known; the largest table shows what there is
+        tables = [content, *(v for v in content.values() if isinstance(v, Mapping))]
+        tensors = max(map(_tensors, tables), key=len)
+        if not tensors:
+            raise UserError(
+                f"{name} holds no weights; at its top are {', '.join(map(str, content))}"
+            )
+        return tensors, []
+    path, table, prefix = max(places, key=lambda place: _is_averaged(*place))
+    inner = [p for _, t, p in places if t is table and p != prefix and p.startswith(prefix)]
+    tensors, left_out, around = {}, [], content
+    for step in path:
+        left_out += [k for k, v in around.items() if k != step and _holds_weights(k, v)]
+        around = around[step]
+    for key, value in table.items():
+        if isinstance(value, Tensor) and key.startswith(prefix) and not key.startswith((*inner,)):
+            tensors[key.removeprefix(prefix)] = value
+        else:
+            left_out.append(_beyond(str(key), prefix))
     return tensors, left_out
+
+
+def _places(content: Mapping) -> list[tuple[tuple, Mapping, str]]:
+    """The encoders in a checkpoint: the path to a table, the table, and their keys' prefix in it.
+
+    They are those of the first level of nested tables that has any.
+    """
+    tables = [((), content)]
+    for _ in range(3):
+        found = [
+            (path, table, match[1])
+            for path, table in tables
+            for key in _tensors(table)
+            if (match := PATCHES.fullmatch(key))
+        ]
+        if found:
+            return found
+        tables = [
+            ((*path, k), v) for path, t in tables for k, v in t.items() if isinstance(v, Mapping)
+        ]
+    return []
+
+
+def _tensors(table: Mapping) -> dict[str, Tensor]:
+    return {k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def _is_averaged(path: tuple, table: Mapping, prefix: str) -> bool:
+    return bool(AVERAGED & set(re.split(r"[._]", ".".join((*map(str, path), prefix)))))
+
+
+def _holds_weights(key: object, value: object) -> bool:
+    """Whether it is an optimizer, or another table with tensors."""
+    if not isinstance(value, Mapping):
+        return False
+    tensor = any(isinstance(v, Tensor) or _holds_weights("", v) for v in value.values())
+    return tensor or str(key).startswith("opt")
+
+
+def _beyond(key: str, prefix: str) -> str:
+    """A key without the first parts that it shares with a prefix."""
+    parts, others = key.split("."), prefix.split(".")
+    while len(parts) > 1 and others and parts[0] == others.pop(0):
+        parts.pop(0)
+    return ".".join(parts)
 
 
 def _format(state: Mapping, name: str) -> str:
@@ -257,6 +323,10 @@ def _format(state: Mapping, name: str) -> str:
         )
     if not ({"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} & set(state)):
         first = ", ".join(list(state)[:3])
+        if any("embeddings.patch_embeddings." in k for k in state):
+            raise UserError(
+                f"{name} is of transformers; put its config.json beside it and load the folder"
+            )
         raise UserError(f"{name} has keys of no known format ({first}, …); known are {FORMATS}")
     if any(".cross_attn." in k for k in state):
         return "CrossMAE"
@@ -272,11 +342,13 @@ def _renamed(state: Mapping, kind: str) -> tuple[dict, dict, list[str]]:
     if kind == "data2vec 2.0":
         numbers = [re.match(rf"{IMAGE}context_encoder\.blocks\.(\d+)\.", k) for k in state]
         first = 1 + max((int(m.group(1)) for m in numbers if m), default=-1)
+    # A fine-tuned MAE that reads the mean of its patches has its last norm behind it.
+    pooled = kind == "MAE" and "norm.weight" not in state
     encoder, decoder, dropped = {}, {}, []
     for key, value in state.items():
         if _is_decoder(key, kind):
             decoder[key] = value
-        elif key.startswith(("head.", "fc_norm.")):
+        elif HEAD.match(key) and not (pooled and key.startswith("fc_norm.")):
             dropped.append(key)
         else:
             new = next((b + key.removeprefix(a) for a, b in names if key.startswith(a)), key)
@@ -291,7 +363,7 @@ def _renamed(state: Mapping, kind: str) -> tuple[dict, dict, list[str]]:
             encoder["reg_token"] = tokens[:, 1:]
     if kind != "MAE" or "decoder_pred.weight" not in decoder:
         dropped, decoder = dropped + list(decoder), {}
-    return encoder, decoder, dropped
+    return joined(encoder), decoder, dropped
 
 
 def _is_decoder(key: str, kind: str) -> bool:
@@ -315,7 +387,8 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
         "registers": registers,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "layer_scale": "blocks.0.ls1.gamma" in state,
-        "final_norm": "norm.weight" in state,
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "fc_norm": "fc_norm.weight" in state,
         "post_norm": "norm_pre.weight" in state,
     }
     if details["post_norm"]:
@@ -327,6 +400,7 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
         "qkv_bias": True,
         "layer_scale": False,
         "final_norm": True,
+        "fc_norm": False,
         "post_norm": False,
     }
     if "pos_embed" in state:

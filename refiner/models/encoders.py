@@ -62,6 +62,7 @@ def timm_arguments(
     qkv_bias: bool = True,
     layer_scale: bool = False,
     final_norm: bool = True,
+    fc_norm: bool = False,
 ) -> dict:
     """timm's arguments for a ViT described in our words; plain JSON types.
 
@@ -73,6 +74,7 @@ def timm_arguments(
         qkv_bias: whether queries, keys and values have biases.
         layer_scale: whether each block's two additions are scaled by channel.
         final_norm: whether there is a norm after the last block.
+        fc_norm: whether that norm is behind the mean of the patches, as in fine-tuned MAEs.
     """
     ratio = 4.0 if mlp in (None, 4 * dim) else (mlp + 0.5) / dim  # timm rounds down
     return {
@@ -83,8 +85,8 @@ def timm_arguments(
         "num_heads": heads,
         "mlp_ratio": ratio,
         "class_token": class_token,
-        "global_pool": "token" if class_token else "avg",
-        "fc_norm": False,
+        "global_pool": "token" if class_token and not fc_norm else "avg",
+        "fc_norm": fc_norm,
         "reg_tokens": registers,
         "qkv_bias": qkv_bias,
         "init_values": 1e-5 if layer_scale else None,

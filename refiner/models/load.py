@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -88,7 +89,8 @@ def build_vit(
         patch: patch height and width, pixels.
         seed: of the weights; None uses torch's global generator.
         **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
-            ``final_norm``, ``post_norm``, ``eps``: see :func:`refiner.models.encoders.plain_vit`.
+            ``final_norm``, ``fc_norm``, ``post_norm``, ``eps``: see
+            :func:`refiner.models.encoders.plain_vit`.
             By default a pre-norm ViT with a class token.
 
     Returns:
@@ -309,6 +311,8 @@ def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
 def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransformer:
     """A checkpoint in another repository's format."""
     found = convert(read_file(path), name=str(path), num_heads=num_heads)
+    if found.assumed:
+        warnings.warn(f"{path}: assumed are {found.assumed}", stacklevel=4)
     model = _built(found.architecture, found.encoder, str(path))
     model.refiner_card = _file_card(found, name)
     return model
@@ -322,6 +326,7 @@ def _file_card(found: Converted, name: str) -> dict:
         **made,
         "format": found.format,
         "left_out": list(found.left_out),
+        **({"assumed": found.assumed} if found.assumed else {}),
         "preprocessing": {"size": size, **IMAGENET},
     }
 

@@ -142,6 +142,7 @@ def model_card(card: dict, *, timm_opens: bool = True) -> str:
         "method": "Method",
         "refined_from": "Refined from",
         "origin": "Origin",
+        "assumed": "Assumed",
         "licence": "Licence of the original weights",
         "machine": "Machine",
         "seconds": "Seconds of training",
