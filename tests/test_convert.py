@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from tiny import tiny
 
 from refiner.models.catalogue import CATALOGUE
 from refiner.models.convert import _heads, convert, read_file
@@ -26,6 +27,7 @@ from refiner.models.load import load_model
 from refiner.models.mae import load_mae, reconstruct
 from refiner.models.save import save_model
 from refiner.probing.features import extract
+from refiner.training.refining import refine
 
 DIM, HEADS, PATCH, SIZE, DEPTH = 24, 3, 8, 32, 2
 GRID = SIZE // PATCH
@@ -534,6 +536,9 @@ def test_a_norm_behind_the_mean_is_kept(tmp_path):
             final = extract(ours, images)["final"]
             torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(theirs.head(final), theirs(x), atol=1e-5, rtol=1e-5)
+    refined = refine(model, images.repeat(4, 1, 1, 1), recipe=tiny()).model
+    assert not torch.equal(refined.fc_norm.weight, model.fc_norm.weight)
+    assert refined.refiner_card["architecture"] == model.refiner_card["architecture"]
 
 
 # ---------------------------------------------------------------- decoders
@@ -605,9 +610,24 @@ def test_a_file_that_cannot_be_placed(change, message):
         convert(content, num_heads=HEADS)
 
 
+def test_an_oblong_grid_does_not_pass_for_a_square_one():
+    w = refiner_file()[0]["state_dict"]
+    w["pos_embed.embed"] = w["pos_embed.embed"].reshape(1, 2, 8, DIM)
+    with pytest.raises(ValueError, match="a grid of 2 × 8; only square ones are known"):
+        convert({"state_dict": w}, num_heads=HEADS)
+    for settings in ({"img_size": [16, 64]}, {"input_size": (3, 16, 64)}):
+        for told in (argparse.Namespace(**settings), settings):
+            with pytest.raises(ValueError, match=r"16, 64.*only square images are known"):
+                convert({"args": told, **mae_file()[0]}, num_heads=HEADS)
+    for settings in ({"img_size": [32, 32]}, {"img_size": (32,)}, {"input_size": 32}):
+        convert({"args": argparse.Namespace(**settings), **mae_file()[0]}, num_heads=HEADS)
+
+
 def test_files_of_no_known_format():
     with pytest.raises(ValueError, match="no known format.*layer1.conv.*known are MAE"):
         convert({"state_dict": {"layer1.conv": torch.zeros(2)}})
+    with pytest.raises(ValueError, match="of transformers; put its config.json beside it"):
+        convert({"vit.embeddings.patch_embeddings.projection.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="holds no weights; at its top are epoch"):
         convert({"epoch": 3})
 

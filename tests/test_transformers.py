@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from tiny import tiny
 
@@ -34,7 +35,7 @@ KINDS = {
     "ViTMAEModel": {"mask_ratio": 0.5},
     "ViTModel": {"qkv_bias": False},
     "ViTForImageClassification": {"num_labels": 4},
-    "Dinov2Model": {"image_size": 40, "patch_size": 10},
+    "Dinov2Model": {"patch_size": 4},
     "Dinov2WithRegistersModel": {"num_register_tokens": 3},
     "Dinov2Model, gated": {"use_swiglu_ffn": True, "patch_size": 16},
     "IJepaModel": {"layer_norm_eps": 1e-5},
@@ -52,6 +53,7 @@ KINDS = {
 }
 
 
+SHORT = tiny(views=(View(size=16), View(size=16)), steps=1, head_steps=1)
 LARGER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 48}
 
 
@@ -103,17 +105,21 @@ def test_every_block_is_that_of_transformers_and_stays_so(kind, larger, tmp_path
     assert model.refiner_card["preprocessing"]["size"] == theirs.config.image_size
 
 
-@pytest.mark.parametrize("kind", ["Dinov2WithRegistersModel", "BeitModel", "DINOv3ViTModel"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "For" not in kind])
 def test_it_is_refined_resized_and_drawn_anew(kind, tmp_path):
     built(kind).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs", size=16)
     images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
-    refined = refine(model, images, recipe=tiny(views=(View(size=16), View(size=16)))).model
+    refined = refine(model, images, recipe=SHORT).model
     save_model(refined, tmp_path / "refined")
     opened = load_model(tmp_path / "refined")
     x = torch.randn(2, 3, 16, 16)
+    timms = timm.create_model(f"local-dir:{tmp_path / 'refined'}", pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(opened.forward_features(x), refined.forward_features(x))
+        expected = refined.forward_features(x)
+        torch.testing.assert_close(opened.forward_features(x), expected)
+        # timm has its own epsilon.
+        torch.testing.assert_close(timms.forward_features(x), expected, atol=1e-4, rtol=1e-4)
     assert opened.blocks[0].norm1.eps == random_like(opened).blocks[0].norm1.eps
     assert opened.blocks[0].norm1.eps == built(kind).config.layer_norm_eps
 
@@ -125,6 +131,12 @@ def test_the_last_norm_of_a_beit_is_that_of_its_pooler(tmp_path):
     with torch.no_grad():
         found = final_features(model, last_tokens(model, x), final_pooling(model))
         torch.testing.assert_close(found, theirs(x).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_that_a_folder_lacks_is_told(tmp_path):
+    built("Data2VecVisionModel").save_pretrained(tmp_path)
+    card = load_model(tmp_path).refiner_card
+    assert card["assumed"].startswith("a last norm without scale") and card["left_out"] == []
 
 
 def in_shards(theirs, folder):

@@ -12,6 +12,9 @@ Formats, told apart by their keys (facts from the named repositories; nothing is
 - *MIM-Refiner* (ml-jku/MIM-Refiner): ``pos_embed.embed``, ``cls_tokens.tokens``; post-norm where
   there is an ``embed_norm``.
 
+Other files have the names of one of these, behind prefixes and in tables that are looked for, not
+listed. Of several encoders in a file one that was averaged over training is taken.
+
 Positions get one row for each prefix token; it is zero where the original adds none.
 """
 
@@ -40,6 +43,7 @@ from refiner.models.cards import Architecture
 from refiner.models.encoders import EPSILON, plain_vit
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
+SIZES = ("img_size", "image_size", "input_size")  # how settings beside weights name it
 AVERAGED = {"ema", "target", "teacher", "momentum"}  # of two encoders these are better features
 # The usual rule is 64 channels a head; the last four of these widths of known models break it.
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 2560: 32, 4096: 32}
@@ -175,6 +179,7 @@ def convert(
         ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
     """
     with fitting(name):
+        _check_square(content, name)
         state, left_out = _unwrap(content, name)
         kind = _format(state, name)
         state, decoder, dropped = _renamed(state, kind)
@@ -235,6 +240,21 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         like = next(iter(found.values()))
         whole[key] = torch.cat([found.get(part, torch.zeros_like(like)) for part in "qkv"])
     return whole
+
+
+def _check_square(content: Mapping, name: str) -> None:
+    """Refuses a checkpoint whose settings tell of images that are not square.
+
+    Its 2 × 8 positions would pass for 4 × 4.
+    """
+    for settings in (content, *content.values()):
+        told = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+        for key in SIZES if isinstance(told, Mapping) else ():
+            value = told.get(key)
+            if isinstance(value, tuple | list) and len(value) > 1 and value[-2] != value[-1]:
+                raise UserError(
+                    f"{name} is for images of {value} ({key}); only square images are known"
+                )
 
 
 def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -443,6 +463,11 @@ def _position_rows(positions: Tensor, details: Mapping, kind: str, name: str) ->
     if positions.ndim not in (3, 4):
         raise UserError(f"{name}: pos_embed is {list(positions.shape)}, expected [1, N, D]")
     n = _positions_3d(positions).shape[1]
+    if positions.ndim == 4 and positions.shape[1] != positions.shape[2]:
+        rows, columns = positions.shape[1:3]
+        raise UserError(
+            f"{name}: its positions are a grid of {rows} × {columns}; only square ones are known"
+        )
     cls = int(details["class_token"])
     choices = [0] if kind in ("data2vec 2.0", "MIM-Refiner") else [cls + details["registers"], cls]
     for rows in choices:

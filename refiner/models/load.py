@@ -293,8 +293,12 @@ def _from_transformers(source: str, file: Callable[[str], Path]) -> tuple[Conver
 
 
 def _check_size(model: Encoder, card: dict, name: str) -> None:
-    """Refuses a card of other images than the network takes."""
+    """Refuses a card of other images than the network takes, and a network for oblong ones."""
     told, own = card["preprocessing"]["size"], getattr(model.patch_embed, "img_size", None)
+    if own and own[0] != own[1]:
+        raise UserError(
+            f"{name} is for images of {own[0]} × {own[1]} pixels; only square images are known"
+        )
     if own and own[0] != told:
         raise UserError(f"{name} says {told} pixels, but its network is for {own[0]}")
 

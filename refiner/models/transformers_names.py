@@ -70,6 +70,9 @@ HEAD = re.compile(r"(classifier|pooler|lm_head|decoder|embeddings\.mask_token|\w
 BUFFERS = ("relative_position_index", "inv_freq")  # computed, not learned
 
 
+NO_NORM = "a last norm without scale and shift, as the folder has none (nor a pooler)"
+
+
 class Settings(TypedDict):
     """What is read of a ``config.json`` of transformers."""
 
@@ -172,12 +175,13 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
             return finished(named, state, decoder, left_out, num_heads=heads, name=name, eps=eps)
         place = _as_beit if kind in BEIT else _as_dinov2 if kind in PLAIN else _as_dinov3
         need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"), name, named)
+        assumed = "" if {"norm.weight", "fc_norm.weight"} & set(state) else NO_NORM
         architecture, state, options = place(state)
         options = _sizes(settings, state) | options
         made = {"architecture": architecture, "model_args": options}
         made["eps"] = settings["layer_norm_eps"]
         state = {k: v.float().contiguous() for k, v in state.items()}
-        return Converted(named, {}, state, left_out=tuple(left_out), timm=made)
+        return Converted(named, {}, state, {}, tuple(left_out), made, assumed)
 
 
 def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
