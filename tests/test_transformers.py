@@ -12,6 +12,7 @@ from refiner.models.encoders import final_features, final_pooling, last_tokens, 
 from refiner.models.load import load_model, random_like
 from refiner.models.mae import load_mae
 from refiner.models.save import save_model
+from refiner.models.transformers_names import preprocessing
 from refiner.training.refining import refine
 
 transformers = pytest.importorskip("transformers")
@@ -133,6 +134,22 @@ def test_the_last_norm_of_a_beit_is_that_of_its_pooler(tmp_path):
         torch.testing.assert_close(found, theirs(x).pooler_output, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("Dinov2Model", ["mask_token"]),
+        ("BeitForImageClassification", ["classifier"]),
+        ("BeitForMaskedImageModeling", ["lm_head"]),
+        ("ViTModel", ["pooler"]),
+        ("ViTMAEForPreTraining", []),
+    ],
+)
+def test_heads_are_left_out_by_name(kind, left_out, tmp_path):
+    built(kind).save_pretrained(tmp_path)
+    found = load_model(tmp_path).refiner_card["left_out"]
+    assert [part for part in found if part != "mask_token" or left_out == [part]] == left_out
+
+
 def test_a_norm_that_a_folder_lacks_is_told(tmp_path):
     built("Data2VecVisionModel").save_pretrained(tmp_path)
     card = load_model(tmp_path).refiner_card
@@ -163,7 +180,9 @@ def as_pickled_shards(theirs, folder):
 def test_weights_in_one_file_or_several(saved, tmp_path):
     theirs = built("ViTModel")
     saved(theirs, tmp_path)
-    agree(load_model(tmp_path), theirs)
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        if path.exists():
+            agree(load_model(path), theirs)
 
 
 def test_a_shard_is_a_file_beside_its_index(tmp_path):
@@ -216,6 +235,22 @@ def test_the_card_says_what_the_files_say(folder):
     assert card["architecture"]["heads"] == 3 and card["architecture"]["eps"] == 1e-12
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, {"crop_pct": 1.0}),
+        ({"size": 32, "crop_size": None, "resample": 3}, {"interpolation": "bicubic"}),
+        ({"size": {"height": 32, "width": 32}, "image_mean": None}, {"crop_pct": 1.0}),
+        ({"size": 40, "crop_size": 20, "do_center_crop": True}, {"crop_pct": 0.5}),
+        ({"size": "x", "crop_size": [], "do_center_crop": None}, {"crop_pct": 1.0}),
+    ],
+)
+def test_preprocessing_in_the_words_of_several_years(told, expected, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(told))
+    found = preprocessing(tmp_path / "p.json")
+    assert found == found | expected and "mean" not in found
+
+
 def test_a_repository_is_told_by_its_config_before_weights_are_fetched(folder, monkeypatch):
     asked = []
 
@@ -236,6 +271,16 @@ def test_a_repository_is_told_by_its_config_before_weights_are_fetched(folder, m
     assert set(asked) == {"config.json"}
     with pytest.raises(ValueError, match="tells its number of heads itself"):
         load_model("hf-hub:owner/name", num_heads=2)
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "BeitModel"])
+def test_a_key_makes_no_endless_model(kind, tmp_path):
+    theirs = built(kind)
+    theirs.config.save_pretrained(tmp_path)
+    state = theirs.state_dict() | {"layers.99999999.norm1.bias": torch.zeros(3)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="depth is 100000000"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def finished(
         {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
         for part in (state, decoder)
     )
-    return Converted(kind, architecture, encoder, decoder, _shortened(left_out), assumed=assumed)
+    return Converted(kind, architecture, encoder, decoder, shortened(left_out), assumed=assumed)
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -545,6 +545,6 @@ def _listed(keys: list[str], most: int = 6) -> str:
     return ", ".join(keys[:most]) + more
 
 
-def _shortened(keys: list[str]) -> tuple[str, ...]:
+def shortened(keys: list[str]) -> tuple[str, ...]:
     """First parts of keys: ``decoder_blocks.0.norm1.bias`` → ``decoder_blocks``."""
     return tuple(dict.fromkeys(key.split(".")[0] for key in keys))

@@ -162,8 +162,8 @@ def load_model(
             a model of the catalogue (``"mae_refined_l16"``; ``refiner models`` lists them) or any
             other model of timm of a supported class (``"vit_base_patch16_224.mae"``), fetched on
             first use;
-            a folder written by :func:`save_model`, by timm (or its ``model.safetensors``) or by
-            transformers, or a repository ``"hf-hub:…"``;
+            a folder written by :func:`save_model`, by timm or by transformers (or its
+            ``model.safetensors``), or a repository ``"hf-hub:…"``;
             a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
             data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
             an http(s) address of such a file.
@@ -219,7 +219,7 @@ def _located(name: str | Path) -> Path | None:
 
 def _whole(path: Path) -> Path:
     """The folder of a saved model whose weights are named: they alone do not tell the network."""
-    if path.name != "model.safetensors":
+    if path.name not in WEIGHTS:
         return path
     if (path.parent / "card.json").is_file():
         return path.parent

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.files import fitting, read_json
-from refiner.base.settings import Range
-from refiner.models.cards import Deviations, Heads, Means, Norm, Sides
+from refiner.base.files import fitting, naming, read_json
+from refiner.base.settings import Range, in_range
+from refiner.models.cards import Deviations, Heads, Made, Means, Norm, Sides
 from refiner.models.convert import (
     Converted,
     depth_of,
@@ -27,6 +27,7 @@ from refiner.models.convert import (
     joined,
     need,
     read_file,
+    shortened,
     with_positions,
 )
 
@@ -95,12 +96,12 @@ class Index(TypedDict):
 class Processor(TypedDict):
     """What is read of a ``preprocessor_config.json``."""
 
-    image_mean: NotRequired[Means]
-    image_std: NotRequired[Deviations]
-    resample: NotRequired[Annotated[int, Range(0, 5)]]
+    image_mean: NotRequired[Means | None]
+    image_std: NotRequired[Deviations | None]
+    resample: NotRequired[Annotated[int, Range(0, 5)] | None]
     size: NotRequired[object]
     crop_size: NotRequired[object]
-    do_center_crop: NotRequired[bool]
+    do_center_crop: NotRequired[bool | None]
 
 
 def is_transformers(config: Path) -> bool:
@@ -179,9 +180,10 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
         architecture, state, options = place(state)
         options = _sizes(settings, state) | options
         made = {"architecture": architecture, "model_args": options}
-        made["eps"] = settings["layer_norm_eps"]
+        with naming(name):  # a key such as layer.99999999.x makes no model
+            made = in_range("", made | {"eps": settings["layer_norm_eps"]}, Made)
         state = {k: v.float().contiguous() for k, v in state.items()}
-        return Converted(named, {}, state, {}, tuple(left_out), made, assumed)
+        return Converted(named, {}, state, {}, shortened(left_out), made, assumed)
 
 
 def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
@@ -282,7 +284,7 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict, dict, list[str]]:
         if new.startswith(("decoder_", "mask_token")):
             decoder[new] = value
         elif HEAD.match(new):
-            dropped.append(key.removeprefix(prefix))
+            dropped.append(key.removeprefix(prefix).removeprefix("embeddings."))
         else:
             encoder[new] = value
     return joined(encoder), joined(decoder), dropped
@@ -302,10 +304,10 @@ def preprocessing(processor: Path) -> dict:
     """
     found = read_json(processor, Processor)
     words = {"mean": found.get("image_mean"), "std": found.get("image_std")}
-    if "resample" in found:
+    if found.get("resample") is not None:
         words["interpolation"] = "bilinear" if found["resample"] == 2 else "bicubic"
     shorter, crop = _side(found.get("size")), _side(found.get("crop_size"))
-    cropped = found.get("do_center_crop", False) and shorter and crop
+    cropped = found.get("do_center_crop") and shorter and crop
     return {k: v for k, v in words.items() if v} | {
         "crop_pct": min(1.0, crop / shorter) if cropped else 1.0
     }
