@@ -26,7 +26,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -183,31 +183,21 @@ def convert(
         state, left_out = _unwrap(content, name)
         kind = _format(state, name)
         state, decoder, dropped = _renamed(state, kind)
-        return finished(
-            kind, state, decoder, left_out + dropped, num_heads=num_heads, size=size, name=name
-        )
+        found = Converted(kind, {}, state, decoder, shortened(left_out + dropped))
+        return finished(found, name, num_heads=num_heads, size=size)
 
 
 def finished(
-    kind: str,
-    state: Mapping,
-    decoder: Mapping,
-    left_out: list[str],
-    *,
-    name: str,
-    num_heads: int | None = None,
-    size: int = 224,
-    eps: float = EPSILON,
+    found: Converted, name: str, *, num_heads: int | None, size: int = 224, eps: float = EPSILON
 ) -> Converted:
-    """Tensors in timm's names as a checkpoint: told what it is, completed and compared.
+    """A checkpoint in timm's names: told what it is, completed and compared.
 
     Args:
-        kind: the format.
-        state, decoder: the encoder's tensors and the decoder's.
-        left_out: keys that were dropped.
+        found: its tensors, without an architecture.
         name, num_heads, size: see :func:`convert`.
         eps: of the norms.
     """
+    kind, state = found.format, found.encoder
     need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
     architecture = _architecture(state, kind, num_heads, size, name)
     architecture |= {"eps": eps} if eps != EPSILON else {}
@@ -216,9 +206,11 @@ def finished(
     _check(state, architecture, name, kind)
     encoder, decoder = (
         {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
-        for part in (state, decoder)
+        for part in (state, found.decoder)
     )
-    return Converted(kind, architecture, encoder, decoder, shortened(left_out), assumed=assumed)
+    return replace(
+        found, architecture=architecture, encoder=encoder, decoder=decoder, assumed=assumed
+    )
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -173,7 +173,8 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
         )
         if kind in PLAIN and not gated:
             heads, eps = settings["num_attention_heads"], settings["layer_norm_eps"]
-            return finished(named, state, decoder, left_out, num_heads=heads, name=name, eps=eps)
+            found = Converted(named, {}, state, decoder, shortened(left_out))
+            return finished(found, name, num_heads=heads, eps=eps)
         place = _as_beit if kind in BEIT else _as_dinov2 if kind in PLAIN else _as_dinov3
         need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"), name, named)
         assumed = "" if {"norm.weight", "fc_norm.weight"} & set(state) else NO_NORM
