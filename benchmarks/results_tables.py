@@ -286,6 +286,21 @@ def verdicts() -> str:
     return table([*head, "right"], rows)
 
 
+def fair() -> str:
+    """The embedded pairs, each encoder at its best for each measurement."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{percent(row['knn'])} ({'–'.join(map(percent, row['interval']))})",
+            *(percent(row[key]) for key in ("linear", "1-shot", "5-shot", "clusters", "usual")),
+        ]
+        for encoders in read(RESULTS / "fair.json")["rows"].values()
+        for name, row in encoders.items()
+    ]
+    measures = ["k-NN", "linear", "1 label", "5 labels", "clusters", "usual k-NN"]
+    return table(["Encoder", *measures], rows)
+
+
 TABLES = {
     "cards": cards,
     "ladder": ladder,
@@ -296,6 +311,7 @@ TABLES = {
     "attentive": attentive,
     "memory": memory,
     "readings": readings,
+    "fair": fair,
     "label free": label_free,
     "verdicts": verdicts,
 }

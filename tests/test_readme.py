@@ -64,6 +64,20 @@ def test_tables_of_the_studies_are_their_files(monkeypatch):
     assert filled(PAGE) == PAGE, "run: python benchmarks/results_tables.py"
 
 
+def test_what_is_left_at_their_best_is_the_measurement():
+    """The sentence under the table of the embedded pairs; its figures are differences of rows."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "fair.json").read_text())["rows"]
+    pairs = [list(encoders.values()) for encoders in rows.values()]
+    knn, usual, linear = (
+        [100 * (after[key] - before[key]) for before, after in pairs]
+        for key in ("knn", "usual", "linear")
+    )
+    words = "gain {:.1f}, {:.1f} and {:.1f} points of k-NN, where the usual reading gains {:.1f}, "
+    words += "{:.1f} and {:.1f}; a linear probe loses {:.1f}, {:.1f} and {:.1f}."
+    said = words.format(*knn, *usual, *(-x for x in linear))
+    assert said in " ".join(PAGE.split()), said
+
+
 def test_probing_table_is_the_json(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.probing import table
