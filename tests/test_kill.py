@@ -255,6 +255,17 @@ def run_probe(out: Path) -> None:
     probe.probe(str(out.parent / "model"), "digits", out, **options)
 
 
+def run_evaluate(out: Path) -> None:
+    from refiner.evaluation import compare, protocols
+
+    settings = protocols.EvaluationSettings.cpu(
+        n=40, n_test=20, draws=2, kmeans_seeds=2, shots=(1,)
+    )
+    options = {"rows": ("knn", "linear", "few", "clusters"), "resume": True}
+    model = str(out.parent / "model")
+    compare.evaluate(model, None, "digits", out, settings=settings, progress=False, **options)
+
+
 def run_course_of_three(out: Path) -> None:
     from refiner.course import run as course
 
@@ -266,6 +277,9 @@ def outcome(which: str, out: Path):
     if which == "course":
         entries = json.loads((out / "summary.json").read_text())["notebooks"]
         return {name: (e["status"], e["metrics"]) for name, e in entries.items()}
+    if which == "evaluate":  # scores, without the seconds that they took
+        rows = json.loads((out / "report.json").read_text())["rows"]
+        return {name: row["before"]["scores"] for name, row in rows.items()}
     if which == "probe":
         report = json.loads((out / "report.json").read_text())
         return {k: v for k, v in report.items() if k != "machine"}
@@ -278,7 +292,7 @@ def outcome(which: str, out: Path):
 
 
 LONG = {"refine": run, "pretrain": run_pretrain, "finetune": run_finetune}
-LONG |= {"probe": run_probe, "course": run_course_of_three}
+LONG |= {"probe": run_probe, "evaluate": run_evaluate, "course": run_course_of_three}
 
 
 def kill_often(which: str, folder: Path, kills: int) -> None:
