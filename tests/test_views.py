@@ -153,3 +153,26 @@ def test_the_benchmark_hands_all_sides_the_same_work(monkeypatch):
     bright = 255 - pixels
     for name, make in bench.sides(bright, specs[1:]).items():
         assert torch.allclose(make()[0], torch.full((3, 3, 8, 8), 0.2), atol=1e-2), name
+
+
+def test_negatives_and_noise_are_what_they_say():
+    """A negative is one minus the view; noise has a strength of its own in each sample."""
+    plain = {"size": 16, "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0}
+    plain |= {"jitter": 0.0, "gray": 0.0}
+    images = torch.full((400, 3, 16, 16), 128, dtype=torch.uint8)
+    images[:, :, :8] = 90
+
+    def made(**changes):
+        view = View(**plain | changes)
+        return views.make_view(images, view, torch.Generator().manual_seed(0))
+
+    x = made()
+    assert torch.allclose(made(invert=1.0), 1 - x, atol=1e-6)
+    half = made(invert=0.5)
+    negative = (half - x).abs().amax(dim=(1, 2, 3)) > 0.1
+    assert 150 < int(negative.sum()) < 250 and torch.allclose(half[negative], 1 - x[negative])
+    sigma = (made(noise=0.12) - x).flatten(1).std(dim=1)
+    assert sigma.max() < 0.13 and sigma.min() < 0.01
+    assert sigma.square().mean().sqrt() == pytest.approx(0.12 / 3**0.5, rel=0.05)
+    kept = (made(noise=0.12) - x).mean()
+    assert abs(kept) < 1e-3, "as much brighter as darker"
