@@ -226,6 +226,10 @@ def test_readings_in_words_are_their_result():
         "{toybox:.1f} points on Toybox, {cifar10:.1f} on CIFAR-10 and {clothes:.1f} on the clothes"
     )
     assert words.format(**lost) in text and max(lost.values()) < 2
+    ahead = [100 * (row["best_of_halves"] - row["accuracy"]) for row in rows.values()]
+    behind = sum(x < 0 for x in ahead)
+    said = f"behind the choice in {behind} of {len(rows)} rows and {max(ahead):.1f} points ahead"
+    assert said in text and behind == len(rows) - 1
     gains = sorted(100 * (row["accuracy"] - row["usual"]) for row in rows.values())
     assert f"gains {gains[0]:.1f} to {gains[-1]:.1f} points on the usual" in text
     alike = sum(not row["real"] for row in rows.values())
