@@ -8,7 +8,8 @@ from labs 3 to 5. All start from one masked autoencoder of all six labs (``mae_l
 ``refiner pretrain --start mae_toybox --data toybox-labs --n 16320 --set steps=4000 --out
 runs/mae_labs``). The rungs:
 
-* ``before``: that encoder;
+* ``unseen``: ``mae_toybox``, which has seen none of these labs;
+* ``before``: ``mae_labs``;
 * ``more_mae``: trained on for as many processor seconds as ``one_lab`` takes;
 * ``nna_mixed``: neighbors as positives from the start, all labs in each batch;
 * ``mixed``: plain instance discrimination, all labs in each batch;
@@ -45,7 +46,17 @@ from refiner.training.recipe import Recipe
 RESULTS = Path(__file__).parent / "results" / "labs.json"
 RUNS = Path("runs")
 KNOWN, NEW = (0, 1, 2), (3, 4, 5)
-RUNGS = ("before", "more_mae", "nna_mixed", "mixed", "one_lab", "four_labs", "other_labs", "narrow")
+RUNGS = (
+    "unseen",
+    "before",
+    "more_mae",
+    "nna_mixed",
+    "mixed",
+    "one_lab",
+    "four_labs",
+    "other_labs",
+    "narrow",
+)
 
 
 def recipe_of(rung: str, seed: int) -> Recipe:
@@ -161,11 +172,12 @@ def main() -> None:
     result = read_json(args.out) if args.out.is_file() else {"rows": {}}
     for seed in args.seeds:
         for rung in sorted(args.rungs, key=lambda r: (r == "more_mae", RUNGS.index(r))):
-            name = "before" if rung == "before" else f"{rung}-{seed}"
+            name = rung if rung in ("unseen", "before") else f"{rung}-{seed}"
             if name in result["rows"]:
                 continue
-            model, seconds = refiner.load_model(args.start), 0.0
-            if rung != "before":
+            start = "mae_toybox" if rung == "unseen" else args.start
+            model, seconds = refiner.load_model(start), 0.0
+            if name != rung:
                 model, seconds = trained(rung, seed, images, args.start, args.steps)
             row = {"processor_seconds": seconds} | measure(model, bank, queries, own)
             result["rows"][name] = row
