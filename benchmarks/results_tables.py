@@ -306,7 +306,21 @@ def fair() -> str:
     return table(["Encoder", *measures], rows)
 
 
+def labs() -> str:
+    """Across labs: each encoder at its best, as it is and without each lab's mean and deviation."""
+    names = {"unseen": "`mae_toybox`, saw no lab", "before": "trained on, all labs, no labels"}
+    rows = []
+    for name, row in read(RESULTS / "labs.json")["rows"].items():
+        plain, alike = row["as they are"], row["per lab"]
+        knn = [percent(x) for x in (plain["usual"], plain["knn"], alike["knn"])]
+        other = [percent(alike["linear"]), percent(row["knn_own_labs"]), percent(row["lab_read"])]
+        rows.append([names.get(name, name), *knn, *other])
+    head = ["Encoder", "usual k-NN", "best reading", "per lab", "linear, per lab", "own labs' bank"]
+    return table([*head, "lab read"], rows)
+
+
 TABLES = {
+    "labs": labs,
     "cards": cards,
     "ladder": ladder,
     "maturity": maturity,
