@@ -175,9 +175,10 @@ def main() -> None:
             name = rung if rung in ("unseen", "before") else f"{rung}-{seed}"
             if name in result["rows"]:
                 continue
-            start = "mae_toybox" if rung == "unseen" else args.start
-            model, seconds = refiner.load_model(start), 0.0
-            if name != rung:
+            if name == rung:
+                start = "mae_toybox" if rung == "unseen" else args.start
+                model, seconds = refiner.load_model(start), 0.0
+            else:
                 model, seconds = trained(rung, seed, images, args.start, args.steps)
             row = {"processor_seconds": seconds} | measure(model, bank, queries, own)
             result["rows"][name] = row

@@ -45,8 +45,7 @@ def load(data: str, split: str, n: int):
 
 def without_labels(model, train, x: Features, accuracy: dict) -> dict[str, dict]:
     """Each measure's rank correlation with the accuracy, and what its first choice loses."""
-    some = Features({kind: f[..., :1000, :] for kind, f in x.items()}, x.blocks)
-    ranking = refiner.rank_readings(some, views_of(model, train))
+    ranking = refiner.rank_readings(x.rows(slice(1000)), views_of(model, train))
     known = [accuracy[Candidate(*place, STANDARDISED)] for place in ranking.places]
     return {
         measure: {
@@ -64,10 +63,7 @@ def best_of_halves(choice, z: Features, labels) -> float:
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     halves = order.chunk(2)
-    scores = [
-        choice.on_test(Features({k: x[..., half, :] for k, x in z.items()}, z.blocks), labels[half])
-        for half in halves
-    ]
+    scores = [choice.on_test(z.rows(half), labels[half]) for half in halves]
     judged = [other[max(own, key=own.get)] for own, other in zip(scores, scores[::-1], strict=True)]
     return sum(a * len(half) for a, half in zip(judged, halves[::-1], strict=True)) / len(labels)
 

@@ -366,16 +366,15 @@ def add_probe(subparsers) -> None:
 def probe_command(args: argparse.Namespace) -> int:
     """Probes and writes the report."""
     from refiner.base.parallel import check_device
-    from refiner.evaluation.probe import PARTS, QUICK, Settings, probe
+    from refiner.evaluation.probe import probe, settings_for
 
     check_device(args.device)
     names = ("parts", "by", "k", "shots", "fractions", "draws", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    if args.minutes is not None:
-        given = QUICK | given
     if args.attentive:
-        given["parts"] = tuple(dict.fromkeys((*given.get("parts", PARTS), "attentive")))
+        usual = settings_for(args.minutes).parts
+        given["parts"] = tuple(dict.fromkeys((*given.get("parts", usual), "attentive")))
     check_out(args.out)
     report = resumable(
         probe,
@@ -385,7 +384,7 @@ def probe_command(args: argparse.Namespace) -> int:
         n=args.n,
         n_test=args.n_test,
         minutes=args.minutes,
-        settings=Settings(**given),
+        settings=settings_for(args.minutes, **given),
         resume=args.resume,
         device=args.device,
     )

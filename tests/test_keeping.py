@@ -14,14 +14,13 @@ from refiner.images.sets import ImageSet
 from refiner.images.streams import ImageStream
 from refiner.models.load import build_vit, copy_model, load_model
 from refiner.models.save import save_model
-from refiner.probing.choosing import by_knn
+from refiner.probing.choosing import by_knn, right_across
 from refiner.training import keeping, loop, planning
 from refiner.training.keeping import (
     Keeper,
     Measured,
     cross_fitted,
     keeper_of,
-    right_across,
     verdict_of,
 )
 from refiner.training.recipe import Recipe, recipe_dict, recipe_from
@@ -202,14 +201,13 @@ def test_across_groups_only_others_vote():
     rng = torch.Generator().manual_seed(0)
     x, z = (torch.randn(n, 4, generator=rng) for n in (60, 25))
     y, t, own, asked = (torch.randint(3, (n,), generator=rng) for n in (60, 25, 60, 25))
-    found = right_across(by_knn(3), x, y, z, t, own, asked)
+    found = right_across(by_knn(3), x, y, z, t, own, asked)[0]
     for m in range(25):
         others = own != asked[m]
         alone = by_knn(3).right(x[others], y[others], z[m : m + 1], t[m : m + 1])
         assert found[m] == alone[0, 0]
-    assert torch.equal(
-        right_across(by_knn(3), x, y, z, t, None, None), by_knn(3).right(x, y, z, t)[0]
-    )
+    everyone = right_across(by_knn(3), x, y, z, t, None, None)
+    assert torch.equal(everyone, by_knn(3).right(x, y, z, t))
 
 
 @pytest.mark.parametrize(

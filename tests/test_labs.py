@@ -9,7 +9,7 @@ from refiner.base.errors import UserError
 from refiner.images import labs
 from refiner.images.load import load_images
 from refiner.images.toybox import render
-from refiner.probing.choosing import best_reading
+from refiner.probing.choosing import best_reading, by_few_labels
 from refiner.probing.features import Features
 from refiner.probing.readings import standardize_groups
 
@@ -98,7 +98,7 @@ def test_groups_are_standardised_each_by_itself():
             naive = (some - some.mean(-2, keepdim=True)) / some.std(-2, correction=0, keepdim=True)
             assert torch.allclose(own, naive, atol=1e-5)
         assert not found[kind][..., 4, :].any(), "a group of one has nothing but its mean"
-    with pytest.raises(UserError, match="7 images have"):
+    with pytest.raises(UserError, match="7 images need as many groups"):
         standardize_groups(x, groups[:3])
 
 
@@ -115,6 +115,11 @@ def test_a_reading_is_chosen_across_groups():
     assert best_reading(x, y).reading.block == 1
     across = best_reading(x, y, groups=lab)
     assert across.reading.block == 2
-    for groups in (lab[:5], torch.zeros(240)):
-        with pytest.raises(UserError, match="groups must be 240 numbers"):
+    wrong = {"240 images need as many groups": lab[:5], "there is only one group": [0] * 240}
+    for said, groups in wrong.items():
+        with pytest.raises(UserError, match=said):
             best_reading(x, y, groups=groups)
+    words = best_reading(x, y, groups=[f"lab {g}" for g in lab.tolist()])
+    assert words.scores == across.scores
+    few = best_reading(x, y, groups=lab, by=by_few_labels(5, draws=3))
+    assert few.reading.block == 2

@@ -13,5 +13,13 @@ class MissingPackage(UserError, ModuleNotFoundError):
     """An optional package is not installed; the message says how to install it."""
 
 
+class TooFew(UserError):
+    """A set has fewer images than were asked for; ``asked`` says how many that were."""
+
+    def __init__(self, message: str, asked: int):
+        super().__init__(message)
+        self.asked = asked
+
+
 class Damaged(UserError):
     """A file that is incomplete, was changed, or is of another kind than its name says."""

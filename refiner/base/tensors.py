@@ -238,6 +238,18 @@ def named_labels(labels, n: int, classes: Sequence = ()) -> tuple[Tensor, tuple[
     return labels, classes
 
 
+def group_numbers(groups, n: int) -> Tensor:
+    """The group of each of n images, int64 [n] from 0, of numbers or words in any container.
+
+    Raises:
+        ValueError: for another number of them.
+    """
+    groups = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
+    if groups.shape != (n,):
+        raise UserError(f"{n} images need as many groups, not {list(groups.shape)}")
+    return torch.from_numpy(np.unique(groups, return_inverse=True)[1].astype(np.int64))
+
+
 def columns(*labels: Tensor) -> Tensor:
     """The class of each column of a table: every one up to the largest, int64 [C].
 

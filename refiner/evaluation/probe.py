@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base import pages
-from refiner.base.errors import UserError
+from refiner.base.errors import TooFew, UserError
 from refiner.base.files import fitting, one_run_a_folder, write_json
 from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
@@ -46,7 +46,6 @@ COST |= dict(factors=10, attentive=600)
 Part = Literal[
     "reading", "knn", "linear", "low_shot", "clustering", "measures", "factors", "attentive"
 ]
-QUICK = {"parts": ("reading",)}
 PARTS = get_args(Part)[:-1]  # attentive probes take minutes: only if they are asked for
 
 
@@ -146,7 +145,7 @@ def probe(
         ValueError: for unknown parts, the same model twice, or data that do not load.
         FileNotFoundError: for a model or image set that is not there.
     """
-    settings = checked(settings or Settings(**({} if minutes is None else QUICK)))
+    settings = checked(settings or settings_for(minutes))
     if minutes is not None and (n or n_test or resume or not 0 < minutes < math.inf):
         raise UserError(
             "minutes, above 0, choose the images: give them without n, n_test and resume"
@@ -181,7 +180,7 @@ def probe(
             for part in _probe_model(model, found, *sets, settings, device, bar, file):
                 if part == "reading" and "sentence" in found[part]:
                     found[part]["code"] = lines
-                    if progress:  # the rest takes minutes
+                    if progress and len(settings.parts) > 1:  # the rest takes minutes
                         bar.write(f"{name}: {found[part]['sentence']}", file=sys.stderr)
                 write_json(out / "report.json", report)
     with fitting(out / "report.json", resume):
@@ -195,6 +194,11 @@ def probe(
         ]
         write_rows(out / "benchmark.csv", rows)
     return report
+
+
+def settings_for(minutes: float | None, **given) -> Settings:
+    """Settings of a run of some minutes, which only chooses the reading, or of a whole one."""
+    return Settings(**({} if minutes is None else {"parts": ("reading",)}) | given)
 
 
 def in_minutes(model, minutes: float, device) -> tuple[int, int]:
@@ -211,12 +215,12 @@ def in_minutes(model, minutes: float, device) -> tuple[int, int]:
 
 def at_most(data, n: int, n_test: int, size: int) -> tuple[ImageSet, ImageSet]:
     """Train and test images, so many or all that there are of either."""
-    for some in ((n, n_test), (n, None), (None, n_test)):
+    limits = [n, n_test]
+    while True:
         try:
-            return train_and_test(data, *some, size)
-        except UserError:  # fewer than that
-            continue
-    return train_and_test(data, None, None, size)
+            return train_and_test(data, *limits, size)
+        except TooFew as error:
+            limits[limits.index(error.asked)] = None
 
 
 def _probe_model(

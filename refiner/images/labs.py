@@ -24,7 +24,7 @@ from torch import Tensor
 from refiner.base.errors import UserError
 from refiner.images.views import hue_rotation
 
-MOST = 1000  # labs
+MOST = 1000  # numbers of labs: more would only lie closer together
 PRIMES = (2, 3, 5, 7, 11, 13, 19, 23, 29, 31, 41, 43, 53)  # one for each setting
 
 

@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from refiner.base.errors import UserError
+from refiner.base.errors import TooFew, UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder
 from refiner.images import labs as labs_module
 from refiner.images import named_sets, toybox
 from refiner.images.decode import ValueRange, check_range, read_files, resize
 from refiner.images.folders import Files, class_folders, common_size, files_of, split_folder
-from refiner.images.labs import lab
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
@@ -197,7 +196,7 @@ def _check_n(n: int | None) -> None:
 
 def _first(n: int | None, available: int, name: str) -> int:
     if n is not None and n > available:
-        raise UserError(f"{name} has {available} images, fewer than the {n} asked for")
+        raise TooFew(f"{name} has {available} images, fewer than the {n} asked for", n)
     return available if n is None else n
 
 
@@ -210,7 +209,7 @@ def _lab_numbers(name, labs: Sequence[int] | None) -> tuple[int, ...]:
     if labs is not None and (not numbers or len(set(numbers)) < len(numbers)):
         raise UserError(f"labs must be one or more different numbers, not {list(labs)}")
     for number in numbers:
-        lab(number)
+        labs_module.lab(number)
     return numbers
 
 

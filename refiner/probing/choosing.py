@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.settings import checked
-from refiner.base.tensors import class_labels
+from refiner.base.tensors import class_labels, group_numbers
 from refiner.probing import measures, neighbors, probes
 from refiner.probing.features import Features
 from refiner.probing.readings import (
@@ -100,16 +100,31 @@ def across(objective: Objective, groups_N: Tensor) -> Objective:
     """The same, chosen across groups: the train images of each group are asked of the others'."""
 
     def chosen(x, y):
-        right = 0.0
-        for group in groups_N.unique():
-            mine = (groups_N == group).to(x.device)
-            y_own, y_other = (y[side.to(y.device)] for side in (mine, ~mine))
-            right += float(
-                objective.right(x[~mine], y_other, x[mine], y_own).double().mean(0).sum()
-            )
-        return right / len(y)
+        return right_across(objective, x, y, x, y, groups_N, groups_N).double().mean()
 
     return objective._replace(chosen=chosen)
+
+
+def right_across(
+    objective: Objective, x, y, z, t, own_N: Tensor | None, asked_M: Tensor | None
+) -> Tensor:
+    """As the objective's ``right``, each image asked of the train images of other groups alone.
+
+    Args:
+        x, y, z, t: features and labels of the train and the other images.
+        own_N, asked_M: groups of both; without groups each is asked of all.
+
+    Returns:
+        bool [R, M], on the CPU.
+    """
+    if own_N is None:
+        return objective.right(x, y, z, t).cpu()
+    order, parts = [], []
+    for group in asked_M.unique():
+        mine, others = (asked_M == group).nonzero()[:, 0], own_N != group
+        order.append(mine)
+        parts.append(objective.right(x[others], y[others], z[mine], t[mine]).cpu())
+    return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
 
 
 OBJECTIVES = {"knn": by_knn, "linear": by_linear_probe, "few": by_few_labels}
@@ -272,8 +287,8 @@ def best_reading(
         by: "knn", "linear", "few", or an :class:`Objective` such as ``by_knn(k=20)``.
         poolings: such as ``("cls", "cls+patch")``; default all that the features have.
         transforms: of equals the first is chosen.
-        groups: int [N], such as the lab that each image comes from; then a reading is chosen by
-            how well the images of some groups serve those of another.
+        groups: [N] numbers or words, such as the lab that each image comes from; then a reading is
+            chosen by how well the images of some groups serve those of another.
         most: images to choose on; of more a random part is taken. Readings are fitted on all.
         seed: of this part.
         device: where to work; default where the features are.
@@ -295,7 +310,10 @@ def best_reading(
     some = torch.from_numpy(np.sort(rng.permutation(len(labels))[:most]))
     y_N, scores = labels[some], {}
     if groups is not None:
-        objective = across(objective, _checked_groups(groups, len(labels))[some])
+        groups = group_numbers(groups, len(labels))[some]
+        if len(groups.unique()) < 2:
+            raise UserError("a reading is chosen across groups, and there is only one group")
+        objective = across(objective, groups)
     for block, pooling in tqdm(tried, desc="readings", disable=not progress):
         x_ND = pooled(features, block, pooling)
         x_ND = x_ND.to(device or x_ND.device)
@@ -307,13 +325,6 @@ def best_reading(
     order = sorted(scores, key=lambda c: (transforms.index(c.transform), len(c.pooling), -c.block))
     order.sort(key=scores.get, reverse=True)
     return Choice({c: scores[c] for c in order}, features, labels, objective, device)
-
-
-def _checked_groups(groups, n: int) -> Tensor:
-    groups = torch.as_tensor(np.asarray(groups)).cpu()
-    if groups.shape != (n,) or len(groups.unique()) < 2:
-        raise UserError(f"groups must be {n} numbers, of two groups or more, one for each image")
-    return groups
 
 
 def _choosable(labels, features: Features) -> Tensor:

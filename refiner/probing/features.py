@@ -90,6 +90,10 @@ class Features(Mapping):
         shapes = ", ".join(f"{kind} {list(x.shape)}" for kind, x in self.tensors.items())
         return f"Features({shapes})"
 
+    def rows(self, index) -> Features:
+        """The features of some images, by a slice, a mask or positions."""
+        return Features({k: x[..., index, :] for k, x in self.tensors.items()}, self.blocks)
+
     @property
     def main(self) -> Tensor:
         """What a refined model pools: "cls" if the model has a class token, else "patch"."""

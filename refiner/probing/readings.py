@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.settings import Range, Share, Whole, checked, settings_from
-from refiner.base.tensors import as_features, feature_pair, mean_and_scale
+from refiner.base.tensors import as_features, feature_pair, group_numbers, mean_and_scale
 from refiner.models.encoders import Encoder, last_tokens, pool, preprocessing_card
 from refiner.models.load import copy_model
 from refiner.probing.features import NAMES, Features
@@ -144,7 +143,7 @@ def standardize_groups(features: Features, groups) -> Features:
 
     Args:
         features: of N images.
-        groups: [N] numbers, such as ``images.factors["lab"]``.
+        groups: [N] numbers or words, such as ``images.factors["lab"]``.
 
     Returns:
         Features, float32: each feature has mean 0 and deviation 1 in each group of two images or
@@ -153,11 +152,7 @@ def standardize_groups(features: Features, groups) -> Features:
     Raises:
         ValueError: for groups of another number.
     """
-    groups = torch.as_tensor(np.asarray(groups)).cpu()
-    if groups.shape != (len(features.main[0]),):
-        raise UserError(
-            f"{len(features.main[0])} images have {list(groups.shape)} groups: give one for each"
-        )
+    groups = group_numbers(groups, features.main.shape[1])
     found = {kind: x.float().clone() for kind, x in features.items()}
     for x in found.values():
         members = [(groups == group).nonzero()[:, 0].to(x.device) for group in groups.unique()]

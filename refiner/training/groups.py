@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import UserError
+from refiner.base.tensors import group_numbers
 from refiner.images.sources import come_again
 from refiner.training.recipe import Recipe
 
@@ -44,10 +45,7 @@ def groups_of(images, groups) -> Tensor | None:
             names = ", ".join(sorted(known)) or "nothing to group by"
             raise UserError(f"the images have no {groups!r} to group by, but {names}")
         groups = known[groups]
-    groups = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
-    if groups.shape != (len(images),):
-        raise UserError(f"{len(images)} images need as many groups, not {list(groups.shape)}")
-    return torch.from_numpy(np.unique(groups, return_inverse=True)[1].astype(np.int64))
+    return group_numbers(groups, len(images))
 
 
 def check_groups(recipe: Recipe, groups: Tensor | None) -> None:
@@ -87,7 +85,7 @@ class GroupedOrder:
     """
 
     def __init__(self, groups_N: Tensor, recipe: Recipe):
-        self.a, self.m, self.seed = recipe.groups_a_step, 0, recipe.seed
+        self.a, self.seed = recipe.groups_a_step, recipe.seed
         self.m = recipe.batch // self.a
         sizes = torch.bincount(groups_N)
         small = (sizes > 0) & (sizes < self.m)

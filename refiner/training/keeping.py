@@ -31,11 +31,11 @@ from refiner.models.encoders import Encoder, patch_count, prefix_tokens
 from refiner.probing.choosing import (
     MEASURES,
     TRUSTED,
-    Objective,
     best_reading,
     bootstrap,
     by_knn,
     rank_readings,
+    right_across,
 )
 from refiner.probing.features import Features, extract, extract_part
 from refiner.probing.readings import pooling_words
@@ -272,12 +272,7 @@ class Keeper:
     def _read(self, features: Features) -> tuple:
         """What the best reading is chosen by, and what :class:`Measured` says of it."""
         voters = len(self.bank)
-        bank, held = (
-            Features(
-                {kind: x_LND[..., side, :] for kind, x_LND in features.items()}, features.blocks
-            )
-            for side in (slice(voters), slice(voters, None))
-        )
+        bank, held = features.rows(slice(voters)), features.rows(slice(voters, None))
         if self.labels is None:
             ranking = rank_readings(held)
             block, pooling = ranking.order()[0]
@@ -289,7 +284,7 @@ class Keeper:
         choice = best_reading(bank, self.labels[self.bank], groups=own, device=self.device)
         reading, truth = choice.reading, self.labels[self.held]
         x, z = (reading.apply(side).to(self.device) for side in (bank, held))
-        right_M = right_across(choice.objective, x, choice.labels, z, truth, own, asked)
+        right_M = right_across(choice.objective, x, choice.labels, z, truth, own, asked)[0]
         best = max(choice.scores.values())
         return best, float(right_M.double().mean()), str(reading), right_M
 
@@ -311,23 +306,6 @@ class Keeper:
         blocks = range(1, self._first + 1)
         below, tokens = extract_part(self.model, self._pixels, blocks, device=self.device)
         return self._read(below), tokens
-
-
-def right_across(
-    objective: Objective, x: Tensor, y: Tensor, z: Tensor, t: Tensor, own, asked
-) -> Tensor:
-    """Which held-out images (z, t) the train images (x, y) get right, bool [M].
-
-    Args:
-        own, asked: groups of both; each image is asked of other groups. None asks all of all.
-    """
-    if own is None:
-        return objective.right(x, y, z, t)[0]
-    right_M = torch.zeros(len(t), dtype=torch.bool)
-    for group in asked.unique():
-        mine, others = asked == group, own != group
-        right_M[mine] = objective.right(x[others], y[others], z[mine], t[mine])[0].cpu()
-    return right_M
 
 
 def keeper_of(
