@@ -1,5 +1,7 @@
 # make course | test | lab | site | browse | bench | gpu    each sets up .venv by itself and sets it
 #                     up again only when pyproject.toml or constraints.txt changed
+# make lab            opens copies to work in, without the stored results (ARGS=--with-outputs: with
+#                     them), and updates them without touching what you changed
 # make clean                          removes .venv and the caches; runs/ stays
 #
 # ARGS goes to the command:   make course ARGS="--only 03"      make test ARGS="-k course"
@@ -38,8 +40,9 @@ test: $(READY)
 	@$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 lab: $(READY)
-	@echo "Opening JupyterLab; stop it with Ctrl-C"
-	@$(BIN)/jupyter lab notebooks/00_tour.ipynb $(ARGS)
+	@echo "Opening your copies of the notebooks, in my_course, in JupyterLab; stop it with Ctrl-C"
+	@$(BIN)/refiner course --copies my_course $(filter --with-outputs,$(ARGS))
+	@$(BIN)/jupyter lab my_course/00_tour.ipynb $(filter-out --with-outputs,$(ARGS))
 
 site: $(READY)
 	@echo "Building the site of the notebooks as they ran: build/site/index.html"

@@ -1,10 +1,13 @@
 """Does refining help, or only training longer? Three seeds, with both controls.
 
     python benchmarks/refine_controls.py [--seeds 0 1 2] [--time-control] [--set steps=100 ...]
+    python benchmarks/refine_controls.py --add-views --keep runs/more_mae  # adds a control
 
 For each seed: the refined encoder; the unrefined one; and the MAE trained on for the same number
 of steps of the same batch (with --time-control also for the same time). k-NN (k=10) of every block
-on held-out Toybox images of the test split, with class token and patch mean. Writes
+on held-out Toybox images of the test split, with class token and patch mean. A step of refining
+shows several views of each image, a step of the MAE one: ``--add-views`` adds the MAE trained on
+for as many steps of as many masked views, which is the dearest of the controls. Writes
 ``benchmarks/results/refine_controls.json``.
 """
 
@@ -20,9 +23,10 @@ import torch
 from measured import knn_curves
 
 import refiner
-from refiner.base.files import write_json
+from refiner.base.files import read_json, write_json
 from refiner.base.places import machine
 from refiner.models.mae import MAERecipe, load_mae
+from refiner.models.save import save_model
 from refiner.training.pretraining import pretrain
 from refiner.training.recipe import Recipe, complete_recipe, recipe_dict, recipe_from
 from refiner.training.refining import save_refined
@@ -61,8 +65,13 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="keep refined encoders here, and use those that are"
     )
+    parser.add_argument(
+        "--add-views", action="store_true", help="add the MAE of as many views to --out, no more"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "refine_controls.json")
     args = parser.parse_args()
+    if args.add_views:
+        return add_views(args)
     changes = {k: _literal(v) for k, v in (item.split("=", 1) for item in args.set)}
     images = refiner.load_images("toybox", split="train")
     bank, test = images[:2048], refiner.load_images("toybox", split="test", n=1024)
@@ -103,6 +112,26 @@ def main() -> None:
     print(f"wrote {args.out}")
 
 
+def add_views(args) -> None:
+    """The control with as many views a step as refining has, for the seeds in the results."""
+    images = refiner.load_images("toybox", split="train")
+    bank, test = images[:2048], refiner.load_images("toybox", split="test", n=1024)
+    result = read_json(args.out)
+    recipe = recipe_from(result["recipe"])
+    size = {"batch": recipe.batch * len(recipe.views), "steps": recipe.head_steps + recipe.steps}
+    for row in result["seeds"]:
+        if row["seed"] not in args.seeds or "mae_same_views" in row:
+            continue
+        began = time.process_time()
+        longer = more_mae(args.model, images, seed=row["seed"], **size)
+        row["mae_same_views"] = knn_curves(longer, bank, test)
+        row["mae_same_views_processor_seconds"] = round(time.process_time() - began)
+        if args.keep:
+            save_model(longer, args.keep / f"seed{row['seed']}")
+        print(_line(row, result["before"]), flush=True)
+        write_json(args.out, result)
+
+
 def refined_model(model, images, recipe: Recipe, keep: Path | None):
     """The refined encoder and its seconds; one kept by an interrupted call is used again."""
     recipe = complete_recipe(recipe, model, images)
@@ -125,7 +154,9 @@ def _literal(text: str):
 
 
 def _line(row: dict, before: dict) -> str:
-    names = [n for n in ("refined", "mae_same_steps", "mae_same_time") if n in row]
+    names = [
+        n for n in ("refined", "mae_same_steps", "mae_same_views", "mae_same_time") if n in row
+    ]
     last = lambda s: f"{s['cls'][-1]:.3f}/{s['patch'][-1]:.3f}"  # noqa: E731
     cells = [f"before {last(before)}"] + [f"{n} {last(row[n])}" for n in names]
     return f"seed {row['seed']} ({row['seconds']:.0f} s), last block cls/patch: " + ", ".join(cells)

@@ -135,13 +135,22 @@ def add_course(subparsers) -> None:
     add("--notebooks", **FOLDER, help="default: notebooks")
     add("--write-back", **FLAG, help="store the outputs in the notebooks themselves")
     add("--status", **FLAG, help="run nothing; show which exercises you have solved")
+    copies = "run nothing; make or update your own copies of the notebooks, without results"
+    add("--copies", **FOLDER, help=copies)
+    add("--with-outputs", **FLAG, help="with --copies: keep the stored results in them")
 
 
 def course_command(args: argparse.Namespace) -> int:
-    """Runs the notebooks; 1 if one failed. With --status it only shows the solved exercises."""
+    """Runs the notebooks; 1 if one failed. Not so with --status and --copies."""
     from refiner.course.exercises import status
     from refiner.course.run import run_course
 
+    if args.copies:
+        from refiner.course.copies import open_copies
+
+        made = open_copies(args.copies, notebooks=args.notebooks, with_outputs=args.with_outputs)
+        print(f"{len(made)} notebooks to work in: {made[0].parent}")
+        return 0
     if args.status:
         print(status(args.notebooks))
         return 0

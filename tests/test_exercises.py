@@ -15,6 +15,7 @@ from solutions import check_of, solutions_of
 
 from refiner import course
 from refiner.course import exercises
+from refiner.course.references import MISTAKES
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 IMPORTS = """
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import refiner
 from refiner import course
+from refiner.course import references
 from refiner.models import mae
 from refiner.models.encoders import preprocess
 model = SimpleNamespace(blocks=[None] * 12)  # what the tour's choice of blocks asks about
@@ -117,6 +119,24 @@ def test_numbers_in_place_of_a_tensor_are_refused(source, solution, monkeypatch,
         source, f"{solution}\nright = {name}\ndef {name}(*args):\n    return right(*args).tolist()"
     )
     assert re.search(r"is of type (list|float|int); a tensor is needed", capsys.readouterr().out)
+
+
+KNOWN = [c for c in FUNCTIONS if any(f"references.{f.__name__}" in c[0][0] for f in MISTAKES)]
+
+
+@pytest.mark.parametrize("source, solution", KNOWN)
+def test_a_known_mistake_is_named(source, solution, monkeypatch, capsys):
+    """Of each wrong version that the references keep, in the check of the notebook itself."""
+    _, reference = arguments_of(source, monkeypatch)
+    monkeypatch.undo()
+    name = re.search(r"def (my_\w+)", source).group(1)
+    for what, wrong in MISTAKES[reference].items():
+        monkeypatch.setitem(exercises.__dict__, "wrong", wrong)
+        run_check(source, f"from refiner.course.exercises import wrong as {name}")
+        said = capsys.readouterr().out
+        assert f"({what})" in said and "solved ✓" not in said
+    assert {c.values[0].count("course.check(") for c in KNOWN} == {1}
+    assert len(KNOWN) == len(MISTAKES), "a known mistake that no exercise uses"
 
 
 @pytest.mark.parametrize("source, solution", [c for c in FUNCTIONS if "gradient=True" in c[0][0]])

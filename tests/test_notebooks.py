@@ -77,8 +77,8 @@ def test_its_parameters_are_literals_in_the_first_code_cell(notebook):
     assert parameters.get("preset", "cpu") == "cpu"
 
 
-def test_it_has_between_8_and_20_code_cells(notebook):
-    assert 8 <= len(code_cells(notebook)) <= 20
+def test_it_has_between_8_and_25_code_cells(notebook):
+    assert 8 <= len(code_cells(notebook)) <= 25
 
 
 def test_it_was_run_once_from_top_to_bottom_and_shows_results(notebook):
@@ -141,7 +141,7 @@ def test_its_head_says_claim_aims_needs_and_measured_time(notebook):
     assert float(time[1]) == notebook.metadata["refiner"]["minutes_cpu"]
     exercises = find_exercises(notebook, notebook.metadata["name"])
     assert int(time[2]) == sum(exercise.minutes for exercise in exercises)
-    assert 2 <= len(exercises) <= 3
+    assert 2 <= len(exercises) <= 4
 
 
 def test_its_stored_run_took_no_longer_than_stated_by_half(notebook):

@@ -201,7 +201,10 @@ def test_make_sets_up_once_and_again_when_the_packages_change(toy_project):
         "ruff format --check .",
         "python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -k x",
     ]
-    assert run("lab").splitlines()[-1] == "jupyter lab notebooks/00_tour.ipynb"
+    assert run("lab", "ARGS=--with-outputs --no-browser").splitlines()[-2:] == [
+        "refiner course --copies my_course --with-outputs",
+        "jupyter lab my_course/00_tour.ipynb --no-browser",
+    ]
     benches = run("bench").splitlines()
     scripts = [line.removeprefix("python ") for line in benches if line.startswith("python bench")]
     assert any("--editable .[bench]" in line for line in benches)

@@ -29,6 +29,7 @@ import torch
 from refiner.base.errors import UserError
 from refiner.base.files import write_text
 from refiner.base.places import find_notebooks
+from refiner.course.references import MISTAKES
 
 UNSOLVED = "not solved yet"
 
@@ -71,6 +72,8 @@ def check(
             with _seeded(case):
                 args = make_args()
                 problem = _compare(function, reference, args, (atol, rtol), gradient)
+                if problem and problem != UNSOLVED:
+                    problem += _known_mistake(function, reference, args, (atol, rtol))
             if problem:
                 return problem
         return None
@@ -172,6 +175,18 @@ def _call(function: Callable, args: tuple, gradient: bool) -> tuple[object, list
     for tensor in inputs:
         tensor.requires_grad_()
     return function(*args), inputs
+
+
+def _known_mistake(answer, reference, args: tuple, tolerance) -> str:
+    """What went wrong, where the answer gives what a known wrong version gives; else nothing."""
+    try:
+        given = _call(answer, args, gradient=False)[0]
+    except Exception:
+        return ""
+    for what, wrong in MISTAKES.get(reference, {}).items():
+        if _difference(given, _call(wrong, args, gradient=False)[0], tolerance, "") is None:
+            return f" ({what})"
+    return ""
 
 
 def _difference(given, wanted, tolerance: tuple[float, float], what: str) -> str | None:

@@ -1,0 +1,178 @@
+"""What the exercises' checks compare with, out of a learner's sight: plain torch, shape by shape.
+
+Where the library has a function of its own, a notebook hands in that one. ``MISTAKES`` are wrong
+versions that people write; a check that meets one of them says which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible(noise_BN: Tensor, ratio: float, *, smallest: bool = True) -> Tensor:
+    """Indices [B, K] of the patches with the smallest noise; ``ratio`` of all are hidden."""
+    order_BN = noise_BN.argsort(dim=1, descending=not smallest)
+    return order_BN[:, : round(noise_BN.shape[1] * (1 - ratio))]
+
+
+def hidden_error(predicted_BNP, target_BNP, hidden_BN, *, over: str = "hidden") -> Tensor:
+    """Mean squared error over hidden patches."""
+    error_BN = (predicted_BNP - target_BNP).square().mean(2)
+    wanted_BN = {"hidden": hidden_BN, "visible": ~hidden_BN, "all": torch.ones_like(hidden_BN)}[
+        over
+    ]
+    return (error_BN * wanted_BN).sum() / wanted_BN.sum()
+
+
+def attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, root=True, over=-1) -> Tensor:
+    """Softmax attention [B, N, H * D] of H heads."""
+    scores_BHNN = q_BHND @ k_BHND.mT / (q_BHND.shape[-1] ** 0.5 if root else 1)
+    return (scores_BHNN.softmax(over) @ v_BHND).transpose(1, 2).flatten(2)
+
+
+def votes(labels_NK: Tensor, similarities_NK: Tensor, classes: int, temperature: float) -> Tensor:
+    """Sums of the neighbors' votes for each class [N, classes]."""
+    none = torch.zeros(len(labels_NK), classes)
+    return none.scatter_add(1, labels_NK, (similarities_NK / temperature).exp())
+
+
+def whiten(x_ND: Tensor) -> Tensor:
+    """Standardised features times their correlation matrix to the power of -1/2."""
+    x_ND = (x_ND - x_ND.mean(0)) / x_ND.std(0, correction=0)
+    values_D, axes_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
+    return x_ND @ (axes_DD * values_D**-0.5 @ axes_DD.T)
+
+
+def best_of(readings_RND: Tensor, labels_N: Tensor, *, alone: bool = True) -> Tensor:
+    """Which of R readings has the best 1-NN vote, each image asked of all others."""
+    x_RND = F.normalize(readings_RND, dim=-1)
+    alike_RNN = x_RND @ x_RND.mT
+    if alone:
+        alike_RNN.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return (labels_N[alike_RNN.argmax(-1)] == labels_N).double().mean(-1).argmax()
+
+
+def head(x_BD: Tensor, weights: list[Tensor], *, last_norm: bool = True) -> Tensor:
+    """Linear and BatchNorm in every layer, GELU between layers."""
+    for i, weight in enumerate(weights):
+        x_BD = x_BD @ weight
+        if last_norm or i < len(weights) - 1:
+            x_BD = F.batch_norm(x_BD, None, None, training=True)
+        if i < len(weights) - 1:
+            x_BD = F.gelu(x_BD)
+    return x_BD
+
+
+def places(pushed: int, batch: int, size: int) -> Tensor:
+    """Where the next batch goes in a queue."""
+    return (pushed + torch.arange(batch)) % size
+
+
+def lookup(z_BO: Tensor, ids_B: Tensor, queue_QO: Tensor, ids_Q: Tensor, *, own=False) -> Tensor:
+    """Where each query's nearest entry lies that is not of the same image [B]."""
+    alike_BQ = F.normalize(z_BO, dim=-1) @ F.normalize(queue_QO, dim=-1).T
+    same_BQ = ids_B[:, None] == ids_Q
+    return (alike_BQ if own else alike_BQ.masked_fill(same_BQ, -torch.inf)).argmax(1)
+
+
+def nna(p_BO: Tensor, z_BO: Tensor, nn_BO: Tensor, temperature=0.2, *, negatives="z", axis=1):
+    """Nearest Neighbor Alignment of one pair of views; only the positive has the neighbor."""
+    p_BO, z_BO, nn_BO = (F.normalize(x, dim=-1) for x in (p_BO, z_BO.detach(), nn_BO.detach()))
+    logits_BB = (z_BO if negatives == "z" else nn_BO) @ p_BO.T
+    positive_B = ((z_BO if negatives == "only z" else nn_BO) * p_BO).sum(-1)
+    logits_BB = torch.diagonal_scatter(logits_BB, positive_B) / temperature
+    return F.cross_entropy(logits_BB if axis == 1 else logits_BB.T, torch.arange(len(p_BO)))
+
+
+def step(x_VBD, projector, predictor, queue_QO, ids_B, ids_Q, *, pairs=lambda g, v: g != v):
+    """Loss of one head for V views, the first two of which are targets: the mean over pairs."""
+    v, b, _ = x_VBD.shape
+    z_MO = head(x_VBD.flatten(0, 1), projector)
+    p_VBO, z_VBO = head(z_MO, predictor).unflatten(0, (v, b)), z_MO.unflatten(0, (v, b))
+    neighbors = [queue_QO[lookup(z_BO.detach(), ids_B, queue_QO, ids_Q)] for z_BO in z_VBO[:2]]
+    losses = [
+        nna(p_VBO[view], z_VBO[target], neighbors[target])
+        for target in range(2)
+        for view in range(v)
+        if pairs(target, view)
+    ]
+    return torch.stack(losses).mean()
+
+
+def rates(depth: int, decay: float) -> Tensor:
+    """Share of the last block's learning rate that each block has [depth]."""
+    return decay ** torch.arange(depth - 1, -1, -1.0)
+
+
+def linear_decoder(x_MD: Tensor, y_MP: Tensor, penalty: float) -> Tensor:
+    """Ridge regression's weights [D, P]."""
+    a_DD = x_MD.T @ x_MD + penalty * torch.eye(x_MD.shape[1])
+    return torch.linalg.solve(a_DD, x_MD.T @ y_MP)
+
+
+def share(right_N: Tensor) -> Tensor:
+    """A share and its standard error [2]."""
+    return torch.stack([right_N.mean(), right_N.std(correction=0) / len(right_N) ** 0.5])
+
+
+def few(keys_ND, labels_N, queries_MD, shots: int, order_N, *, scale_by: str = "chosen") -> Tensor:
+    """Classes [M] of the nearest of the first ``shots`` images of each class, in an order.
+
+    Features are standardised by the chosen images alone.
+    """
+    chosen = [order_N[labels_N[order_N] == c][:shots] for c in labels_N.unique()]
+    chosen = torch.cat(chosen)
+    scale = {"chosen": keys_ND[chosen], "all keys": keys_ND, "queries": queries_MD}[scale_by]
+    x, y = ((f - scale.mean(0)) / scale.std(0) for f in (keys_ND[chosen], queries_MD))
+    return labels_N[chosen][(F.normalize(y, dim=-1) @ F.normalize(x, dim=-1).T).argmax(1)]
+
+
+def iou(truth: Tensor, guess: Tensor, classes: int) -> Tensor:
+    """Pixels in both over pixels in at least one, of each class [C]."""
+    c = torch.arange(classes).reshape(-1, 1, 1, 1)
+    both, either = (truth == c) & (guess == c), (truth == c) | (guess == c)
+    return both.sum((1, 2, 3)).double() / either.sum((1, 2, 3))
+
+
+def received(n: float, world: int) -> float:
+    """Numbers that each process receives when sums go around a ring."""
+    return 2 * (world - 1) * n / world
+
+
+def statistics(means_WD: Tensor, variances_WD: Tensor) -> Tensor:
+    """Mean and variance of equally large parts together [2, D]."""
+    squares_WD = variances_WD + means_WD**2
+    return torch.stack([means_WD.mean(0), squares_WD.mean(0) - means_WD.mean(0) ** 2])
+
+
+MISTAKES: dict[Callable, dict[str, Callable]] = {
+    visible: {"these are the patches with the largest noise": partial(visible, smallest=False)},
+    hidden_error: {
+        "this is the error over all patches": partial(hidden_error, over="all"),
+        "this is the error over the visible patches": partial(hidden_error, over="visible"),
+    },
+    attention: {
+        "the scores are not divided by the root of D": partial(attention, root=False),
+        "the softmax runs over the queries instead of the keys": partial(attention, over=-2),
+    },
+    best_of: {"every image has found itself": partial(best_of, alone=False)},
+    head: {"the last layer has no BatchNorm": partial(head, last_norm=False)},
+    lookup: {"an image has found itself in the queue": partial(lookup, own=True)},
+    nna: {
+        "the negatives have been swapped, too: this is NNCLR": partial(nna, negatives="nn"),
+        "row i has to compare z_i with all p_j, not p_i with all z_j": partial(nna, axis=0),
+        "without any division by the temperature": lambda p, z, nn, *_: nna(p, z, nn, 1.0),
+    },
+    step: {"a view is compared with itself": partial(step, pairs=lambda g, v: True)},
+    few: {
+        "the test images' statistics have leaked into the features": partial(
+            few, scale_by="queries"
+        ),
+        "images without a label known have scaled the features": partial(few, scale_by="all keys"),
+    },
+}
