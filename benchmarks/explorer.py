@@ -3,12 +3,11 @@
     python benchmarks/explorer.py [--sizes 10000 100000] [--steps 24]
 
 Random features of 12 blocks and 2 models, 16 classes, 32×32 images, one thread. A step moves the
-slider by a block with an image selected and 200 images in the group: it computes the view, renders
-the panels and hands points to both maps, coloured by the prediction error (where only a sample's
-neighbors are known: by class). Points are handed over at once, as nobody looks. Also measured: the
-first view of the embedded checkpoints' 1,024 Toybox images, from ``explore`` to the widget, in a
-process of its own that has not imported the widgets yet. Writes ``explorer.json`` into
-benchmarks/results.
+slider by a block with an image selected and 200 images in the group: it computes the view that
+Python sees, coloured by the wrong votes (where only a sample's neighbors are known: by class). The
+page has drawn by then, as it holds all blocks. Also measured: the first view of the embedded
+checkpoints' 1,024 Toybox images, from ``explore`` to the widget, in a process of its own that has
+not imported the widgets yet. Writes ``explorer.json`` into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ def measure(n: int, steps: int) -> dict:
     began = time.perf_counter()
     explorer = refiner.explore(images, features, progress=False)
     opened = time.perf_counter() - began
-    colour = "prediction error" if explorer.exploration.complete else "class"
+    colour = "wrong votes" if explorer.exploration.complete else "class"
     explorer.set(selected=1, group=tuple(range(GROUP)), colour=colour)
     taken = []
     for step in range(steps):
         wall, processor = time.perf_counter(), time.process_time()
-        explorer.slider.value = 1 + step % BLOCKS
+        explorer.set(block=1 + step % BLOCKS)
         taken.append((time.perf_counter() - wall, time.process_time() - processor))
     walls, processors = zip(*taken[2:], strict=True)  # the first ones make thumbnails
     return {

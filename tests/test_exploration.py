@@ -123,7 +123,7 @@ def test_a_view_says_in_a_line_what_it_shows(explored):
 
 
 def test_compute_changes_nothing(explored):
-    state = State("before", "after", 2, selected=3, group=(1, 2), colour="prediction error")
+    state = State("before", "after", 2, selected=3, group=(1, 2), colour="wrong votes")
     first, _ = explored.compute(state), explored.compute(replace(state, block=1))
     again = explored.compute(state)
     assert first.state == again.state and first.shared == again.shared
@@ -140,12 +140,12 @@ def test_colours(explored):
     assert np.allclose(hue.values, (images.factors["hue"] - 0.2) / 0.6, atol=1e-6)
     assert pattern.names == ("plain", "stripes", "checks", "bands")
     assert pattern.values.tolist() == images.factors["pattern"].tolist()
-    for side, name in zip(colour("prediction error"), FEATURES, strict=True):
+    for side, name in zip(colour("wrong votes"), FEATURES, strict=True):
         votes = naive_votes(*naive_neighbors(name, 2), images.labels.numpy())
         own = votes[np.arange(N), images.labels]
         assert np.allclose(side.colour.values, 1 - own, atol=1e-5)
-    agreement = colour("neighbor agreement")[1].colour.values
-    assert agreement.mean() == pytest.approx(explored.compute(State("before", "after", 3)).shared)
+    change = colour("neighbor change")[1].colour.values
+    assert 1 - change.mean() == pytest.approx(explored.compute(State("before", "after", 3)).shared)
 
 
 def test_what_is_not_known_of_a_factor_spoils_no_other_image():
@@ -194,7 +194,7 @@ def test_without_labels_nothing_speaks_of_classes():
     view = explored.compute(replace(explored.start(), selected=2, group=(1, 2)))
     assert view.sides[0].accuracy is None and view.near[0].right is None
     assert view.group.right is None and view.group.counts == {}
-    assert explored.colours == ("neighbor agreement", "none")
+    assert explored.colours == ("neighbor change", "none")
 
 
 # ---------------------------------------------------------------- many images
@@ -206,7 +206,7 @@ def test_a_sample_stands_for_all_and_anybody_can_be_selected(monkeypatch, explor
     monkeypatch.setattr(explorer_state, "SPARE", 8)  # so that candidates are few among 60 images
     sampled = prepare(make_images(), FEATURES, k=K, progress=False)
     assert len(sampled.sample) == 20 and not sampled.complete
-    assert "neighbor agreement" not in sampled.colours and "prediction error" not in sampled.colours
+    assert "neighbor change" not in sampled.colours and "wrong votes" not in sampled.colours
     for i in range(N):
         state = State("before", "after", 3, selected=i)
         for ours, full in zip(

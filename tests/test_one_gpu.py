@@ -28,8 +28,8 @@ BLOCKER = """
 import sys
 from pathlib import Path
 
-MISSING = {"umap", "IPython", "nbformat", "papermill", "ipywidgets", "jscatter", "faiss", "lightly",
-           "kornia"}
+MISSING = {"umap", "IPython", "nbformat", "papermill", "ipywidgets", "anywidget", "faiss",
+           "lightly", "kornia"}
 
 class Blocker:
     @staticmethod

@@ -49,7 +49,8 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel):
         for p in (ROOT / "data").rglob("*")
         if p.is_file()
     }
-    assert set(names) == modules | data
+    page = {f"refiner/visuals/{p.name}" for p in (ROOT / "refiner" / "visuals").glob("*.[jc]s*")}
+    assert set(names) == modules | data | page
 
 
 def test_the_wheel_loads_and_probes_without_the_repository(installed, tmp_path):

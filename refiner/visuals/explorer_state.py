@@ -149,6 +149,7 @@ class Exploration:
     factors: dict[str, np.ndarray]  # by name [N]
     sample: np.ndarray  # positions [S] of the images whose neighbors were searched
     pictures: dict[int, str] = field(default_factory=dict)  # thumbnails that have been shown
+    source: ImageSet | None = None  # the images with labels and factors, to take parts of
 
     def __len__(self) -> int:
         return len(self.images)
@@ -163,8 +164,8 @@ class Exploration:
         """What points can be coloured by."""
         known = (["class"] if self.labels is not None else []) + list(self.factors)
         if self.complete:
-            known += ["neighbor agreement"]
-            known += ["prediction error"] if self.labels is not None else []
+            known += ["neighbor change"]
+            known += ["wrong votes"] if self.labels is not None else []
         return (*known, "none")
 
     def start(self) -> State:
@@ -192,6 +193,15 @@ class Exploration:
         near = None if state.selected is None else self._near(at, state.selected)
         group = self._group(at, state.group) if state.group else None
         return View(state, sides, float(shared_S.mean()), near, group)
+
+    def chosen(self, view: View) -> dict[int, str]:
+        """Chosen images and how they were chosen: the strongest reason counts."""
+        rows: dict[int, str] = {}
+        for name, near in zip(("left", "right"), view.near or (), strict=False):
+            for j in near.indices.tolist():
+                rows[j] = "near on both sides" if j in rows else f"near on the {name}"
+        rows |= dict.fromkeys(view.state.group, "group")
+        return rows if view.state.selected is None else rows | {view.state.selected: "selected"}
 
     def _checked(self, state: State) -> State:
         layouts = next(iter(self.tables.values())).xy
@@ -228,14 +238,14 @@ class Exploration:
             return Colour(np.zeros(len(self), np.int64), ("image",))
         if name == "class":
             return Colour(self.labels, self.classes)
-        if name == "neighbor agreement":
-            return Colour(shared_S.astype(np.float32))
-        if name == "prediction error":
+        if name == "neighbor change":
+            return Colour((1 - shared_S).astype(np.float32))
+        if name == "wrong votes":
             return Colour(1 - self.tables[at[0]].own_votes[at[1]])
         return _factor_colour(name, self.factors[name])
 
     def _near(self, at, i: int) -> tuple[Near, Near]:
-        found = [self._neighbors_of(where, i) for where in at]
+        found = [self.neighbors_of(where, i) for where in at]
         result = []
         for (indices, similarities), (others, _) in zip(found, found[::-1], strict=True):
             right = vote = None
@@ -245,7 +255,7 @@ class Exploration:
             result.append(Near(indices, similarities, np.isin(indices, others), right, vote))
         return tuple(result)
 
-    def _neighbors_of(self, at, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def neighbors_of(self, at: tuple[str, int], i: int) -> tuple[np.ndarray, np.ndarray]:
         """Neighbors and similarities [k] of any image; searched where it is not in the sample."""
         name, block = at
         table, row = self.tables[name], int(np.searchsorted(self.sample, i))
@@ -402,7 +412,8 @@ def prepare(
     ready = maps.prepared_maps({name: t.graph for name, t in tables.items()})
     for name, xy in (ready or {}).items():
         tables[name].xy["umap"] = xy
-    return Exploration(pixels, tables, k, labels, classes, factors, sample)
+    source = ImageSet(pixels, labels, classes, factors)
+    return Exploration(pixels, tables, k, labels, classes, factors, sample, source=source)
 
 
 @torch.no_grad()

