@@ -11,7 +11,7 @@ from refiner.models.load import build_vit
 from refiner.models.mae import MAERecipe, reconstruct
 from refiner.training.heads import IDHeads, NeighborQueue
 from refiner.training.recipe import Recipe
-from refiner.visuals import widgets
+from refiner.visuals import static_copy, widgets
 
 SMALL = {"size": 16, "patch": 4, "dim": 24, "depth": 3, "heads": 3}
 
@@ -57,15 +57,16 @@ def test_patches_are_hidden_by_hand_or_by_share(mae):
     panel = widgets.mask_explorer(mae, images(), ratio=0.5)
     patches, first = panel.controls["hidden"], picture(panel)
     assert sum(patches.value) == 8
-    button = patches.children[5]
-    button.value = not button.value
+    patches.value = [on ^ (i == 5) for i, on in enumerate(patches.value)]  # as a click does
     assert sum(patches.value) in (7, 9) and picture(panel) != first
     panel.controls["ratio"].value = 0.75
     assert sum(patches.value) == 12
-    assert [b.value for b in patches.children] == patches.value
     before = patches.value
     panel.controls["seed"].value = 1
     assert sum(patches.value) == 12 and patches.value != before
+    shown, first = patches.picture, picture(panel)
+    panel.controls["image"].value = 3
+    assert patches.picture != shown and picture(panel) != first, "the board shows the image"
 
 
 # ---------------------------------------------------------------- attention
@@ -101,6 +102,17 @@ def test_the_attention_explorer_follows_its_controls(model):
         )
         assert torch.allclose(shown.flatten(1), row[:, 1:], atol=1e-6)
         plt.close(drawn)
+
+
+def test_a_click_on_a_patch_lets_it_ask(model):
+    panel = widgets.attention_explorer(model, images())
+    board = panel.widget.children[1]
+    board.value = [i == 7 for i in range(16)]
+    assert panel.controls["token"].value == 7
+    panel.controls["token"].value = 3
+    assert [i for i, on in enumerate(board.value) if on] == [3]
+    board.value = [False] * 16
+    assert panel.controls["token"].value == "cls" and not any(board.value)
 
 
 def test_attention_of_other_encoders_is_refused():
@@ -194,3 +206,21 @@ def test_an_error_is_shown_and_raised():
     assert panel._message.value == ""
     with pytest.raises(KeyError):
         panel.set(y=1)
+
+
+def test_showing_again_closes_what_the_same_cell_showed_before(monkeypatch):
+    import ipywidgets
+
+    runs = iter([("cell", "run 1"), ("cell", "run 1"), ("other", "run 2"), ("cell", "run 3")])
+    monkeypatch.setattr(static_copy, "_cell_and_run", lambda: next(runs))
+    monkeypatch.setattr("IPython.display.display", lambda _: None)
+    monkeypatch.setattr(static_copy, "_shown", {})
+    made = []
+    for _ in range(4):
+        slider = ipywidgets.IntSlider()
+        made.append(widgets.Panel(lambda x: plt.figure(), {"x": slider}))
+        made[-1]._ipython_display_()
+    opened = [panel.controls["x"].comm is not None for panel in made]
+    assert opened == [False, False, True, True]
+    parts = (made[0].widget, made[0]._picture, made[0].controls["x"].layout)
+    assert all(part.comm is None for part in parts)

@@ -7,6 +7,7 @@ line of a cell it shows itself, and the figure as it is then stays in the stored
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -31,6 +32,8 @@ from refiner.models.encoders import (
 )
 from refiner.models.mae import MaskedAutoencoder, random_masking, reconstruct
 from refiner.training.heads import IDHeads, NeighborQueue
+from refiner.visuals import static_copy
+from refiner.visuals.explorer_page import HERE, png_address
 from refiner.visuals.pictures import contact_sheet
 from refiner.visuals.style import RIGHT, WRONG, name_of
 
@@ -46,7 +49,7 @@ class Panel:
     def __init__(self, draw: Callable[..., Figure], controls: dict, *, above=None):
         import ipywidgets as w
 
-        self.draw, self.controls = draw, controls
+        self.draw, self.controls, self._slow = draw, controls, False
         self._picture, self._message, self._quiet = w.Image(format="png"), w.HTML(), False
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         row = w.Box([c for c in controls.values() if c is not above], layout=wrap)
@@ -74,6 +77,9 @@ class Panel:
     def _changed(self, _=None) -> None:
         if self._quiet:
             return
+        began = time.monotonic()
+        if self._slow:  # as the last drawing was
+            self._message.value = '<span role="status">working …</span>'
         try:
             drawn = self.figure()
         except Exception as error:  # shown where the user looks, and passed on
@@ -85,14 +91,10 @@ class Panel:
         drawn.savefig(file, format="png", dpi=80)
         plt.close(drawn)
         self._picture.value = file.getvalue()
+        self._slow = time.monotonic() - began > 0.5
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)
-        drawn = self.figure()
-        display(drawn)
-        plt.close(drawn)
+        static_copy.show(self.widget, self.figure())
 
 
 def _slider(label: str, value, low, high, step=1):
@@ -142,7 +144,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
 
     Returns:
         A :class:`Panel` with the controls ``image``, ``ratio``, ``seed`` and ``hidden``, a bool for
-        each patch; the first three draw a new mask.
+        each patch, by a click on the image; ``ratio`` and ``seed`` draw a new mask.
     """
     pixels = pixels_of(images)
     n = mae.patches
@@ -152,11 +154,12 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
         hidden[0] |= not hidden.any()
         return hidden
 
-    patches = _patch_grid(mask(ratio, seed))
+    shown = _image_slider(pixels)
+    patches = _board("Patches to hide", mask(ratio, seed).tolist(), shown, pixels)
     controls = {
-        "image": _image_slider(pixels),
+        "image": shown,
         "ratio": _slider("hidden share", ratio, 0.05, 0.95, 0.05),
-        "seed": _slider("mask", seed, 0, 99),
+        "seed": _slider("Random mask no.", seed, 0, 99),
         "hidden": patches,
     }
 
@@ -179,36 +182,33 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
     return Panel(draw, controls, above=patches)
 
 
-def _patch_grid(hidden: Tensor):
-    """A square of buttons, one a patch; pressed is hidden. ``value`` is a list of bool."""
-    import ipywidgets as w
+def _board(label: str, value: list[bool], image, pixels, *, alone: bool = False):
+    """The image that a slider shows, whose patches can be pressed; ``value`` is a list of bool.
+
+    Args:
+        label: for those who cannot see it.
+        value: which patches are pressed, row by row of a square.
+        image: the slider.
+        pixels: uint8 [N, 3, H, W].
+        alone: at most one patch is pressed.
+    """
+    import anywidget
     import traitlets
 
-    side = round(len(hidden) ** 0.5)
-    tiny = w.Layout(width="26px", height="26px", margin="1px", padding="0")
-    button = lambda i, h: w.ToggleButton(h, layout=tiny, tooltip=f"hide patch {i}")  # noqa: E731
-    buttons = [button(i, h) for i, h in enumerate(hidden.tolist())]
+    picture = lambda: png_address(pixels[int(image.value)])  # noqa: E731
 
-    class Patches(w.GridBox):
-        value = traitlets.List(hidden.tolist())
+    class Board(anywidget.AnyWidget):
+        _esm = HERE / "patches.js"
+        value = traitlets.List().tag(sync=True)
+        side = traitlets.Int().tag(sync=True)
+        picture = traitlets.Unicode().tag(sync=True)
+        label = traitlets.Unicode().tag(sync=True)
+        alone = traitlets.Bool().tag(sync=True)
 
-    layout = w.Layout(grid_template_columns=f"repeat({side}, 28px)")
-    patches, busy = Patches(buttons, layout=layout), []
-
-    def pressed(_):
-        if not busy:
-            patches.value = [b.value for b in buttons]
-
-    def shown(change):
-        busy.append(True)
-        for one, value in zip(buttons, change["new"], strict=True):
-            one.value = value
-        busy.pop()
-
-    for one in buttons:
-        one.observe(pressed, names="value")
-    patches.observe(shown, names="value")
-    return patches
+    side = round(len(value) ** 0.5)
+    board = Board(value=value, side=side, picture=picture(), label=label, alone=alone)
+    image.observe(lambda _: setattr(board, "picture", picture()), "value")
+    return board
 
 
 # ---------------------------------------------------------------- attention
@@ -284,7 +284,7 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
 
     Returns:
         A :class:`Panel` with the controls ``image``, ``block`` and ``token`` ("class token" where
-        there is one, "mean of all patches", or a patch's position).
+        there is one, "mean of all patches", or a patch's position, by a click on the image).
     """
     import ipywidgets as w
 
@@ -298,6 +298,19 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
         "block": _slider("block", block or depth, 1, depth),
         "token": w.Dropdown(options=tokens, description="from"),
     }
+    board = _board("Patch that asks", [False] * n, controls["image"], pixels, alone=True)
+
+    def asks(change):
+        if any(change["new"]):
+            controls["token"].value = change["new"].index(True)
+        elif isinstance(controls["token"].value, int):  # pressed a second time
+            controls["token"].value = tokens[0][1]
+
+    def asked(change):
+        board.value = [i == change["new"] for i in range(n)]
+
+    board.observe(asks, "value")
+    controls["token"].observe(asked, "value")
     known: dict[int, Tensor] = {}
 
     def draw(image, block, token):
@@ -312,7 +325,7 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
         title = f"block {block}, from the {name}"
         return attention_figure(pixels[int(image)], maps_AT, prefix=prefix, title=title)
 
-    return Panel(draw, controls)
+    return Panel(draw, controls, above=board)
 
 
 # ---------------------------------------------------------------- views
@@ -355,7 +368,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
         "image": _image_slider(pixels),
         "scale": w.FloatRangeSlider(value=view.scale, min=0.02, max=1, step=0.02, **look),
         "strength": _slider("colour jitter", max(view.brightness, view.contrast), 0.0, 1.0, 0.05),
-        "hue": _slider("hue, turns", view.hue, 0.0, 0.5, 0.05),
+        "hue": _slider("Hue shift (turns)", view.hue, 0.0, 0.5, 0.05),
         **{name: _slider(name, getattr(view, name), 0.0, 1.0, 0.05) for name in CHANCES},
         "seed": _slider("draw", seed, 0, 99),
     }
