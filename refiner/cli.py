@@ -256,6 +256,7 @@ def add_refine(subparsers) -> None:
 def refine_command(args: argparse.Namespace) -> int:
     """Refines and writes model, heads, card and history."""
     from refiner.base import parallel
+    from refiner.base.tensors import sides
     from refiner.models.load import load_model
     from refiner.training import watch
     from refiner.training.planning import plan
@@ -269,7 +270,8 @@ def refine_command(args: argparse.Namespace) -> int:
     first = refine_preset(args.preset, model, size, IMAGENET, args.settings or [])
     check_out(args.out, args.model)
     options = training_options(args)
-    images = refinable_images(args, size, min(view.size for view in first.views))
+    smallest = min(min(sides(view.size)) for view in first.views)
+    images = refinable_images(args, size, smallest)
     if args.knn_every:
         images, held_out = images.holdout(0.1)
         options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
@@ -292,7 +294,7 @@ def refine_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def refinable_images(args: argparse.Namespace, size: int, smallest: int):
+def refinable_images(args: argparse.Namespace, size, smallest: int):
     """An image set, or a stream for tar shards and ``hf:`` names.
 
     Args:
@@ -308,7 +310,7 @@ def refinable_images(args: argparse.Namespace, size: int, smallest: int):
 
     if not is_stream(args.data):
         check_source(args.data)
-        check_sides(args.data, size, smallest)
+        check_sides(args.data, size if isinstance(size, int) else min(size), smallest)
         parent = "parent" if args.group_by == "parent" else None
         return load_images(args.data, n=args.n, size=size, group_by=parent)
     if args.knn_every:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
 from refiner.models.catalogue import CATALOGUE
-from refiner.models.convert import _heads, convert, read_file
+from refiner.models.convert import _heads, _sincos_positions, convert, read_file
 from refiner.models.encoders import allow_any_size, preprocess
 from refiner.models.load import load_model
 from refiner.models.mae import load_mae, reconstruct
@@ -595,7 +595,10 @@ def test_missing_extra_and_misshapen_keys_are_listed_at_once(tmp_path):
             lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 1, 8, 8)}),
             r"is \[24, 1, 8, 8\], expected",
         ),
-        (lambda w: w.update({"pos_embed": torch.zeros(1, 19, DIM)}), "19 positions are no square"),
+        (
+            lambda w: w.update({"pos_embed": torch.zeros(1, 19, DIM)}),
+            "19 positions are no grid that is known; say .* size=",
+        ),
         (lambda w: w.update({"pos_embed": torch.zeros(17, DIM)}), r"pos_embed is \[17, 24\]"),
         (
             lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(3)}),
@@ -613,14 +616,27 @@ def test_a_file_that_cannot_be_placed(change, message):
 def test_an_oblong_grid_does_not_pass_for_a_square_one():
     w = refiner_file()[0]["state_dict"]
     w["pos_embed.embed"] = w["pos_embed.embed"].reshape(1, 2, 8, DIM)
-    with pytest.raises(ValueError, match="a grid of 2 × 8; only square ones are known"):
-        convert({"state_dict": w}, num_heads=HEADS)
+
+    def size(content, **how):
+        found = convert(content, num_heads=HEADS, **how)
+        return found.architecture["size"], found.assumed
+
+    assert size({"state_dict": w}) == ((16, 64), "")  # as the positions lie
     for settings in ({"img_size": [16, 64]}, {"input_size": (3, 16, 64)}):
         for told in (argparse.Namespace(**settings), settings):
-            with pytest.raises(ValueError, match=r"16, 64.*only square images are known"):
-                convert({"args": told, **mae_file()[0]}, num_heads=HEADS)
-    for settings in ({"img_size": [32, 32]}, {"img_size": (32,)}, {"input_size": 32}):
-        convert({"args": argparse.Namespace(**settings), **mae_file()[0]}, num_heads=HEADS)
+            assert size({"args": told, **mae_file()[0]}) == ((16, 64), "")
+    for settings in ({"img_size": [32, 32]}, {"img_size": (32,)}, {"input_size": 32}, {}):
+        assert size({"args": argparse.Namespace(**settings), **mae_file()[0]}) == (32, "")
+    assert size(mae_file()[0], size=(64, 16)) == (
+        (64, 16),
+        "images of 64 × 16 pixels, as asked for",
+    )
+    assert size(mae_file()[0], size=(64, 64)) == (32, "")  # load_model resizes it
+    with pytest.raises(ValueError, match="said to be for images of 16 × 32 pixels, but"):
+        size({"args": {"img_size": [16, 32]}, **mae_file()[0]})
+    fixed = mae_file()[0]
+    fixed["model"]["pos_embed"] = _sincos_positions((8, 2), DIM, 1)
+    assert size(fixed) == ((64, 16), "")  # as sines and cosines say
 
 
 def test_files_of_no_known_format():

@@ -293,7 +293,7 @@ def test_a_key_makes_no_endless_model(kind, tmp_path):
         ("hidden_act", "relu", "hidden_act is 'relu'; choose 'gelu'"),
         ("hidden_act", "silu", "hidden_act is 'silu'; timm's network has 'gelu'"),
         ("num_channels", 4, "num_channels is 4; choose 3"),
-        ("image_size", [32, 64], "only square images are known"),
+        ("image_size", [32, 64], "images of 32 × 64 pixels, but has as many"),
     ],
 )
 def test_a_config_that_cannot_be(key, value, message, folder, tmp_path):

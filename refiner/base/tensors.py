@@ -20,6 +20,16 @@ GROUPED_KEYS = 4096  # from here on the maxima of groups pay
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
 
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width; a number is both."""
+    return (size, size) if isinstance(size, Integral) else tuple(size)
+
+
+def as_size(height: int, width: int) -> int | tuple[int, int]:
+    """A number for a square, else (height, width); JSON makes a list of it."""
+    return height if height == width else (height, width)
+
+
 def largest(scores_QK: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their keys: those of the k groups with the largest maxima."""
     n_keys = scores_QK.shape[1]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from refiner.base.pages import json_ready
-from refiner.base.tensors import step_generator
+from refiner.base.tensors import as_size, step_generator
 from refiner.images.sets import ImageSet
 from refiner.images.views import View, make_view
 from refiner.models.encoders import Encoder
@@ -78,7 +78,7 @@ def _row(tested: choosing.Tested, which: str) -> dict:
 def views_of(model: Encoder, images: ImageSet, seed: int = 0, device=None) -> list[Features]:
     """Features of several views of some images, for the measures that compare views."""
     pixels = images.batch(torch.arange(min(SEEN, len(images))))
-    view = View(size=pixels.shape[-1], scale=(0.3, 1.0), jitter=0.8)
+    view = View(size=as_size(*pixels.shape[-2:]), scale=(0.3, 1.0), jitter=0.8)
     made = (make_view(pixels, view, step_generator(seed, v)) for v in range(VIEWS))
     return [extract(model, v.mul(255).byte(), device=device, progress=False) for v in made]
 

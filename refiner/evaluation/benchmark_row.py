@@ -7,10 +7,12 @@ The benchmark is results.csv of github.com/billpsomas/efficient-probing (Psomas 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from refiner.base.files import replacing
+from refiner.base.tensors import sides
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import Encoder, has_class_token, patch_count
 from refiner.probing.attentive import AttentiveProbe, attentive_probe
@@ -76,7 +78,7 @@ def benchmark_row(
     card, width, mean = model.refiner_card, model.num_features, not has_class_token(model)
     kind, size = type(model).__name__, card["preprocessing"]["size"]
     kind = "ViT" if kind == "VisionTransformer" else kind
-    patch = round(size / patch_count(model) ** 0.5)
+    patch = round((math.prod(sides(size)) / patch_count(model)) ** 0.5)
     known = {
         "family": family,
         "method": card.get("method", card["name"]),

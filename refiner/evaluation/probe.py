@@ -28,6 +28,7 @@ from refiner.base.files import fitting, one_run_a_folder, write_json
 from refiner.base.pages import BAR, begin, json_ready
 from refiner.base.parallel import check_device
 from refiner.base.settings import Count, Entries, Portion, Whole, checked
+from refiner.base.tensors import sides
 from refiner.evaluation import advice
 from refiner.evaluation.benchmark_row import benchmark_row, write_rows
 from refiner.images.load import check_source, train_and_test
@@ -160,7 +161,7 @@ def probe(
     report = begin(out, asked, resume, Report, models={})
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
     total = len(names) * (COST["features"] + sum(COST[part] for part in settings.parts))
-    by_size: dict[int, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
+    by_size: dict[object, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
     with tqdm(total=total, desc="probing", unit="", disable=not progress, bar_format=BAR) as bar:
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
@@ -204,7 +205,7 @@ def settings_for(minutes: float | None, **given) -> Settings:
 def in_minutes(model, minutes: float, device) -> tuple[int, int]:
     """How many train and test images a model reads in half of some minutes, 3 to 1."""
     size = model.refiner_card["preprocessing"]["size"]
-    some = torch.zeros(16, 3, size, size, dtype=torch.uint8)
+    some = torch.zeros(16, 3, *sides(size), dtype=torch.uint8)
     extract(model, some, device=device, progress=False)  # the first pass is slower
     began = time.monotonic()
     extract(model, some, device=device, progress=False)

@@ -1,4 +1,4 @@
-"""Image files become pixels: any mode to RGB, gray of many bits to 8, any size to a square."""
+"""Image files become pixels: any mode to RGB, gray of many bits to 8, any size to one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
+from refiner.base.tensors import sides
 
 # What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -43,38 +44,46 @@ _one_large = Lock()
 
 
 @torch.no_grad()
-def resize(images: Tensor, size: int, *, chunk: int = 1024) -> Tensor:
-    """Resizes uint8 [N, 3, H, W] to uint8 [N, 3, size, size]: shorter side, then centre crop."""
+def resize(images: Tensor, size: int | tuple[int, int], *, chunk: int = 1024) -> Tensor:
+    """Resizes uint8 [N, C, H, W] to cover a size (a square's side, or both), and cuts the middle.
+
+    Returns:
+        uint8 [N, C, S, S], or [N, C, *size].
+    """
+    if sides(size) == tuple(images.shape[-2:]):
+        return images
     top, left, h, w = _middle(*images.shape[-2:])
     images = images[..., top : top + h, left : left + w]
-    if h == w == size:
-        return images
     (height, width), (top, left) = fitted((h, w), size)
-    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
+    rows, columns = sides(size)
+    shape = *images.shape[:2], rows, columns
+    out = torch.empty(shape, dtype=torch.uint8, device=images.device)
     for start in range(0, len(images), chunk):
         x = images[start : start + chunk].float()
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
-        x = x[:, :, top : top + size, left : left + size]
+        x = x[:, :, top : top + rows, left : left + columns]
         out[start : start + chunk] = x.round_().clamp_(0, 255).to(torch.uint8)
     return out
 
 
-def fitted(sides: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The sides whose shorter one is ``size``, and where the square in their middle begins."""
-    scale = size / min(sides)
-    sides = max(size, round(sides[0] * scale)), max(size, round(sides[1] * scale))
-    return sides, ((sides[0] - size) // 2, (sides[1] - size) // 2)
+def fitted(own: tuple[int, int], size) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The smallest sides that cover a size, and where that begins in their middle."""
+    wanted = sides(size)
+    scale = max(wanted[0] / own[0], wanted[1] / own[1])
+    covering = tuple(max(a, round(b * scale)) for a, b in zip(wanted, own, strict=True))
+    return covering, tuple((b - a) // 2 for a, b in zip(wanted, covering, strict=True))
 
 
-def squared(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """A picture resized by the shorter side and cropped at the centre."""
-    if image.size == (size, size):
+def cut(image: Image.Image, size, resample: Image.Resampling) -> Image.Image:
+    """A picture resized to cover a size, and cropped at the centre."""
+    height, width = sides(size)
+    if image.size == (width, height):
         return image
     left, top, w, h = _middle(*image.size)
     if (w, h) != image.size:
         image = image.crop((left, top, left + w, top + h))
-    sides, (left, top) = fitted(image.size, size)
-    return image.resize(sides, resample).crop((left, top, left + size, top + size))
+    covering, (left, top) = fitted(image.size, (width, height))
+    return image.resize(covering, resample).crop((left, top, left + width, top + height))
 
 
 def _middle(a: int, b: int) -> tuple[int, int, int, int]:
@@ -111,7 +120,7 @@ def as_pixels(x) -> Tensor:
 
 def read_files(
     paths: Sequence[Path],
-    size: int,
+    size: int | tuple[int, int],
     *,
     value_range: ValueRange = None,
     progress: bool = True,
@@ -121,16 +130,17 @@ def read_files(
 
     Args:
         paths: the files.
-        size: height and width of the result, pixels: shorter side resized, centre cropped.
+        size: of the result, pixels: a square's side, or height and width; resized to cover it,
+            centre cropped.
         value_range: see :func:`refiner.load_images`.
         progress: show a bar.
         block: files a thread takes at once.
 
     Returns:
-        uint8 [N, 3, size, size], and the files that cannot be read with the reason; their pixels
+        uint8 [N, 3, *size], and the files that cannot be read with the reason; their pixels
         are zero.
     """
-    pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
+    pixels = np.zeros((len(paths), 3, *sides(size)), dtype=np.uint8)
     broken: dict[Path, str] = {}
 
     def read(start: int) -> int:
@@ -153,14 +163,14 @@ def read_files(
     return torch.from_numpy(pixels), broken
 
 
-def read_image(file: Path | IO[bytes], size: int, value_range: ValueRange = None) -> np.ndarray:
-    """One file as uint8 [size, size, 3]; without a range, gray of many bits is measured itself."""
+def read_image(file: Path | IO[bytes], size, value_range: ValueRange = None) -> np.ndarray:
+    """One file as uint8 [*size, 3]; without a range, gray of many bits is measured itself."""
     with Image.open(file) as image:
         # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.
-        image.draft("RGB", (2 * size, 2 * size))
+        image.draft("RGB", (2 * max(sides(size)), 2 * max(sides(size))))
         with _one_large if image.width * image.height > LARGE else nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(squared(to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
+            return np.asarray(cut(to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange = None) -> Image.Image:

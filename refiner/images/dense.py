@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.images.decode import read_files, squared
+from refiner.images.decode import cut, read_files
 from refiner.images.folders import Files, image_files
 from refiner.images.sets import ImageSet
 
@@ -157,5 +157,5 @@ def _read_map(path: Path, size: int) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "1"):
             raise UserError(f"{path} has mode {image.mode}: annotations have one channel of 8 bits")
-        values = np.asarray(squared(image, size, Image.Resampling.NEAREST)).astype(np.uint8)
+        values = np.asarray(cut(image, size, Image.Resampling.NEAREST)).astype(np.uint8)
     return values - np.uint8(1)  # 0 becomes IGNORE

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import os
 import warnings
 import zipfile
@@ -25,6 +26,7 @@ import torch
 from refiner.base.errors import TooFew, UserError
 from refiner.base.files import replacing
 from refiner.base.places import cache_folder
+from refiner.base.tensors import as_size, sides
 from refiner.images import labs as labs_module
 from refiner.images import named_sets, toybox
 from refiner.images.decode import ValueRange, check_range, read_files, resize
@@ -32,7 +34,7 @@ from refiner.images.folders import Files, class_folders, common_size, files_of, 
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
-def train_and_test(data, n: int | None, n_test: int | None, size: int) -> tuple[ImageSet, ImageSet]:
+def train_and_test(data, n: int | None, n_test: int | None, size) -> tuple[ImageSet, ImageSet]:
     """Train and test images; a folder without a test part lends a fifth, whatever n is.
 
     Raises:
@@ -82,7 +84,7 @@ def load_images(
     *,
     split: str = "train",
     n: int | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     seed: int = 0,
     value_range: ValueRange = None,
     labs: Sequence[int] | None = None,
@@ -110,13 +112,13 @@ def load_images(
       splits together; if not, the whole folder is the train split and other splits are an error
       (:meth:`ImageSet.holdout` makes one). Hidden files and other file types are ignored. Images
       are turned upright (EXIF), converted to RGB (transparency onto white), resized by the shorter
-      side and cropped at the centre.
+      side (to cover the size) and cropped at the centre.
 
     Args:
         name: one of the names above, or the path of a folder.
         split: "train", "val" or "test".
         n: only so many images, the classes balanced; None for all. A smaller n is a prefix.
-        size: height and width in pixels. Default: 32 for Toybox, CIFAR and digits; in other sets
+        size: pixels, a number for squares or (height, width). Default: 32 for Toybox, CIFAR and digits; in other sets
             the size that a sample of 64 files agrees on if it is square, else 224.
         seed: of Toybox's scenes; for the other sets of the order, and so of which n.
         value_range: the gray values that become black and white, where images of a folder have more
@@ -148,8 +150,11 @@ def load_images(
     check_source(name)
     _check_n(n)
     check_range(value_range)
-    if size is not None and size < 1:
+    if size is not None and min(sides(size)) < 1:
         raise UserError(f"size must be at least 1 pixel, not {size}")
+    size = size and as_size(*sides(size))
+    if str(name) in toybox.VARIANTS and isinstance(size, tuple):
+        raise UserError(f"{name} is rendered square: give one number as its size, not {size}")
     if labs is not None and str(name) != "toybox-labs":
         raise UserError(f"labs are those of 'toybox-labs'; {name} has none to choose from")
     if group_by not in (None, "parent"):
@@ -347,7 +352,7 @@ def load_holdout(
     *,
     n: int | None = None,
     n_test: int | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[ImageSet, ImageSet]:
@@ -380,7 +385,7 @@ def load_holdout(
 def _read_set(
     files: Files,
     n: int | None,
-    size: int | None,
+    size,
     seed: int,
     progress: bool,
     value_range: ValueRange = None,
@@ -394,7 +399,7 @@ def _read_set(
     size, value_range = size or common_size(paths), value_range or files.value_range()
     names = [path.parent.name for path in paths]
     factors = {"parent": np.unique(names, return_inverse=True)[1] * 1.0} if by_parent else {}
-    if len(paths) * 3 * size * size > MEMORY_LIMIT:
+    if len(paths) * 3 * math.prod(sides(size)) > MEMORY_LIMIT:
         lazy = LazyImages(paths, size, value_range)
         return ImageSet(lazy, labels, classes, factors, str(folder))
 

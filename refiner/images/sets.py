@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import named_labels
+from refiner.base.tensors import named_labels, sides
 from refiner.images.decode import ValueRange, as_pixels, read_files, resize
 
 # ---------------------------------------------------------------- the set
@@ -83,8 +83,8 @@ class ImageSet:
             masks=pick(self.masks),
         )
 
-    def batch(self, indices, size: int | None = None) -> Tensor:
-        """Pixels of some images, uint8 [B, 3, H, W], or [B, 3, size, size] when a size is given."""
+    def batch(self, indices, size: int | tuple[int, int] | None = None) -> Tensor:
+        """Pixels of some images, uint8 [B, 3, H, W], of a size if one is given."""
         where = _positions(indices, len(self))
         if isinstance(self.images, Tensor):
             where = where.to(self.images.device)
@@ -232,22 +232,22 @@ def _by_share(order: Tensor, labels: Tensor, share: float) -> tuple[Tensor, int]
 
 
 class LazyImages:
-    """Image files that look like a uint8 tensor [N, 3, S, S] and are read when indexed.
+    """Image files that look like a uint8 tensor [N, 3, *size] and are read when indexed.
 
     Attributes:
         paths: the files.
-        size: S, in pixels.
+        size: a square's side, or height and width, pixels.
         value_range: see :func:`refiner.load_images`.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, paths: Sequence[Path], size: int, value_range: ValueRange = None):
+    def __init__(self, paths: Sequence[Path], size, value_range: ValueRange = None):
         self.paths, self.size, self.value_range = list(paths), size, value_range
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([len(self.paths), 3, self.size, self.size])
+        return torch.Size([len(self.paths), 3, *sides(self.size)])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -258,7 +258,7 @@ class LazyImages:
         return LazyImages(some, self.size, self.value_range)
 
     def __getitem__(self, index) -> Tensor:
-        """Pixels, uint8 [B, 3, S, S], or [3, S, S] for an int.
+        """Pixels, uint8 [B, 3, *size], or [3, *size] for an int.
 
         Raises:
             OSError: when a file cannot be read, with its name.

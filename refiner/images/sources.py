@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refiner.base import parallel
+from refiner.base.tensors import sides, take
 from refiner.images.sets import pixels_of
 from refiner.images.streams import ImageStream, StreamBatches
 
@@ -102,7 +103,8 @@ def in_words(images) -> str:
     if isinstance(images, ImageStream):
         n = f"{images.n} " if images.n else ""
         where = f" (column {images.column})" if images.column else ""
-        return f"{images.shards} shards of {n}images{where}, decoded to {images.size}×{images.size}"
+        h, w = sides(images.size)
+        return f"{images.shards} shards of {n}images{where}, decoded to {h}×{w}"
     pixels = pixels_of(images)
     return f"{len(pixels)} images of {pixels.shape[2]}×{pixels.shape[3]}"
 
@@ -138,8 +140,6 @@ class Batches:
         return self.coming.pop(step).result(), ids.to(self.device, non_blocking=True)
 
     def _take(self, ids: Tensor) -> Tensor:
-        from refiner.base.tensors import take
-
         return take(self.pixels, ids[self.mine], self.device)
 
     def state(self, done: int) -> None:

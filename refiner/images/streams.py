@@ -36,6 +36,7 @@ from torch import Tensor
 
 from refiner.base import parallel
 from refiner.base.errors import MissingPackage, UserError
+from refiner.base.tensors import sides
 from refiner.images.decode import (
     EXTENSIONS,
     SAMPLE,
@@ -61,7 +62,7 @@ class ImageStream:
         read: (shard, images to skip) → the encoded images of a shard in their order; empty where
             one cannot be had.
         shards: how many there are.
-        size: S, pixels.
+        size: pixels, a square's side or height and width.
         name: where they come from.
         n: images in all shards; None when nobody said. ``len()`` is then an error.
         block: images that are shuffled together; they are held encoded.
@@ -71,7 +72,7 @@ class ImageStream:
 
     read: Reader
     shards: int
-    size: int
+    size: int | tuple[int, int]
     name: str = "stream"
     n: int | None = None
     block: int = 2048
@@ -92,9 +93,9 @@ class ImageStream:
     def __repr__(self) -> str:
         count = "" if self.n is None else f"{self.n} "
         where = f", column {self.column!r}" if self.column else ""
+        size = "×".join(map(str, dict.fromkeys(sides(self.size))))
         return (
-            f"ImageStream({self.name!r}{where}: {count}images of {self.size} px in "
-            f"{self.shards} shards)"
+            f"ImageStream({self.name!r}{where}: {count}images of {size} px in {self.shards} shards)"
         )
 
     def encoded(self, shard: int, skip: int = 0) -> Iterator[bytes]:
@@ -143,7 +144,7 @@ class ImageStream:
 def open_stream(
     name: str,
     *,
-    size: int,
+    size: int | tuple[int, int],
     split: str = "train",
     n: int | None = None,
     block: int = 2048,
@@ -155,7 +156,7 @@ def open_stream(
         name: ``"path/shards-{000..010}.tar"``, also with ``*`` or an address (``https://…``,
             ``s3://…``); or ``"hf:owner/name"``, ``"hf:owner/name:configuration"``, or ``"hf:"`` and
             a local folder of parquet files.
-        size: height and width of the decoded images, pixels: shorter side resized, centre cropped.
+        size: see :func:`refiner.load_images`.
         split: of a Hugging Face set.
         n: how many images there are, where it is known: an epoch's length, for the plan.
         block: images that are shuffled together.

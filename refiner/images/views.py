@@ -21,7 +21,7 @@ from torchvision.ops import roi_align
 
 from refiner.base.errors import UserError
 from refiner.base.settings import Count, Entries, NotNegative, Portion, Positive, Range, Share
-from refiner.base.tensors import constant, draw
+from refiner.base.tensors import constant, draw, sides
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class View:
     """How one view of an image is made. Probabilities are per sample.
 
     Attributes:
-        size: output height and width, pixels.
+        size: output height and width, pixels; a number for squares.
         scale: range of the crop's share of the image's area.
-        ratio: range of the crop's width / height.
+        ratio: range of the crop's width / height, in that of the view.
         flip: probability of a mirror image.
         jitter: probability of colour jitter.
         brightness, contrast, saturation: jitter factors drawn from [max(0, 1-x), 1+x].
@@ -48,7 +48,7 @@ class View:
             saves time. A masked autoencoder has seen such input throughout its pretraining.
     """
 
-    size: Count = 224
+    size: tuple[Count, Count] | Count = 224
     scale: Annotated[tuple[Portion, Portion], Entries(rising=True)] = (0.25, 1.0)
     ratio: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (3 / 4, 4 / 3)
     flip: Share = 0.5
@@ -64,6 +64,11 @@ class View:
     invert: Share = 0.0
     noise: NotNegative = 0.0
     keep: Portion = 1.0
+
+    @property
+    def pixels(self) -> int:
+        """Of a view, in one channel."""
+        return math.prod(sides(self.size))
 
 
 Generator = torch.Generator | None
@@ -100,8 +105,8 @@ def crop_boxes(
     return torch.stack([x0, y0, x0 + w, y0 + h], dim=1)
 
 
-def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cuts boxes [B, 4] out of images [B, C, H, W] and resizes them to [B, C, size, size].
+def crop(images: Tensor, boxes: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Cuts boxes [B, 4] out of images [B, C, H, W] and resizes them to [B, C, *size].
 
     roi_align averages bilinear samples inside each output pixel: an anti-aliased resize with one
     box a sample, in one call. Two samples a side, more when the crop is much larger than the
@@ -109,8 +114,8 @@ def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """
     index = torch.arange(len(boxes), device=images.device, dtype=images.dtype)[:, None]
     rois = torch.cat([index, boxes.to(images)], dim=1)
-    samples = max(1, min(2, -(-images.shape[-1] // size)))
-    return roi_align(images, rois, size, sampling_ratio=samples, aligned=True)
+    samples = max(1, min(2, -(-images.shape[-1] // sides(size)[1])))
+    return roi_align(images, rois, sides(size), sampling_ratio=samples, aligned=True)
 
 
 _GRAY = (0.299, 0.587, 0.114)
@@ -173,7 +178,7 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     the result depend on who shares the batch, and the host wait for a GPU.
     """
     b, c, h, w = images.shape
-    radius = max(1, min(math.ceil(3 * largest), h - 1))
+    radius = max(1, min(math.ceil(3 * largest), h - 1, w - 1))
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = (-0.5 * (offsets / sigma.to(images)[:, None].clamp(min=1e-3)).square()).exp()
     kernel_BK = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, dim=0)
@@ -199,7 +204,7 @@ def make_view(
             get in the whole batch.
 
     Returns:
-        float32 [B, 3, view.size, view.size] in 0..1 on the images' device.
+        float32 [B, 3, *view.size] in 0..1 on the images' device.
 
     Raises:
         ValueError: for images of another shape.
@@ -218,7 +223,9 @@ def _view_of(
     first, n = rows or (0, b)
     mine = slice(first, first + b)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = crop(x, crop_boxes(n, h, w, view.scale, view.ratio, generator)[mine], view.size)
+    height, width = sides(view.size)
+    ratio = tuple(r * width / height for r in view.ratio)
+    x = crop(x, crop_boxes(n, h, w, view.scale, ratio, generator)[mine], view.size)
     flip = _chance(n, view.flip, generator)[mine].to(x.device)
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     if view.jitter or view.gray:
@@ -239,7 +246,7 @@ def _view_of(
 def _grain(n: int, view: View, generator: Generator, mine: slice, device) -> Tensor:
     """Noise of a strength that each sample draws; near enough normal, as a sum of uniforms is."""
     sigma = _uniform(n, 0.0, view.noise, generator)[mine].to(device)[:, None, None, None]
-    shape = n, 3, view.size, view.size
+    shape = n, 3, *sides(view.size)
     total = sum(draw(*shape, generator=generator, device=device)[mine] for _ in range(3))
     return sigma * (2 * total - 3)  # a uniform's variance is 1 / 12
 
@@ -250,14 +257,14 @@ def _blurred(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> T
 
 
 def _blur_all(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
-    scale = view.size / 224
+    scale = min(sides(view.size)) / 224
     sigma = _uniform(len(chosen), *view.sigma, generator)[mine] * scale
     blurred = _blur(x, sigma, view.sigma[1] * scale)
     return torch.where(chosen[mine, None, None, None], blurred, x)
 
 
 def _blur_some(x: Tensor, chosen: Tensor, view: View, generator, mine: slice) -> Tensor:
-    scale = view.size / 224
+    scale = min(sides(view.size)) / 224
     sigma = _uniform(int(chosen.sum()), *view.sigma, generator) * scale
     sigma = sigma[chosen.cumsum(0)[mine][chosen[mine]] - 1]  # of the chosen ones among mine
     at = chosen[mine].nonzero()[:, 0].to(x.device)

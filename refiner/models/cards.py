@@ -18,7 +18,7 @@ Blocks = Annotated[int, Range(1, 2**8)]
 Heads = Annotated[int, Range(1, 2**10)]
 Registers = Annotated[int, Range(0, 2**10)]
 Norm = Annotated[float, Range(above=0, high=1e-2)]  # the epsilon of layer norms
-Sides = Side | Annotated[list[Side], Entries(2, most=2)]
+Sides = tuple[Side, Side] | Side  # height and width, or a square's side
 Means = Annotated[list[float], Entries(3, most=3)]
 Deviations = Annotated[list[Positive], Entries(3, most=3)]
 
@@ -26,7 +26,7 @@ Deviations = Annotated[list[Positive], Entries(3, most=3)]
 class Preprocessing(TypedDict):
     """See :func:`refiner.models.encoders.preprocess`."""
 
-    size: Side
+    size: Sides
     mean: Means
     std: Deviations
     interpolation: NotRequired[Literal["bicubic", "bilinear"]]
@@ -36,7 +36,7 @@ class Preprocessing(TypedDict):
 class Architecture(TypedDict, total=False):
     """Arguments of :func:`refiner.models.load.build_vit`."""
 
-    size: Side
+    size: Sides
     patch: Side
     dim: Width
     depth: Blocks

@@ -25,7 +25,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from torch import Tensor
 from refiner.base.errors import Damaged, UserError
 from refiner.base.files import fitting, naming
 from refiner.base.settings import in_range
+from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Architecture
 from refiner.models.encoders import EPSILON, plain_vit
 
@@ -164,7 +165,11 @@ def _damaged(path: Path) -> Damaged:
 
 
 def convert(
-    content: Mapping, *, name: str = "the file", num_heads: int | None = None, size: int = 224
+    content: Mapping,
+    *,
+    name: str = "the file",
+    num_heads: int | None = None,
+    size: int | tuple[int, int] | None = None,
 ) -> Converted:
     """Renames a checkpoint's tensors and works out its architecture.
 
@@ -173,35 +178,48 @@ def convert(
         name: for error messages.
         num_heads: attention heads a block, which the keys cannot tell; default the width / 64, or
             what models of this width have.
-        size: image size, only used if the file has no positions; they are then sine-cosine.
+        size: of the images, where the file has no positions (they are then sine-cosine, by default
+            of 224 pixels), or as many as more than one grid has.
 
     Raises:
         ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
     """
     with fitting(name):
-        _check_square(content, name)
         state, left_out = _unwrap(content, name)
         kind = _format(state, name)
         state, decoder, dropped = _renamed(state, kind)
         found = Converted(kind, {}, state, decoder, shortened(left_out + dropped))
-        return finished(found, name, num_heads=num_heads, size=size)
+        told = _told_sizes(content)
+        return finished(found, name, num_heads=num_heads, told=told, asked=size)
 
 
 def finished(
-    found: Converted, name: str, *, num_heads: int | None, size: int = 224, eps: float = EPSILON
+    found: Converted,
+    name: str,
+    *,
+    num_heads: int | None,
+    told: Sequence = (),
+    asked: int | tuple[int, int] | None = None,
+    eps: float = EPSILON,
 ) -> Converted:
     """A checkpoint in timm's names: told what it is, completed and compared.
 
     Args:
         found: its tensors, without an architecture.
-        name, num_heads, size: see :func:`convert`.
+        name, num_heads: see :func:`convert`.
+        told: sizes of images that its positions may be for, the likeliest first.
+        asked: the size that somebody asked for.
         eps: of the norms.
     """
     kind, state = found.format, found.encoder
     need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
-    architecture = _architecture(state, kind, num_heads, size, name)
+    told = [sides(size) for size in told]
+    sizes = told if asked is None else [sides(asked), *told]
+    architecture = _architecture(state, kind, num_heads, sizes, name)
     architecture |= {"eps": eps} if eps != EPSILON else {}
-    assumed = "" if num_heads or architecture["dim"] in HEADS else ASSUMED.format(**architecture)
+    known = num_heads or architecture["dim"] in HEADS
+    assumed = [] if known else [ASSUMED.format(**architecture)]
+    assumed += _size_assumed(architecture["size"], told, asked, name)
     state = with_positions(state, architecture, name)
     _check(state, architecture, name, kind)
     encoder, decoder = (
@@ -209,8 +227,25 @@ def finished(
         for part in (state, found.decoder)
     )
     return replace(
-        found, architecture=architecture, encoder=encoder, decoder=decoder, assumed=assumed
+        found,
+        architecture=architecture,
+        encoder=encoder,
+        decoder=decoder,
+        assumed="; ".join(assumed),
     )
+
+
+def _size_assumed(own, told: list[tuple[int, int]], asked, name: str) -> list[str]:
+    """What is noted of a size; one that is told must not be given up for a square unsaid."""
+    oblong = next((size for size in told if size[0] != size[1]), None)
+    if oblong and isinstance(own, int):
+        raise UserError(
+            f"{name} is said to be for images of {oblong[0]} × {oblong[1]} pixels, but has as many "
+            f"positions as {own} × {own} pixels have patches: put right what its settings say"
+        )
+    if isinstance(own, int) or asked is None or sides(asked) != own:
+        return []
+    return [f"images of {own[0]} × {own[1]} pixels, as asked for"]
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,19 +269,17 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _check_square(content: Mapping, name: str) -> None:
-    """Refuses a checkpoint whose settings tell of images that are not square.
-
-    Its 2 × 8 positions would pass for 4 × 4.
-    """
+def _told_sizes(content: Mapping) -> list[tuple[int, int]]:
+    """The sizes of images that the settings beside the weights tell."""
+    found = []
     for settings in (content, *content.values()):
         told = vars(settings) if isinstance(settings, argparse.Namespace) else settings
         for key in SIZES if isinstance(told, Mapping) else ():
             value = told.get(key)
-            if isinstance(value, tuple | list) and len(value) > 1 and value[-2] != value[-1]:
-                raise UserError(
-                    f"{name} is for images of {value} ({key}); only square images are known"
-                )
+            value = value[-2:] if isinstance(value, tuple | list) else (value, value)
+            if len(value) == 2 and all(isinstance(x, int) and x > 0 for x in value):
+                found.append(tuple(value))
+    return found
 
 
 def _unwrap(content: Mapping, name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -384,7 +417,7 @@ def _is_decoder(key: str, kind: str) -> bool:
     return key.startswith((*DECODER_PREFIXES, "masked_embed", "dec_norms.", "wfm."))
 
 
-def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, name: str) -> dict:
+def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, name: str) -> dict:
     """What build_vit needs; only what differs from its defaults beyond the five sizes."""
     patch_weight = state["patch_embed.proj.weight"]
     if patch_weight.ndim != 4 or patch_weight.shape[1] != 3:
@@ -415,11 +448,12 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, size: int, n
         "fc_norm": False,
         "post_norm": False,
     }
+    height, width = told[0] if told else (224, 224)
     if "pos_embed" in state:
-        rows = _position_rows(state["pos_embed"], details, kind, name)
-        size = patch * math.isqrt(_positions_3d(state["pos_embed"]).shape[1] - rows)
+        rows, columns = _grid_of(state["pos_embed"], details, kind, told, patch, name)
+        height, width = rows * patch, columns * patch
     return {
-        "size": size,
+        "size": as_size(height, width),
         "patch": patch,
         "dim": dim,
         "depth": depth_of(state),
@@ -450,22 +484,37 @@ def _positions_3d(positions: Tensor) -> Tensor:
     return positions.flatten(1, 2) if positions.ndim == 4 else positions
 
 
-def _position_rows(positions: Tensor, details: Mapping, kind: str, name: str) -> int:
-    """How many of the positions belong to prefix tokens."""
-    if positions.ndim not in (3, 4):
+def _grid_of(
+    positions: Tensor, details: Mapping, kind: str, told: list, patch: int, name: str
+) -> tuple[int, int]:
+    """Rows and columns of the patches that the positions are for.
+
+    As told, as they lie, as their sines and cosines say, or a square.
+    """
+    if positions.ndim == 4:
+        return tuple(positions.shape[1:3])
+    if positions.ndim != 3:
         raise UserError(f"{name}: pos_embed is {list(positions.shape)}, expected [1, N, D]")
-    n = _positions_3d(positions).shape[1]
-    if positions.ndim == 4 and positions.shape[1] != positions.shape[2]:
-        rows, columns = positions.shape[1:3]
-        raise UserError(
-            f"{name}: its positions are a grid of {rows} × {columns}; only square ones are known"
-        )
-    cls = int(details["class_token"])
+    n, cls = positions.shape[1], int(details["class_token"])
     choices = [0] if kind in ("data2vec 2.0", "MIM-Refiner") else [cls + details["registers"], cls]
-    for rows in choices:
-        if n > rows and math.isqrt(n - rows) ** 2 == n - rows:
-            return rows
-    raise UserError(f"{name}: {n} positions are no square grid of patches; only those are known")
+    counts = [n - prefix for prefix in choices if n > prefix]  # of patches
+    grids = [(height // patch, width // patch) for height, width in told]
+    if fit := [grid for grid in grids if grid[0] * grid[1] in counts]:
+        return fit[0]
+    for count in counts:
+        side, some = math.isqrt(count), positions[0, n - count :].float()
+        shorter = [rows for rows in range(side, 0, -1) if count % rows == 0]
+        grids = [g for rows in shorter for g in ((rows, count // rows), (count // rows, rows))]
+        comparable = some.shape[1] % 4 == 0 and not some.is_meta
+        for grid in grids if comparable else ():
+            if torch.allclose(some, _sincos_positions(grid, some.shape[1], 0)[0], atol=1e-3):
+                return grid
+        if side**2 == count:
+            return side, side
+    raise UserError(
+        f"{name}: its {n} positions are no grid that is known; say the height and width of its "
+        f"images, as in load_model(path, size=({patch * 2}, {patch * 8}))"
+    )
 
 
 def _sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
@@ -482,13 +531,15 @@ def _sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
 
 def with_positions(state: dict, architecture: Mapping, name: str) -> dict:
     """Positions [1, prefix + N, D] with a row for every prefix token."""
-    grid = architecture["size"] // architecture["patch"]
+    rows, columns = (side // architecture["patch"] for side in sides(architecture["size"]))
     prefix = int(architecture.get("class_token", True)) + architecture.get("registers", 0)
     if "pos_embed" not in state:
         dim = architecture["dim"]
-        return state | {"pos_embed": _sincos_positions((grid, grid), dim, prefix)}
+        return state | {"pos_embed": _sincos_positions((rows, columns), dim, prefix)}
     positions = _positions_3d(state["pos_embed"])
-    have = positions.shape[1] - grid**2  # rows of the class token, and maybe of the registers
+    have = (
+        positions.shape[1] - rows * columns
+    )  # rows of the class token, and maybe of the registers
     if have < prefix:
         gap = positions.new_zeros(*positions.shape[:1], prefix - have, positions.shape[2])
         positions = torch.cat([positions[:, :have], gap, positions[:, have:]], dim=1)

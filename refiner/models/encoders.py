@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from refiner.base.errors import UserError
-from refiner.base.tensors import constant
+from refiner.base.tensors import as_size, constant, sides
 from refiner.models.beit import beit_block, embed_beit
 
 Encoder = VisionTransformer | Beit | Eva | Hiera
@@ -51,7 +51,7 @@ class PostNormBlock(Block):
 
 def timm_arguments(
     *,
-    size: int,
+    size: int | tuple[int, int],
     patch: int,
     dim: int,
     depth: int,
@@ -67,7 +67,8 @@ def timm_arguments(
     """timm's arguments for a ViT described in our words; plain JSON types.
 
     Args:
-        size, patch: height and width of image and patch, pixels.
+        size: height and width of the images, pixels; a number for squares.
+        patch: height and width of a patch, pixels.
         dim, depth, heads: width, blocks, attention heads a block.
         mlp: hidden width of the blocks' perceptrons; default four times ``dim``.
         class_token, registers: the prefix tokens, in this order. Each has a row in the positions.
@@ -393,13 +394,15 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
 
     Args:
         images: uint8 [B, 3, H, W], values 0 to 255.
-        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels), "mean" and
+        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels, or
+            height and width), "mean" and
             "std" (of brightness 0 to 1), "interpolation" ("bicubic" or "bilinear") and, optional,
             "crop_pct", the share of the shorter side that is kept.
 
     Returns:
-        Normalised [B, 3, size, size]. If the size differs, images are cropped to their central
-        square (its middle ``crop_pct``) and resized with antialiasing.
+        Normalised [B, 3, S, S], or [B, 3, *size]. If the size differs, images are cropped to the
+        largest part in their middle of that shape (its middle ``crop_pct``) and resized with
+        antialiasing.
 
     Raises:
         ValueError: for anything but uint8 [B, 3, H, W].
@@ -413,13 +416,14 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
 def prepared(x_BCHW: Tensor, card: dict) -> Tensor:
     """Brightness from 0 to 1, [B, 3, H, W], as a model's input; see :func:`preprocess`."""
     how, x = card["preprocessing"], x_BCHW
-    size, (h, w) = how["size"], x.shape[2:]
-    if (h, w) != (size, size):
-        side = max(1, round(min(h, w) * how.get("crop_pct", 1.0)))
-        top, left = (h - side) // 2, (w - side) // 2
-        x = x[:, :, top : top + side, left : left + side]
+    (height, width), (h, w) = sides(how["size"]), x.shape[2:]
+    if (h, w) != (height, width):
+        rows = min(h, w * height / width) * how.get("crop_pct", 1.0)
+        rows, columns = max(1, round(rows)), max(1, round(rows * width / height))
+        top, left = (h - rows) // 2, (w - columns) // 2
+        x = x[:, :, top : top + rows, left : left + columns]
         mode = how.get("interpolation", "bicubic")
-        x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
+        x = F.interpolate(x, (height, width), mode=mode, antialias=True, align_corners=False)
         x = x.clamp(0, 1)  # bicubic overshoots at edges
     return normalize(x, card)
 
@@ -445,7 +449,7 @@ def preprocessing_card(model: Encoder) -> dict:
     known = known if isinstance(known, dict) else known.to_dict()
     built_for = getattr(model.patch_embed, "img_size", None)
     how = {
-        "size": built_for[0] if built_for else known["input_size"][-1],
+        "size": as_size(*(built_for or known["input_size"][1:])),
         "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
         "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
         "interpolation": known.get("interpolation") or "bicubic",

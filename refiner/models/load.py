@@ -26,6 +26,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import naming, read_json
 from refiner.base.places import check_memory, data_folder
 from refiner.base.settings import in_range
+from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Architecture, Card, Config
 from refiner.models.catalogue import Entry, find, nearest
 from refiner.models.convert import (
@@ -72,7 +73,7 @@ def embedded_models() -> list[str]:
 
 def build_vit(
     *,
-    size: int = 32,
+    size: int | tuple[int, int] = 32,
     patch: int = 4,
     dim: int = 96,
     depth: int = 12,
@@ -85,7 +86,7 @@ def build_vit(
     Positions start as 2-D sine-cosine (as in MAE) and are trained; those of prefix tokens are zero.
 
     Args:
-        size: image height and width, pixels.
+        size: image height and width, pixels; a number for squares.
         patch: patch height and width, pixels.
         seed: of the weights; None uses torch's global generator.
         **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
@@ -99,15 +100,18 @@ def build_vit(
     Raises:
         ValueError: when the patch does not divide the size or the heads the width.
     """
+    height, width = sides(size)
+    size = as_size(height, width)
     sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
     architecture = in_range("", sizes | details, Architecture)
-    if size % patch or dim % heads or dim % 4:
+    if height % patch or width % patch or dim % heads or dim % 4:
         raise UserError(
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"
         )
     if torch.get_default_device().type != "meta":
         hidden = details.get("mlp") or 4 * dim
-        weights = depth * 2 * dim * (2 * dim + hidden) + dim * (3 * patch**2 + (size // patch) ** 2)
+        patches = (height // patch) * (width // patch)
+        weights = depth * 2 * dim * (2 * dim + hidden) + dim * (3 * patch**2 + patches)
         check_memory(4 * weights, f"a ViT of {depth} blocks, {dim} wide, for {size} pixels")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -152,7 +156,10 @@ def random_like(model: Encoder, *, seed: int = 0) -> Encoder:
 
 
 def load_model(
-    name: str | Path, *, num_heads: int | None = None, size: int | None = None
+    name: str | Path,
+    *,
+    num_heads: int | None = None,
+    size: int | tuple[int, int] | None = None,
 ) -> Encoder:
     """Loads an encoder by name, path or address.
 
@@ -169,7 +176,9 @@ def load_model(
             an http(s) address of such a file.
         num_heads: attention heads a block, for a file: its keys cannot tell. Default 64 channels a
             head, or what the known models of that width have; needed where 64 does not divide it.
-        size: other image size than the model's own, pixels; positions are interpolated.
+        size: other image size than the model's own, pixels; positions are interpolated. For images
+            that are not square (height, width); of a file with positions for such images it says
+            how they lie, where nothing else does.
 
     Returns:
         A timm model in eval mode; ``.refiner_card`` tells origin, architecture and preprocessing.
@@ -180,11 +189,12 @@ def load_model(
             shape is listed).
         FileNotFoundError: when a file is missing or cannot be fetched; it says what to put where.
     """
-    model = _load(str(name), num_heads)
-    return model if size is None else resized(model, size)
+    model = _load(str(name), num_heads, size)
+    own = size is None or sides(size) == sides(model.refiner_card["preprocessing"]["size"])
+    return model if own else resized(model, size)
 
 
-def _load(name: str, num_heads: int | None) -> Encoder:
+def _load(name: str, num_heads: int | None, size=None) -> Encoder:
     path, entry = _located(name), find(name)
     carded = path is not None and _is_carded(path)
     if num_heads is not None and (path is None or carded):
@@ -194,7 +204,7 @@ def _load(name: str, num_heads: int | None) -> Encoder:
     if carded:
         return _load_carded(path)
     if entry is None or path == Path(name):
-        return _load_file(path, num_heads, name=path.stem)
+        return _load_file(path, num_heads, name=path.stem, size=size)
     model = _load_file(path, num_heads or entry.shape[2], name=name)
     model.refiner_card |= {"origin": entry.address, **_told(entry)}
     return model
@@ -293,14 +303,10 @@ def _from_transformers(source: str, file: Callable[[str], Path]) -> tuple[Conver
 
 
 def _check_size(model: Encoder, card: dict, name: str) -> None:
-    """Refuses a card of other images than the network takes, and a network for oblong ones."""
+    """Refuses a card of other images than the network takes."""
     told, own = card["preprocessing"]["size"], getattr(model.patch_embed, "img_size", None)
-    if own and own[0] != own[1]:
-        raise UserError(
-            f"{name} is for images of {own[0]} × {own[1]} pixels; only square images are known"
-        )
-    if own and own[0] != told:
-        raise UserError(f"{name} says {told} pixels, but its network is for {own[0]}")
+    if own and tuple(own) != sides(told):
+        raise UserError(f"{name} says {told} pixels, but its network is for {as_size(*own)}")
 
 
 def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
@@ -312,9 +318,9 @@ def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
     return model
 
 
-def _load_file(path: Path, num_heads: int | None, *, name: str) -> VisionTransformer:
+def _load_file(path: Path, num_heads: int | None, *, name: str, size=None) -> VisionTransformer:
     """A checkpoint in another repository's format."""
-    found = convert(read_file(path), name=str(path), num_heads=num_heads)
+    found = convert(read_file(path), name=str(path), num_heads=num_heads, size=size)
     if found.assumed:
         warnings.warn(f"{path}: assumed are {found.assumed}", stacklevel=4)
     model = _built(found.architecture, found.encoder, str(path))
@@ -335,7 +341,7 @@ def _file_card(found: Converted, name: str) -> dict:
     }
 
 
-def resized(model: Encoder, size: int) -> Encoder:
+def resized(model: Encoder, size: int | tuple[int, int]) -> Encoder:
     """The same model made for another image size, its positions interpolated.
 
     Raises:
@@ -343,10 +349,11 @@ def resized(model: Encoder, size: int) -> Encoder:
     """
     if isinstance(model, Hiera):
         raise UserError("a Hiera takes one image size only")
-    patch = model.patch_embed.patch_size[0]
-    if size % patch:
+    height, width = sides(size)
+    size, patch = as_size(height, width), model.patch_embed.patch_size[0]
+    if height % patch or width % patch:
         raise UserError(f"size {size} is no multiple of the patch of {patch} pixels")
-    model.set_input_size(img_size=(size, size))
+    model.set_input_size(img_size=(height, width))
     card = model.refiner_card = copy.deepcopy(model.refiner_card)
     card["preprocessing"]["size"] = size
     if "architecture" in card:
@@ -526,7 +533,7 @@ def _carded(
         "name": name,
         "origin": origin,
         "preprocessing": {
-            "size": config["input_size"][1],
+            "size": as_size(*config["input_size"][1:]),
             "mean": list(config["mean"]),
             "std": list(config["std"]),
             "interpolation": config["interpolation"],

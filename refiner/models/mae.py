@@ -7,6 +7,7 @@ files fit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,7 @@ from refiner.base.settings import (
     Whole,
     settings_from,
 )
-from refiner.models.cards import Blocks, Heads, Side, Width
+from refiner.models.cards import Blocks, Heads, Side, Sides, Width
 from refiner.models.convert import check_shapes
 from refiner.models.encoders import last_tokens, preprocess
 from refiner.models.load import build_vit, read_checkpoint
@@ -44,12 +45,12 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
-def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of :func:`patchify` for square images: [B, N, P] to [B, C, H, W]."""
+def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """The inverse of :func:`patchify`: [B, N, P] to [B, C, H, W]; without a grid, a square."""
     b, n, p = patches.shape
-    side, c = round(n**0.5), p // patch**2
-    x = patches.reshape(b, side, side, patch, patch, c)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, side * patch, side * patch)
+    rows, columns = grid or (math.isqrt(n), math.isqrt(n))
+    x = patches.reshape(b, rows, columns, patch, patch, p // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def random_masking(
@@ -194,7 +195,7 @@ class MAERecipe:
         seed: of weights, batches and masks.
     """
 
-    size: Side = 32
+    size: Sides = 32
     patch: Side = 4
     dim: Width = 96
     depth: Blocks = 12
@@ -331,11 +332,11 @@ def reconstruct(
     _, mean, std = mae.targets(x)
     hidden = mask[:, :, None].to(device)
     true = patchify(x, mae.patch)
-    pre = card["preprocessing"]
+    pre, grid = card["preprocessing"], mae.encoder.patch_embed.grid_size
     scale, shift = (torch.tensor(pre[k])[:, None, None].to(x) for k in ("std", "mean"))
 
     def picture(patches: Tensor) -> Tensor:
-        return (unpatchify(patches, mae.patch) * scale + shift).clamp(0, 1).to(home)
+        return (unpatchify(patches, mae.patch, grid) * scale + shift).clamp(0, 1).to(home)
 
     return {
         "original": picture(true),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from refiner.base.errors import UserError
 from refiner.base.files import replacing, write_json, write_text
+from refiner.base.tensors import as_size, sides
 from refiner.models.encoders import Encoder, PostNormBlock, timm_arguments
 
 
@@ -86,7 +87,7 @@ def _timm_config(model: Encoder) -> dict | None:
         "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, how["size"], how["size"]],
+            "input_size": [3, *sides(how["size"])],
             "mean": how["mean"],
             "std": how["std"],
             "interpolation": how["interpolation"],
@@ -110,7 +111,7 @@ def _timm_recipe(model: Encoder) -> tuple[str, dict]:
         return card["timm"]["architecture"], options
     config = getattr(model, "pretrained_cfg", None) or {}
     patch = model.patch_embed
-    arguments = {"img_size": patch.img_size[0], "patch_size": patch.patch_size[0]}
+    arguments = {"img_size": as_size(*patch.img_size), "patch_size": patch.patch_size[0]}
     if config.get("architecture"):
         return config["architecture"], arguments
     block = model.blocks[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 from refiner.base.errors import UserError
 from refiner.base.files import fitting, naming, read_json
 from refiner.base.settings import Range, in_range
+from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Deviations, Heads, Made, Means, Norm, Sides
 from refiner.models.convert import (
     Converted,
@@ -123,14 +124,11 @@ def read_settings(config: Path) -> Settings:
             f"{', '.join(SUPPORTED)}, and of other models those that timm has (`refiner models`)"
         )
     found = USUAL | {"layer_norm_eps": EPSILON.get(kind, 1e-12)} | read_json(config, Settings)
-    size = found["image_size"]
     activation = "silu" if found.get("use_gated_mlp") else "gelu"  # DINOv3's larger models
     if found.get("hidden_act", activation) != activation:
         raise UserError(
             f"{config}: hidden_act is {found['hidden_act']!r}; timm's network has {activation!r}"
         )
-    if isinstance(size, list) and len(set(size)) > 1:
-        raise UserError(f"{config}: image_size is {size}; only square images are known")
     return found
 
 
@@ -174,11 +172,12 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
         if kind in PLAIN and not gated:
             heads, eps = settings["num_attention_heads"], settings["layer_norm_eps"]
             found = Converted(named, {}, state, decoder, shortened(left_out))
-            return finished(found, name, num_heads=heads, eps=eps)
+            told = [settings["image_size"]]
+            return finished(found, name, num_heads=heads, told=told, eps=eps)
         place = _as_beit if kind in BEIT else _as_dinov2 if kind in PLAIN else _as_dinov3
         need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"), name, named)
         assumed = "" if {"norm.weight", "fc_norm.weight"} & set(state) else NO_NORM
-        architecture, state, options = place(state)
+        architecture, state, options = place(state, settings["image_size"])
         options = _sizes(settings, state) | options
         made = {"architecture": architecture, "model_args": options}
         with naming(name):  # a key such as layer.99999999.x makes no model
@@ -191,7 +190,7 @@ def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
     """What timm's constructors have to know of any model."""
     size, (dim, _, _, patch) = settings["image_size"], state["patch_embed.proj.weight"].shape
     return {
-        "img_size": size if isinstance(size, int) else size[0],
+        "img_size": as_size(*sides(size)),
         "patch_size": patch,
         "embed_dim": dim,
         "depth": depth_of(state),
@@ -200,7 +199,7 @@ def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
     }
 
 
-def _as_beit(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+def _as_beit(state: dict[str, Tensor], size) -> tuple[str, dict[str, Tensor], dict]:
     """timm's architecture, the tensors as it names them, and the options that they need."""
     state = _without_key_bias(state)
     if not {"norm.weight", "fc_norm.weight"} & set(state):  # saved without its pooler
@@ -220,15 +219,19 @@ def _as_beit(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
     )
 
 
-def _as_dinov2(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+def _as_dinov2(state: dict[str, Tensor], size) -> tuple[str, dict[str, Tensor], dict]:
     """DINOv2 with gates, as in its giant model; the gates are the first half of ``fc1``."""
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    side = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-    told = {"size": side, "patch": patch, "dim": dim, "registers": registers}
+    height, width = sides(size)
+    n = state["pos_embed"].shape[1] - 1
+    if (height // patch) * (width // patch) != n and height == width:
+        height = width = patch * math.isqrt(n)
+    size = as_size(height, width)
+    told = {"size": size, "patch": patch, "dim": dim, "registers": registers}
     state = with_positions(state, told, "")
     options = {
-        "img_size": side,
+        "img_size": size,
         "mlp_ratio": (len(state["blocks.0.mlp.fc1.weight"]) + 0.5) / dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "reg_tokens": registers,
@@ -236,7 +239,7 @@ def _as_dinov2(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
     return "vit_giant_patch14_dinov2", state, options
 
 
-def _as_dinov3(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict]:
+def _as_dinov3(state: dict[str, Tensor], size) -> tuple[str, dict[str, Tensor], dict]:
     """DINOv3, whose rotary positions timm's Eva has."""
     state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", k): v for k, v in state.items()}
     gates = "blocks.0.mlp.gate_proj.weight" in state

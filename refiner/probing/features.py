@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
 from refiner.base.files import reserve
+from refiner.base.tensors import sides
 from refiner.images.sets import ImageSet
 from refiner.models.encoders import (
     Encoder,
@@ -180,7 +181,7 @@ def extract(
                     pooled, x_BTD = _pooled_pass(model, x.to(own), numbers)
                     pooled["final"] = final_features(model, x_BTD, final_pooling(model))
                 except (AssertionError, RuntimeError) as error:  # timm's, for another size
-                    _check_side(x, card["preprocessing"]["size"], error)
+                    _check_sides(x, sides(card["preprocessing"]["size"]), error)
                     raise
             for kind, value in pooled.items():
                 store.put(kind, value.float().cpu())
@@ -238,13 +239,13 @@ def _pooled_pass(model: Encoder, x: Tensor, numbers: Sequence[int], **how):
     return {k: torch.stack([x[i] for i in numbers]) for k, x in kinds.items() if x}, x_BTD
 
 
-def _check_side(x: Tensor, side: int, error: Exception) -> None:
+def _check_sides(x: Tensor, own: tuple[int, int], error: Exception) -> None:
     """Blames what went wrong on the images' size, if that is not the model's."""
     h, w = x.shape[2:]
-    if (h, w) != (side, side):
+    if (h, w) != own:
         raise UserError(
-            f"normalised images of {h}×{w} pixels do not fit the model ({error}): give {side}×"
-            f"{side}, or uint8 images, which are resized"
+            f"normalised images of {h}×{w} pixels do not fit the model ({error}): give {own[0]}×"
+            f"{own[1]}, or uint8 images, which are resized"
         ) from error
 
 

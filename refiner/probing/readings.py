@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.settings import Range, Share, Whole, checked, settings_from
-from refiner.base.tensors import as_features, feature_pair, group_numbers, mean_and_scale
+from refiner.base.tensors import (
+    as_features,
+    feature_pair,
+    group_numbers,
+    mean_and_scale,
+    sides,
+)
 from refiner.models.encoders import Encoder, last_tokens, pool, preprocessing_card
 from refiner.models.load import copy_model
 from refiner.probing.features import NAMES, Features
@@ -258,7 +264,7 @@ class Reading:
             path: a file that ends in ``.pt2``.
         """
         size = preprocessing_card(model)["preprocessing"]["size"]
-        pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        pixels = torch.zeros(2, 3, *sides(size), dtype=torch.uint8)
         batch = {"pixels": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(self.module(model), (pixels,), dynamic_shapes=batch)
         with replacing(path) as temporary, open(temporary, "wb") as file:

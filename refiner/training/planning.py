@@ -18,7 +18,7 @@ import torch
 
 from refiner.base import parallel
 from refiner.base.places import amount, duration
-from refiner.base.tensors import step_generator, take
+from refiner.base.tensors import sides, step_generator, take
 from refiner.images.sets import pixels_of
 from refiner.images.sources import count, in_words, some
 from refiner.models.encoders import Encoder, freeze_first
@@ -177,7 +177,8 @@ def describe(model: Encoder, images, recipe: Recipe) -> list[str]:
     n, depth = count(images), len(model.blocks)
     where = [str(b) if b < depth else f"{b} (the final output)" for b in recipe.blocks]
     sizes = [v.size for v in recipe.views]
-    views = ", ".join(f"{sizes.count(s)} of {s} px" for s in dict.fromkeys(sizes))
+    named = {size: "×".join(map(str, dict.fromkeys(sides(size)))) for size in sizes}
+    views = ", ".join(f"{sizes.count(size)} of {name} px" for size, name in named.items())
 
     def epochs(steps: int) -> str:
         count = steps * recipe.batch / n if n else 0
@@ -256,7 +257,7 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
         "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
         "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
         "queue": 4.0 * recipe.queue * recipe.out * t,
-        "views": 4.0 * own * sum(3 * view.size**2 for view in recipe.views),
+        "views": 4.0 * own * sum(3 * view.pixels for view in recipe.views),
         "activations": own * image + copies,
         "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
         "lookup": 4.0 * t * g * own * recipe.queue,
@@ -290,7 +291,7 @@ def _largest_share(recipe: Recipe) -> float:
     pixels: dict[tuple[int, float], float] = {}
     for v in recipe.views:
         key = (v.size, v.keep)
-        pixels[key] = pixels.get(key, 0.0) + v.size**2 * v.keep
+        pixels[key] = pixels.get(key, 0.0) + v.pixels * v.keep
     return max(pixels.values()) / sum(pixels.values())
 
 
@@ -378,10 +379,10 @@ def _step_seconds(
 def _measuring(keeper: Keeper, step: float) -> float:
     """Seconds of all measuring, by the forward passes of a step of stage 2."""
     recipe, model = keeper.recipe, keeper.model
-    side = model.refiner_card["preprocessing"]["size"]
-    images = recipe.batch / parallel.world() * sum(v.keep * v.size**2 for v in recipe.views)
+    pixels = math.prod(sides(model.refiner_card["preprocessing"]["size"]))
+    images = recipe.batch / parallel.world() * sum(v.keep * v.pixels for v in recipe.views)
     trained = 1 - recipe.frozen_blocks / len(model.blocks)
-    return step * side**2 / images * TIMES * trained * (len(keeper.bank) + len(keeper.held))
+    return step * pixels / images * TIMES * trained * (len(keeper.bank) + len(keeper.held))
 
 
 def _timed_if_it_fits(model, images, recipe: Recipe, device, *, rounds: int) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
-from refiner.base.tensors import step_generator
+from refiner.base.tensors import sides, step_generator
 from refiner.images.sets import pixels_of
 from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
@@ -205,7 +206,7 @@ def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Gener
 def _checked(recipe: MAERecipe) -> MAERecipe:
     """The recipe with every value in its range, if a run can follow it."""
     recipe = checked(recipe)
-    patches = (recipe.size // recipe.patch) ** 2
+    patches = math.prod(side // recipe.patch for side in sides(recipe.size))
     if round(patches * (1 - recipe.mask_ratio)) == patches:
         raise UserError(
             f"mask_ratio is {recipe.mask_ratio}; it needs to hide at least one of {patches} patches"
@@ -220,9 +221,10 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
             "give more images or a smaller batch"
         )
     height, width = pixels.shape[-2:]
-    if (height, width) != (recipe.size, recipe.size):
+    rows, columns = sides(recipe.size)
+    if (height, width) != sides(recipe.size):
         raise UserError(
-            f"images are {height}x{width} but the recipe is for {recipe.size}x{recipe.size}; "
+            f"images are {height}x{width} but the recipe is for {rows}x{columns}; "
             f"load them with size={recipe.size} or change the recipe's size"
         )
 

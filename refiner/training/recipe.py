@@ -31,12 +31,13 @@ from refiner.base.settings import (
     parse_setting,
     settings_from,
 )
+from refiner.base.tensors import as_size, sides
 from refiner.images.sources import come_again, some
 from refiner.images.views import View
 from refiner.models.encoders import Encoder, check_refinable, has_class_token
 
 
-def refine_preset(name: str, model, size: int, images, settings: list[str]):
+def refine_preset(name: str, model, size, images, settings: list[str]):
     """The recipe of a preset for a model, its image size and a set or a number of images."""
     values = dict(map(parse_setting, settings))
     batch = values.get("batch")
@@ -151,7 +152,7 @@ class Recipe:
     seed: Whole = 0
 
     @classmethod
-    def cpu(cls, *, size: int = 32, **changes) -> Recipe:
+    def cpu(cls, *, size: int | tuple[int, int] = 32, **changes) -> Recipe:
         """About three minutes on two cores: small crops, few steps, first half frozen.
 
         Toys are told apart by shape, so the views change every colour and crop gently. Half of a
@@ -184,7 +185,7 @@ class Recipe:
         return replace(base, **changes)
 
     @classmethod
-    def labs(cls, *, size: int = 32, **changes) -> Recipe:
+    def labs(cls, *, size: int | tuple[int, int] = 32, **changes) -> Recipe:
         """Like ``cpu``, for images from several labs: views that cover what differs between labs.
 
         Plain instance discrimination: across labs most neighbors are wrong, and teach what is
@@ -197,7 +198,7 @@ class Recipe:
         light = {"jitter": 0.95, "brightness": 0.8, "contrast": 0.8, "invert": 0.3}
         colour = {"saturation": 0.8, "hue": 0.5, "gray": 0.2, "blur": 0.5, "noise": 0.06}
         large = View(size=size, scale=(0.6, 1.0), keep=0.5, **light, **colour)
-        small = View(size=size // 2, scale=(0.3, 0.6), **light, **colour)
+        small = View(size=_part(size, 0.5), scale=(0.3, 0.6), **light, **colour)
         base = cls.cpu(
             size=size,
             views=(large, large, small, small),
@@ -210,7 +211,7 @@ class Recipe:
         return replace(base, **changes)
 
     @classmethod
-    def gpu(cls, *, size: int = 32, patch: int = 16, **changes) -> Recipe:
+    def gpu(cls, *, size: int | tuple[int, int] = 32, patch: int = 16, **changes) -> Recipe:
         """The full run on one GPU; up to 64 pixels the cpu preset's views, above the paper's.
 
         Not yet run on a GPU: the numbers are the paper's, scaled to one card by its own rules.
@@ -232,10 +233,10 @@ class Recipe:
             ema=0.999,
             keep="best",
         )
-        if size <= 64:
+        if max(sides(size)) <= 64:
             base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)
         else:
-            scaled = {224: size, 96: patch * round(size * 96 / 224 / patch)}
+            scaled = {224: size, 96: _part(size, 96 / 224, patch)}
             views = tuple(replace(view, size=scaled[view.size]) for view in base.views)
             base = replace(base, views=views, hidden=2048, predictor_hidden=4096, queue=65_536)
         return replace(base, **changes)
@@ -353,7 +354,12 @@ def _temperature(width: int) -> float:
     return 0.35
 
 
-def _toy_views(size: int, *, keep: float = 1.0) -> tuple[View, ...]:
+def _part(size, share: float, patch: int = 1):
+    """A share of both sides, in whole patches."""
+    return as_size(*(max(patch, patch * round(side * share / patch)) for side in sides(size)))
+
+
+def _toy_views(size, *, keep: float = 1.0) -> tuple[View, ...]:
     """Two large and two small views whose colours say nothing."""
     colour = {
         "jitter": 0.95,
@@ -364,15 +370,15 @@ def _toy_views(size: int, *, keep: float = 1.0) -> tuple[View, ...]:
         "gray": 0.4,
     }
     large = View(size=size, scale=(0.6, 1.0), keep=keep, **colour)
-    small = View(size=size // 2, scale=(0.3, 0.6), **colour)
+    small = View(size=_part(size, 0.5), scale=(0.3, 0.6), **colour)
     return large, large, small, small
 
 
-def _fitted_views(size: int, patch: int) -> tuple[View, ...]:
+def _fitted_views(size, patch: int) -> tuple[View, ...]:
     """The paper's twelve views for images of another size (the rule of :meth:`Recipe.fitted`)."""
-    low = min(0.5, max(0.05, (16 / size) ** 2))
+    low = min(0.5, max(0.05, 16**2 / math.prod(sides(size))))
     high = max(0.25, 2 * low)
-    local = max(patch, patch * round(size * 96 / 224 / patch))
+    local = _part(size, 96 / 224, patch)
     one, two, small = Recipe().views[:3]
     large = {"size": size, "scale": (min(high, 0.5), 1.0)}
     small = replace(small, size=local, scale=(low, high))
@@ -460,13 +466,13 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
         raise UserError("features of a stream cannot be kept; leave cached_views at 0")
     pixels = some(images, recipe.batch)
     _check_pixels(pixels)
-    _check_views(recipe, model.patch_embed.patch_size[0], min(pixels.shape[2:]))
+    _check_views(recipe, model.patch_embed.patch_size[0], tuple(pixels.shape[2:]))
     if len(pixels) < recipe.batch:
         raise UserError(
             f"{len(pixels)} images are fewer than one batch of {recipe.batch}; "
             "give more images or a smaller batch"
         )
-    batch = 12 * recipe.batch // parallel.world() * sum(view.size**2 for view in recipe.views)
+    batch = 12 * recipe.batch // parallel.world() * sum(view.pixels for view in recipe.views)
     check_memory(batch, "a batch's views together")
     kept = 4 * len(pixels) * len(blocks) * len(recipe.views) * model.embed_dim
     check_memory(recipe.cached_views * kept, "the features of cached views")
@@ -519,19 +525,20 @@ def _check_swap(recipe: Recipe) -> None:
         )
 
 
-def _check_views(recipe: Recipe, patch: int, size: int) -> None:
+def _check_views(recipe: Recipe, patch: int, size: tuple[int, int]) -> None:
     if len(recipe.views) < 2 or not 1 <= recipe.global_views <= len(recipe.views):
         raise UserError("a recipe needs at least two views, and one to all of them global")
     for view in recipe.views:
-        if view.size % patch:
+        height, width = sides(view.size)
+        if height % patch or width % patch:
             raise UserError(
                 f"a view of {view.size} pixels is no multiple of the patch of {patch}; choose "
-                f"{patch * max(1, round(view.size / patch))}, or the preset fitted, which does so"
+                f"{_part(view.size, 1, patch)}, or the preset fitted, which does so"
             )
-        if view.size > size:
+        if height > size[0] or width > size[1]:
             raise UserError(
-                f"images of {size} pixels are smaller than a view of {view.size}; load larger "
-                "images or choose smaller views"
+                f"images of {as_size(*size)} pixels are smaller than a view of {view.size}; "
+                "load larger images or choose smaller views"
             )
 
 

@@ -47,11 +47,11 @@ def view_features(
     for position, spec in enumerate(recipe.views):
         groups.setdefault((spec.size, spec.keep), []).append(position)
     features: list[Tensor] = [torch.empty(0)] * len(views)
-    for (size, keep), members in groups.items():
+    for (_, keep), members in groups.items():
         batch = torch.cat([views[m] for m in members])
         kept_BK = None
         if keep < 1:
-            patches = (size // model.patch_embed.patch_size[0]) ** 2
+            patches = recipe.views[members[0]].pixels // model.patch_embed.patch_size[0] ** 2
             kept_BK = draw_patches(len(members), len(views[0]), patches, keep, generator, rows)
             kept_BK = kept_BK.to(batch.device)
         out_LMD = head_features(

@@ -5,6 +5,7 @@ Every function draws on new or given axes and returns them; what cannot be drawn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -162,11 +163,12 @@ def query_maps(
     Args:
         images: [N, 3, H, W] or an ImageSet of N.
         attention: [N, M, T] of one block (``AttentiveProbe.attention``); the last tokens are a
-            square of patches.
+            grid of patches in the shape of the images.
         shown: single queries.
     """
-    side = int(attention.shape[-1] ** 0.5)
-    maps_NMT = attention.detach().float().cpu()[..., -(side**2) :]
+    pictures = _pixels(images)
+    grid = grid_like(pictures.shape[1:3], attention.shape[-1])
+    maps_NMT = attention.detach().float().cpu()[..., -math.prod(grid) :]
     if len(maps_NMT) != len(images):
         raise UserError(f"{len(images)} images do not match attention {list(attention.shape)}")
     mean_NT, flat_MX = maps_NMT.mean(1), maps_NMT.transpose(0, 1).flatten(1)
@@ -176,17 +178,26 @@ def query_maps(
         far_M = far_M.minimum((flat_MX - flat_MX[chosen[-1]]).norm(dim=1))
     columns = {"image": torch.ones_like(mean_NT), "mean": mean_NT}
     columns |= {f"q{m + 1}": maps_NMT[:, m] for m in chosen}
-    pictures, count = _pixels(images), len(columns)
+    count = len(columns)
     (ax,) = axes_for(ax, 1, (1.2 * count, 1.2 * len(pictures) + 0.6))
     for column, (name, maps_NT) in enumerate(columns.items()):
         ax.text(column + 0.5, -0.08, name, ha="center", va="bottom")
         for row, (picture, light_T) in enumerate(zip(pictures, maps_NT, strict=True)):
-            light = light_T.view(1, 1, side, side) / light_T.max()
+            light = light_T.view(1, 1, *grid) / light_T.max()
             light = torch.nn.functional.interpolate(light, picture.shape[:2])[0, 0, :, :, None]
             _tile(ax, picture * (0.1 + 0.9 * light.numpy()), column, row)
     _grid(ax, count, len(pictures))
     ax.set_title(plain(title), pad=20)
     return ax
+
+
+def grid_like(own: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Rows and columns of the last tokens: patches of images of these sides, or of a square."""
+    for n in (tokens, tokens - 1):  # a class token may come first
+        rows = round((n * own[0] / own[1]) ** 0.5)
+        if rows and n % rows == 0 and rows * own[1] == n // rows * own[0]:
+            return rows, n // rows
+    return math.isqrt(tokens), math.isqrt(tokens)
 
 
 def _mark(ax: Axes, column: float, row: float, right: bool, size: float) -> None:

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from refiner.base.errors import UserError
+from refiner.base.tensors import as_size
 from refiner.images.sets import pixels_of
 from refiner.images.views import View, make_view
 from refiner.models.encoders import (
@@ -34,7 +35,7 @@ from refiner.models.mae import MaskedAutoencoder, random_masking, reconstruct
 from refiner.training.heads import IDHeads, NeighborQueue
 from refiner.visuals import static_copy
 from refiner.visuals.explorer_page import HERE, png_address
-from refiner.visuals.pictures import contact_sheet
+from refiner.visuals.pictures import contact_sheet, grid_like
 from refiner.visuals.style import RIGHT, WRONG, name_of
 
 CHANCES = ("gray", "blur", "solarize")  # of a view, each with a slider from 0 to 1
@@ -195,6 +196,9 @@ def _board(label: str, value: list[bool], image, pixels, *, alone: bool = False)
     import anywidget
     import traitlets
 
+    if pixels.shape[-2] != pixels.shape[-1]:
+        raise UserError("patches are pressed on square images; mae.reconstruct takes any others")
+
     picture = lambda: png_address(pixels[int(image.value)])  # noqa: E731
 
     class Board(anywidget.AnyWidget):
@@ -254,7 +258,7 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
         prefix: how many tokens stand before the patches.
     """
     patches_AN = maps_AT[:, prefix:].cpu()
-    side = round(patches_AN.shape[1] ** 0.5)
+    grid = grid_like(image.shape[-2:], patches_AN.shape[1])
     heads = len(maps_AT)
     size = (2.2 * (1 + heads) + 0.8, 2.7)
     drawn, axes = plt.subplots(1, 1 + heads, figsize=size, layout="constrained")
@@ -262,7 +266,7 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
     axes[0].set_title("image", fontsize=10)
     look = {"cmap": "cividis", "vmin": 0, "vmax": float(patches_AN.max())}
     for head, ax in enumerate(axes[1:]):
-        shown = ax.imshow(patches_AN[head].reshape(side, side).numpy(), **look)
+        shown = ax.imshow(patches_AN[head].reshape(grid).numpy(), **look)
         kept = float(patches_AN[head].sum())
         ax.set_title(f"head {head + 1}: {kept:.0%} on patches", fontsize=10)
     for ax in axes:
@@ -362,7 +366,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
     from refiner.training.recipe import Recipe
 
     pixels = pixels_of(images)
-    view = view or Recipe.cpu(size=pixels.shape[-1]).views[0]
+    view = view or Recipe.cpu(size=as_size(*pixels.shape[-2:])).views[0]
     look = {"description": "crop's area", "continuous_update": False}
     controls = {
         "image": _image_slider(pixels),
