@@ -272,7 +272,11 @@ def within(*path):
         ("config.json", within("model_args", "pretrained", True), "no setting 'pretrained'"),
         ("config.json", within("model_args", "depth", 10**9), "model_args.depth is 1000000000"),
         ("config.json", within("model_args", "num_heads", 5), "timm cannot build"),
-        ("config.json", within("model_args", "img_size", [16, 64]), r"says 32 pixels, but its network is for \(16, 64\)"),
+        (
+            "config.json",
+            within("model_args", "img_size", [16, 64]),
+            r"its network is for \(16, 64\)",
+        ),
         ("config.json", within("model_args", "depth", 3), "does not fit .*: missing blocks.2"),
         ("config.json", within("pretrained_cfg", "mean", None), "pretrained_cfg.mean is None"),
     ],

@@ -7,8 +7,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models.beit import Beit
-from timm.models.eva import Eva
 from tiny import tiny
 
 from refiner.cli import main
@@ -27,8 +25,8 @@ from refiner.visuals.pictures import grid_like
 SIZE = (16, 48)
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 TIMMS = {
-    "Beit": ("beit_base_patch16_224", Beit, {"use_rel_pos_bias": True, "init_values": 0.1}),
-    "Eva": ("eva02_tiny_patch14_224", Eva, {"use_rot_pos_emb": True, "dynamic_img_size": True}),
+    "Beit": ("beit_base_patch16_224", {"use_rel_pos_bias": True, "init_values": 0.1}),
+    "Eva": ("eva02_tiny_patch14_224", {"use_rot_pos_emb": True, "dynamic_img_size": True}),
 }
 SHORT = tiny(views=(View(size=SIZE, blur=1.0, noise=0.1), View(size=(8, 24))), steps=2)
 
@@ -39,7 +37,7 @@ def built(kind):
     if kind == "ViT":
         model = build_vit(size=SIZE, patch=8, dim=24, depth=2, heads=2, registers=1)
     else:
-        name, network, options = TIMMS[kind]
+        name, options = TIMMS[kind]
         options = SMALL | options | {"img_size": SIZE}
         model = timm.create_model(name, **options).eval()
         how = {"size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
