@@ -119,7 +119,8 @@ def load_images(
         split: "train", "val" or "test".
         n: only so many images, the classes balanced; None for all. A smaller n is a prefix.
         size: pixels, a number for squares or (height, width). Default: 32 for Toybox, CIFAR and
-            digits; in other sets the size that a sample of 64 files agrees on if it is square, else 224.
+            digits; in other sets the size that a sample of 64 files agrees on if it is square, else
+            224.
         seed: of Toybox's scenes; for the other sets of the order, and so of which n.
         value_range: the gray values that become black and white, where images of a folder have more
             than 8 bits. By default one range for all splits, measured on a sample: 0 to the least
