@@ -306,3 +306,35 @@ def test_the_tests_of_numbers_see_what_is_wrong():
     assert is_known("91.2", True, [0.9123], []) and not is_known("91.2", True, [0.9134], [])
     assert not is_known("91.2", False, [0.912], []) and is_known("12", False, [12.0], [])
     assert RANGE.findall(text) == [("4", "16")]
+
+
+# ---------------------------------------------------------------- the instructors' table
+
+
+def claims_of(page):
+    """The measured values and the controls of each notebook, as the instructors' page has them."""
+    rows = page.partition("<!-- claims -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    return {number: f"{measured}; {control}" for number, _, measured, control, _ in cells}
+
+
+CLAIMS = claims_of((ROOT / "docs" / "teaching.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", CLAIMS)
+def test_the_instructors_table_states_what_the_notebook_measured(number):
+    (name,) = (name for name in NAMES if name.startswith(number))
+    notebook = nbformat.read(path_of(name), as_version=4)
+    notebook.metadata["name"] = name
+    found, ends = known_numbers(notebook)
+    numbers = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-\d+)?)", CLAIMS[number])
+    assert any("." in text or "e-" in text for text in numbers), "no measured value"
+    assert [n for n in numbers if not _printed(n, found, ends)] == []
+
+
+def _printed(text, found, ends):
+    return float(text) in found if "e-" in text else is_known(text, True, found, ends)
+
+
+def test_the_instructors_table_has_every_notebook_but_the_tour_and_the_explorer():
+    assert sorted(CLAIMS) == [name[:2] for name in NAMES if name[:2] not in ("00", "08")]

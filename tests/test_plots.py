@@ -14,7 +14,7 @@ from refiner.images.sets import ImageSet
 from refiner.probing.search import Graph
 from refiner.visuals import plots
 from refiner.visuals.alt_text import describe
-from refiner.visuals.style import COLOURS, STYLE
+from refiner.visuals.style import COLOURS, MARKERS, STYLE, styles_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -478,3 +478,20 @@ def test_given_axes_are_used(name):
     _, ax = plt.subplots()
     assert getattr(plots, name)(*arguments, ax=ax) is ax
     assert len(plt.get_fignums()) == 1
+
+
+def test_one_colour_for_one_thing_in_whatever_order_and_never_by_colour_alone():
+    def colours(*names):
+        return {name: look["color"] for name, look in zip(names, styles_of(names), strict=True)}
+
+    first = colours("before", "refined", "random weights (control)", "k-NN, whitened")
+    again = colours("noise (control)", "no decoder, refined", "linear probe", "unrefined")
+    assert len(set(first.values())) == 4
+    assert first["before"] == again["unrefined"]
+    assert first["refined"] == again["no decoder, refined"] == colours("x", "after")["after"]
+    assert first["random weights (control)"] == again["noise (control)"]
+    assert again["linear probe"] not in first.values()
+    assert list(colours("a", "b").values()) == list(COLOURS[:2]), "nothing to be told apart"
+    two = styles_of(["pixels (control)", "random weights (control)"])
+    assert two[0]["color"] == two[1]["color"] and two[0]["marker"] != two[1]["marker"]
+    assert [look["marker"] for look in styles_of("abc")] == list(MARKERS[:3])

@@ -39,6 +39,22 @@ def test_the_spelling_is_right(tmp_path):
     assert found.returncode == 0, found.stdout.replace(str(tmp_path), "") + found.stderr
 
 
+AMERICAN = re.compile(
+    r"\b(colou?red|colors?|centere?d?|gr[a]y|(?:normal|standard|optim|organ|visual|summar)iz\w+|"
+    r"analyz\w+|behavior|favor|recogniz\w+|labeled|neighbours?)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_the_spelling_is_british_but_for_the_method_s_neighbor(path):
+    text = re.sub(
+        r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", markdown_of(path), flags=re.DOTALL
+    )
+    found = {word for word in AMERICAN.findall(text) if word.lower() != "coloured"}
+    assert not found - {"organization"}, found
+
+
 def test_the_spelling_test_sees_a_slip(tmp_path):
     pytest.importorskip("codespell_lib")
     (tmp_path / "a.txt").write_text("the neighbor recieves\n")  # codespell:ignore

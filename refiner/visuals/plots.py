@@ -35,6 +35,7 @@ from refiner.visuals.style import (
 )
 from refiner.visuals.style import curve_style as curve_style
 from refiner.visuals.style import style as style
+from refiner.visuals.style import styles_of as styles_of
 
 # ---------------------------------------------------------------- curves by block
 
@@ -64,9 +65,10 @@ def block_curve(
     spreads = [array(x[1]) if isinstance(x, tuple) else None for x in curves.values()]
     percent = _are_shares(means) if percent is None else percent
     (ax,) = axes_for(ax, 1, (6.8, 4.0))
+    looks = styles_of(means)
     for i, (name, mean) in enumerate(means.items()):
         at = np.arange(1, len(mean) + 1) if blocks is None else np.asarray(blocks)
-        look = curve_style(i)
+        look = looks[i]
         if best:
             top = int(mean.argmax())
             name = f"{name} (best: block {at[top]}, {_in_words(mean[top], percent)})"
@@ -249,8 +251,8 @@ def bars_with_spread(
     runs = {name: np.atleast_1d(x) for name, x in named(values).items()}
     percent = _are_shares(runs)
     (ax,) = axes_for(ax, 1, (max(4.0, 1.4 * len(runs) + 1.5), 3.8))
-    for i, x in enumerate(runs.values()):
-        look = curve_style(i) | {"linestyle": "", "markersize": 5}
+    for i, (x, look) in enumerate(zip(runs.values(), styles_of(runs), strict=True)):
+        look |= {"linestyle": "", "markersize": 5}
         ax.bar(i, x.mean(), 0.65, color=look["color"], alpha=0.55)
         across = np.linspace(-0.18, 0.18, len(x)) if len(x) > 1 else np.zeros(1)
         ax.plot(i + across, x, **look, markeredgecolor="black", markeredgewidth=0.6)
@@ -288,10 +290,10 @@ def spider(values: Mapping[str, object], names: Sequence[str], *, ax: Axes | Non
         figure = plt.figure(figsize=(6.4, 5.6), layout="constrained")
         ax = figure.add_subplot(projection="polar")
     around, told = np.linspace(0, 2 * np.pi, len(names), endpoint=False), []
-    for i, (name, x) in enumerate(outlines.items()):
+    for (name, x), look in zip(outlines.items(), styles_of(outlines), strict=True):
         closed = np.append(around, around[0]), np.append(x, x[0])
-        ax.plot(*closed, label=name, markersize=6, **curve_style(i))
-        ax.fill(*closed, color=curve_style(i)["color"], alpha=0.08)
+        ax.plot(*closed, label=name, markersize=6, **look)
+        ax.fill(*closed, color=look["color"], alpha=0.08)
         shares = ", ".join(f"{n} {v:.0%}" for n, v in zip(names, x, strict=True))
         told.append(f"{name}: {shares}")
     ax.set_theta_zero_location("N")

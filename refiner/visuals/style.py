@@ -8,8 +8,10 @@ any common colour vision can tell apart.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,6 +32,12 @@ CLASS_COLOURS = COLOURS[
     :6
 ]  # any two differ by 17 or more in CIELAB, also for protan and deutan eyes
 CLASS_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+ROLES = (  # words in a curve's name, the first that fits, and which colour is theirs
+    (r"control|\brandom\b", 2),
+    (r"\bbefore\b|unrefined", 0),
+    (r"whitened", 3),
+    (r"refined|refinement|\bafter\b", 1),
+)
 GRAY = "0.4"
 STYLE = {
     "font.size": 11,
@@ -132,6 +140,22 @@ def class_styles(n: int) -> list[tuple[str, str]]:
     """Colour and marker of n classes: 42 differ, and those of one marker differ well in colour."""
     looks = len(CLASS_COLOURS), len(CLASS_MARKS)
     return [(CLASS_COLOURS[i % looks[0]], CLASS_MARKS[i % looks[1]]) for i in range(n)]
+
+
+def styles_of(names: Iterable[str]) -> list[dict]:
+    """Colour, marker and line of named curves: what the course compares always has its own colour.
+
+    Controls, the encoder before, what is whitened and what is refined are told by words in the
+    names. Where one of them is drawn, the other curves take colours that mean nothing.
+    """
+    names = list(names)
+    roles = [next((c for word, c in ROLES if re.search(word, n.lower())), None) for n in names]
+    free = cycle([c for c in range(len(COLOURS)) if c not in dict(ROLES).values()])
+    looks = [curve_style(i) for i in range(len(names))]
+    if any(role is not None for role in roles):
+        for look, role in zip(looks, roles, strict=True):
+            look["color"] = COLOURS[next(free) if role is None else role]
+    return looks
 
 
 def place_legend(ax: Axes) -> None:
