@@ -302,11 +302,12 @@ function explorer(el, source) {
     const c = coloured(m.side), r = clamp(Math.sqrt(9000 / n), 1.6, 4.5) * Math.sqrt(m.view.z);
     const inside = s.group.length ? once(`group ${s.group}`, () => new Set(s.group)) : null;
     const faded = (i) => (only != null && c.codes[i] !== only ? 0.08 : inside && !inside.has(i) ? 0.6 : 1);
+    const stamps = []; // by code
     if (n > MANY) dots(g, px, c, r, faded, w, h);
     else for (let i = 0; i < n; i++) {
       const x = px[2 * i], y = px[2 * i + 1];
       if (x < -9 || y < -9 || x > w + 9 || y > h + 9) continue;
-      const one = stamp(c, c.codes[i], r, ratio);
+      const one = (stamps[c.codes[i]] ??= stamp(c, c.codes[i], r, ratio));
       g.globalAlpha = 0.9 * faded(i);
       g.drawImage(one, x - one.width / 2 / ratio, y - one.height / 2 / ratio, one.width / ratio, one.height / ratio);
     }
@@ -322,11 +323,12 @@ function explorer(el, source) {
     for (let i = 0; i < n; i++) {
       const x = px[2 * i], y = px[2 * i + 1];
       if (x < 0 || y < 0 || x > w || y > h) continue;
-      const key = `${c.palette[c.codes[i] % c.palette.length]} ${faded(i)}`;
+      const key = 4 * c.codes[i] + [0.08, 0.6, 1].indexOf(faded(i));
       byCode.get(key)?.push(i) ?? byCode.set(key, [i]);
     }
     for (const [key, some] of byCode) {
-      [g.fillStyle, g.globalAlpha] = [key.split(" ")[0], 0.9 * key.split(" ")[1]];
+      g.fillStyle = c.palette[(key >> 2) % c.palette.length];
+      g.globalAlpha = 0.9 * [0.08, 0.6, 1][key & 3];
       for (const i of some) g.fillRect(px[2 * i] - side / 2, px[2 * i + 1] - side / 2, side, side);
     }
   }

@@ -209,14 +209,18 @@ def write_html(explored: Exploration, state: State, path: Path) -> Path:
             f"a file holds the explorer of at most {MOST_IN_FILE:,} images, not "
             f"{len(explored):,}: explore a part of them"
         )
-    given = {"tables": tables(explored), "state": asdict(state), "sheet": sheet(explored)}
-    text = json.dumps(given, default=lambda raw: base64.b64encode(raw).decode())
-    parts = [(HERE / f"explorer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")]
-    title = " and ".join(explored.tables)
-    page = PAGE.format(title=escape(title), css=parts[0], js=parts[1], given=_safe(text))
     with replacing(path) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+        Path(temporary).write_text(page(explored, state, sheet(explored)), encoding="utf-8")
     return path
+
+
+def page(explored: Exploration, state: State, pictures: dict) -> str:
+    """The file's text; ``pictures`` as :func:`sheet` makes them."""
+    given = {"tables": tables(explored), "state": asdict(state), "sheet": pictures}
+    text = json.dumps(given, default=lambda raw: base64.b64encode(raw).decode())
+    css, js = ((HERE / f"explorer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    title = " and ".join(explored.tables)
+    return PAGE.format(title=escape(title), css=css, js=js, given=_safe(text))
 
 
 def _safe(text: str) -> str:
