@@ -516,7 +516,8 @@ def models_command(args: argparse.Namespace) -> int:
     print(table(entries))
     print(
         "\nGB: the encoder in float32, files with a decoder or optimizer are larger. labels: also "
-        "trained with labels.\nWeights are fetched when a model is first loaded."
+        "trained with labels.\nRefining was published for training on masked images. Weights are "
+        "fetched when a model is first loaded."
     )
     return 0
 

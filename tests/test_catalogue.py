@@ -83,6 +83,9 @@ def test_a_model_of_timm_is_what_its_entry_says(entry, shapes):
         assert model.patch_embed.patch_size[0] == entry.patch
     assert has_class_token(model) or "cls" not in entry.pooling
     licences = {"cc-by-nc-4.0": "CC-BY-NC 4.0", "apache-2.0": "Apache 2.0", "mit": "MIT"}
+    licences |= {"dinov3-license": "DINOv3", "apple-ascl": "Apple ASCL"}
+    pooled = entry.training == "masked-image" or has_class_token(model) == ("cls" in entry.pooling)
+    assert pooled
     assert licences[config.license] == entry.licence
     assert entry.labels == ("_ft_" in entry.name)
 
@@ -108,6 +111,15 @@ def test_searching_and_nearest_names():
     assert search("no such thing") == []
     assert nearest("mae_refined_l61", [])[0] == "mae_refined_l16"
     assert find("mae_refined_l61") is None
+
+
+def test_each_says_how_it_was_trained():
+    kinds = {"masked-image", "self-distilled", "with text"}
+    assert {entry.training for entry in CATALOGUE} == kinds
+    distilled = {e.method for e in search("self-distilled")}
+    assert {"DINO", "DINOv2", "DINOv2 with registers", "DINOv3", "DINOv3, satellite"} == distilled
+    text = {"PE core", "PE spatial", "PE lang", "AIMv2", "SigLIP 2", "MetaCLIP 2"}
+    assert {e.method for e in search("with text")} == text
 
 
 def test_the_table_has_a_line_for_each_in_columns():

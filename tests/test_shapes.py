@@ -12,7 +12,7 @@ from tiny import tiny
 from refiner.cli import main
 from refiner.images.load import load_images
 from refiner.images.views import View, make_view
-from refiner.models.encoders import preprocess, walk
+from refiner.models.encoders import check_supported, preprocess, walk
 from refiner.models.load import build_vit, load_model
 from refiner.models.mae import patchify, unpatchify
 from refiner.models.save import save_model
@@ -120,3 +120,20 @@ def test_oblong_crops_are_not_stretched_and_patches_go_back_to_their_places():
     cut = preprocess((255 * x).byte().repeat(1, 1, 3, 1), card)
     torch.testing.assert_close(cut[0, 1, 0], x[0, 1, 0].view(-1, 2).mean(1), atol=0.02, rtol=0)
     assert grid_like(SIZE, 13) == (2, 6) and grid_like((32, 32), 17) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnet10t", "vit_small_patch16_224.dino"),
+        ("convnext_atto", "vit_small_patch16_dinov3.lvd1689m"),
+        ("swin_tiny_patch4_window7_224", "hiera_base_224.mae"),
+        ("naflexvit_base_patch16_siglip", "vit_base_patch16_siglip_224.v2_webli"),
+    ],
+)
+def test_what_is_not_supported_names_what_would_work(name, nearest):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=f"supported are .*the nearest of them is '{nearest}'"):
+        check_supported(model, name)
+    assert nearest in timm.list_pretrained()

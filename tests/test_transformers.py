@@ -285,7 +285,7 @@ def test_a_key_makes_no_endless_model(kind, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model_type", "swin", "'swin'; supported are vit_mae, vit, dinov2"),
+        ("model_type", "swin", "'swin'; supported are vit_mae.*nearest of them is 'hiera_base"),
         ("model_type", ["vit"], r"\['vit'\]; supported are"),
         ("num_attention_heads", "3", "num_attention_heads is '3'; it needs to be a whole number"),
         ("num_attention_heads", 5, "num_heads=5 does not divide the width 24"),

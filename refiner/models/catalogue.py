@@ -1,4 +1,4 @@
-"""The catalogue of masked-image models: what ``load_model`` takes by name.
+"""The catalogue of models, masked-image ones mostly: what ``load_model`` takes by name.
 
 Its entries stand in ``data/catalogue.csv``. Facts are those of the papers and repositories that are
 named; names of MIM-Refiner's models are those of its torch.hub file. Parameters are of the encoder
@@ -31,6 +31,8 @@ class Entry:
         address: where the file lies, empty for timm's.
         file: name in the cache where the address's own is used by several models.
         kind: timm's class.
+        training: "masked-image", which refinement was published for, "self-distilled" or "with
+            text".
         post_norm: data2vec 2.0's architecture.
         labels: it was also trained with labels, so that a probe does not measure masking alone.
         md5: how that of the file begins; None where nobody published it.
@@ -48,6 +50,7 @@ class Entry:
     address: str = ""
     file: str | None = None
     kind: str = "VisionTransformer"
+    training: str = "masked-image"
     post_norm: bool = False
     labels: bool = False
     md5: str | None = None
@@ -93,10 +96,10 @@ def find(name: str) -> Entry | None:
 
 
 def search(text: str = "") -> list[Entry]:
-    """Entries whose name, method, class or source holds every word of a text; all for no text."""
+    """Entries whose name, method, training, class or source holds every word; all for none."""
 
     def described(e: Entry) -> str:
-        return f"{e.name} {e.method} {e.kind} {e.source}".lower()
+        return f"{e.name} {e.method} {e.training} {e.kind} {e.source}".lower()
 
     return [e for e in CATALOGUE if all(word in described(e) for word in text.lower().split())]
 
@@ -113,6 +116,7 @@ def table(entries: list[Entry]) -> str:
         (
             "name",
             "method",
+            "training",
             "params",
             "GB",
             "patch",
@@ -130,6 +134,7 @@ def table(entries: list[Entry]) -> str:
             (
                 e.name,
                 e.method,
+                e.training,
                 parameters,
                 f"{e.gigabytes:.1f}",
                 str(e.patch),

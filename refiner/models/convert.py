@@ -422,7 +422,10 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, 
     patch_weight = state["patch_embed.proj.weight"]
     if patch_weight.ndim != 4 or patch_weight.shape[1] != 3:
         shape = list(patch_weight.shape)
-        raise UserError(f"{name}: patch_embed.proj.weight is {shape}, expected [D, 3, P, P]")
+        raise UserError(
+            f"{name}: patch_embed.proj.weight is {shape}, expected [D, 3, P, P]: only images of "
+            "three channels are known"
+        )
     dim, _, patch, _ = patch_weight.shape
     mlp = len(state["blocks.0.mlp.fc1.weight"])
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0

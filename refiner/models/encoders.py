@@ -34,6 +34,14 @@ Encoder = VisionTransformer | Beit | Eva | Hiera
 EPSILON = 1e-6  # of timm's layer norms, and of MAE's
 SUPPORTED = "VisionTransformer, Beit (BEiT, BEiT v2), Eva (EVA-02) and, for probing only, Hiera"
 
+# Of other classes, by their names' beginnings, what does similar work and is supported.
+NEAREST = {
+    "resnet": "vit_small_patch16_224.dino",
+    "convnext": "vit_small_patch16_dinov3.lvd1689m",
+    "swin": "hiera_base_224.mae",
+    "naflex": "vit_base_patch16_siglip_224.v2_webli",
+}
+
 
 class PostNormBlock(Block):
     """A transformer block with its norms behind the additions (data2vec 2.0, arXiv 2212.07525).
@@ -136,7 +144,13 @@ def check_supported(model: nn.Module, name: str) -> None:
     if isinstance(_inside(model), nn.Module):
         raise UserError(f"{name} is in a {kind}: give what it holds, ._orig_mod or .module")
     if not isinstance(model, Encoder) or getattr(model, "rope_mixed", False):
-        raise UserError(f"{name} is a {kind}; supported are {SUPPORTED}")
+        raise UserError(f"{name} is a {kind}; supported are {SUPPORTED}{nearest_to(kind)}")
+
+
+def nearest_to(kind: str) -> str:
+    """The end of a sentence that names a model which would work instead, if one is known."""
+    found = (name for word, name in NEAREST.items() if kind.lower().startswith(word))
+    return next((f"; the nearest of them is {name!r}" for name in found), "")
 
 
 def _inside(model: nn.Module) -> object:

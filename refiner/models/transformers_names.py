@@ -31,6 +31,7 @@ from refiner.models.convert import (
     shortened,
     with_positions,
 )
+from refiner.models.encoders import nearest_to
 
 PLAIN = ("vit_mae", "vit", "dinov2", "dinov2_with_registers", "ijepa")
 BEIT = ("beit", "data2vec-vision")
@@ -122,6 +123,7 @@ def read_settings(config: Path) -> Settings:
         raise UserError(
             f"{config} is of transformers' model_type {kind!r:.60}; supported are "
             f"{', '.join(SUPPORTED)}, and of other models those that timm has (`refiner models`)"
+            f"{nearest_to(str(kind))}"
         )
     found = USUAL | {"layer_norm_eps": EPSILON.get(kind, 1e-12)} | read_json(config, Settings)
     activation = "silu" if found.get("use_gated_mlp") else "gelu"  # DINOv3's larger models
