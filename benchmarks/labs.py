@@ -9,9 +9,10 @@ from labs 3 to 5. All start from ``mae_toybox``, which has seen none of these la
 * ``before``: ``mae_toybox`` itself;
 * ``more_mae``: the autoencoder trained on, on all six labs' images, for as many processor seconds
   as ``one_lab`` takes;
-* ``long_mae``: the autoencoder trained on for 4,000 steps, two hours of one core (``refiner
-  pretrain --start mae_toybox --data toybox-labs --n 16320 --set steps=4000 --out runs/mae_labs``);
-* ``long_refined``: ``one_lab`` from there;
+* ``long_mae``: the autoencoder trained on for 4,000 steps (``refiner pretrain --start mae_toybox
+  --data toybox-labs --n 16320 --set steps=4000 --out runs/mae_labs``);
+* ``long_more_mae``, ``long_refined``, ``long_nna``: from there on as ``more_mae``, as ``one_lab``,
+  and with neighbors as positives from the start, one lab a batch;
 * ``nna_mixed``: neighbors as positives from the start, all labs in each batch;
 * ``mixed``: plain instance discrimination, all labs in each batch;
 * ``one_lab``: the same with every batch from one lab (``Recipe.labs``);
@@ -57,7 +58,9 @@ RUNGS = (
     "four_labs",
     "other_labs",
     "narrow",
+    "long_more_mae",
     "long_refined",
+    "long_nna",
 )
 
 
@@ -71,6 +74,7 @@ def recipe_of(rung: str, seed: int) -> Recipe:
         "mixed": {"groups_a_step": 0},
         "one_lab": {},
         "long_refined": {},
+        "long_nna": {"swap": "neighbor"},
         "four_labs": {"groups_a_step": 4},
         "other_labs": {
             "swap": "neighbor",
@@ -122,7 +126,7 @@ def trained(rung: str, seed: int, images, start: str, steps: int | None):
     if seconds.is_file():
         return refiner.load_model(folder), read_json(seconds)["seconds"]
     began = time.process_time()
-    if rung == "more_mae":
+    if rung.endswith("more_mae"):
         model = more_mae(images, start, seed, folder)
     else:
         recipe = recipe_of(rung, seed)
@@ -176,7 +180,7 @@ def main() -> None:
     own = refiner.load_images("toybox-labs", labs=NEW, n=2496, **options)
     queries = refiner.load_images("toybox-labs", split="test", labs=NEW, n=1008, **options)
     for seed in args.seeds:
-        for rung in sorted(args.rungs, key=lambda r: (r == "more_mae", RUNGS.index(r))):
+        for rung in sorted(args.rungs, key=lambda r: (r.endswith("more_mae"), RUNGS.index(r))):
             name = rung if rung in ("before", "long_mae") else f"{rung}-{seed}"
             if name in rows_of(args.out):
                 continue

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from their result files and the cards.
+"""Writes the tables of docs/results.md and README from their result files and the cards.
 
     python benchmarks/results_tables.py
 
@@ -306,19 +306,74 @@ def fair() -> str:
     return table(["Encoder", *measures], rows)
 
 
+LABS = {
+    "before": "`mae_toybox`, has seen none of the labs",
+    "nna_mixed": "refined, neighbors as positives, labs mixed",
+    "mixed": "refined, other views as positives, labs mixed",
+    "one_lab": "refined, other views as positives, one lab a batch",
+    "four_labs": "the same, four labs a batch, each by itself",
+    "other_labs": "the same, growing share of neighbors from other labs",
+    "narrow": "the same as one lab a batch, mild views",
+    "more_mae": "masked training on all labs' images, 2,244 steps",
+    "long_mae": "masked training on all labs' images, 4,000 steps",
+    "long_refined": "these 4,000 steps, then refined, one lab a batch",
+    "long_nna": "the same, neighbors as positives",
+    "long_more_mae": "the same time of masked training instead",
+}
+
+
 def labs() -> str:
     """Across labs: each encoder at its best, as it is and without each lab's mean and deviation."""
-    names = {"unseen": "`mae_toybox`, saw no lab", "before": "trained on, all labs, no labels"}
+    found, rows = read(RESULTS / "labs.json")["rows"], []
+    for rung, words in LABS.items():
+        seeds = [row for name, row in found.items() if name in (rung, f"{rung}-{name[-1]}")]
+        if not seeds:
+            continue
+        plain, alike = ([row[how] for row in seeds] for how in ("as they are", "per lab"))
+        knn = [
+            spanned(r[key] for r in rows_)
+            for rows_, key in ((plain, "usual"), (plain, "knn"), (alike, "knn"))
+        ]
+        keys = ("linear", "5-shot", "clusters")
+        other = [spanned(row[key] for row in alike) for key in keys]
+        places = [spanned(row[key] for row in seeds) for key in ("knn_own_labs", "lab_read")]
+        minutes = mean(row["processor_seconds"] for row in seeds) / 60
+        rows.append([words, f"{minutes:.0f}" if minutes else "", *knn, *other, *places])
+    head = ["Encoder", "minutes", "usual k-NN", "best reading", "per lab", "linear", "5 labels"]
+    return table([*head, "clusters", "own labs' bank", "lab read"], rows)
+
+
+def spanned(values) -> str:
+    """The mean in percent, and the range where there are several."""
+    values = list(values)
+    span = f" ({percent(min(values))}–{percent(max(values))})" if len(values) > 1 else ""
+    return percent(mean(values)) + span
+
+
+def headline() -> str:
+    """README's table: the usual and the best reading of each pair, before and after."""
+    fair = read(RESULTS / "fair.json")["rows"]
+    words = (
+        "`mae_toybox`, Toybox",
+        "`simmim_toybox`, no decoder, Toybox",
+        "`mae_cifar10`, CIFAR-10",
+    )
     rows = []
-    for name, row in read(RESULTS / "labs.json")["rows"].items():
-        plain, alike = row["as they are"], row["per lab"]
-        knn = [percent(x) for x in (plain["usual"], plain["knn"], alike["knn"])]
-        other = [percent(alike["linear"]), percent(row["knn_own_labs"]), percent(row["lab_read"])]
-        rows.append([names.get(name, name), *knn, *other])
-    head = ["Encoder", "usual k-NN", "best reading", "per lab", "linear, per lab", "own labs' bank"]
-    return table([*head, "lab read"], rows)
+    for name, encoders in zip(words, fair.values(), strict=True):
+        pair = [[percent(row[key]) for row in encoders.values()] for key in ("usual", "knn")]
+        rows.append([name, *(f"{a} → {b}" for a, b in pair)])
+    across = read(RESULTS / "labs.json")["rows"]
+    before, *after = (row for name, row in across.items() if name.startswith(("before", "one_lab")))
+    ends = [mean(row[how][key] for row in after) for how, key in PLACES]
+    both = [
+        f"{percent(before[h][k])} → {percent(end)}"
+        for (h, k), end in zip(PLACES, ends, strict=True)
+    ]
+    rows.append(["`mae_toybox`, six labs it has not seen", *both])
+    return table(["Encoder and images", "usual reading", "best reading"], rows)
 
 
+PLACES = ("as they are", "usual"), ("per lab", "knn")
 TABLES = {
     "labs": labs,
     "cards": cards,
@@ -335,19 +390,21 @@ TABLES = {
     "verdicts": verdicts,
 }
 
+README = {"headline": headline}
 
-def filled(text: str) -> str:
-    """The page's text with every table as the files have it."""
-    for name, make in TABLES.items():
+
+def filled(text: str, tables=TABLES) -> str:
+    """A page's text with every table as the files have it."""
+    for name, make in tables.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
         text, count = pattern.subn(lambda _: f"<!-- {name} -->\n{make()}\n<!-- end -->", text)  # noqa: B023
         if count != 1:
-            raise ValueError(f"{count} places for the table {name!r} in docs/results.md, not 1")
+            raise ValueError(f"{count} places for the table {name!r}, not 1")
     return text
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    page = ROOT / "docs" / "results.md"
-    page.write_text(filled(page.read_text()))
-    print(f"wrote {page.relative_to(ROOT)}")
+    for page, tables in ((ROOT / "docs" / "results.md", TABLES), (ROOT / "README.md", README)):
+        page.write_text(filled(page.read_text(), tables))
+        print(f"wrote {page.relative_to(ROOT)}")

@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-import pytest
 from PIL import Image
 
 import refiner
@@ -38,15 +37,14 @@ def expected_rows() -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("page", [README, PAGE], ids=["README", "results"])
-def test_results_table_is_the_json(page):
+def test_results_table_is_the_json():
     names = {"before": "before", "mae_same_steps": "more MAE training", "refined": "refined"}
     rows = expected_rows()
     for key, name in names.items():
-        line = next(x for x in page.splitlines() if x.startswith("|") and name in x)
+        line = next(x for x in PAGE.splitlines() if x.startswith("|") and name in x)
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         assert cells[1:] == rows[key], f"the page says {cells[1:]}, the JSON {rows[key]}"
-    assert RESULTS["command"] in page
+    assert RESULTS["command"] in PAGE
 
 
 def test_refining_beats_both_controls_on_every_seed():
@@ -59,9 +57,46 @@ def test_refining_beats_both_controls_on_every_seed():
 
 def test_tables_of_the_studies_are_their_files(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from results_tables import filled
+    import results_tables
 
-    assert filled(PAGE) == PAGE, "run: python benchmarks/results_tables.py"
+    advice = "run: python benchmarks/results_tables.py"
+    assert results_tables.filled(PAGE) == PAGE, advice
+    assert results_tables.filled(README, results_tables.README) == README, advice
+
+
+def test_what_the_labs_show_is_the_measurement():
+    """The sentences under the table of labs, and the orders that they rest on."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "labs.json").read_text())["rows"]
+    alike = {
+        name: {k: 100 * v for k, v in row["per lab"].items() if isinstance(v, float)}
+        for name, row in rows.items()
+    }
+    seeds = [row for name, row in alike.items() if name.startswith("one_lab")]
+    assert len(seeds) == 3
+    before, text = alike["before"], " ".join(PAGE.split())
+    gains = [mean(row[key] - before[key] for row in seeds) for key in ("knn", "linear")]
+    assert all(
+        row["knn"] - before["knn"] > 20 and row["linear"] - before["linear"] > 10 for row in seeds
+    )
+    assert "it has {:.0f} points of k-NN and {:.0f} of a linear probe more".format(*gains) in text
+    steps = [
+        alike[a]["knn"] - alike[b]["knn"]
+        for a, b in (("mixed-0", "nna_mixed-0"), ("one_lab-0", "mixed-0"))
+    ]
+    words = "end {:.1f} points below other views as positives, and these, with mixed labs, {:.1f} "
+    assert words.format(*steps) in text
+    longer = alike["more_mae-0"]
+    assert (
+        f"have {longer['knn']:.1f} % of k-NN and {longer['linear']:.1f} % of a linear probe" in text
+    )
+    assert longer["knn"] > max(row["knn"] for row in seeds), "the sentence says so"
+    late = {
+        key: alike["long_refined-0"][key] - alike["long_mae"][key]
+        for key in ("knn", "5-shot", "clusters")
+    }
+    assert f"{late['knn']:.1f} points of k-NN and {late['5-shot']:.1f} with five labels" in text
+    usual = [100 * rows[name]["as they are"]["usual"] for name in ("long_refined-0", "long_mae")]
+    assert f"gains {usual[0] - usual[1]:.1f} and the clusters {late['clusters']:.1f}" in text
 
 
 def test_what_is_left_at_their_best_is_the_measurement():
