@@ -11,25 +11,32 @@ import sys
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# Finds the outputs that follow in the same cell, and hides them as long as the kernel answers.
+# Finds the outputs that follow in the same cell, and hides them as long as the kernel answers. A
+# widget is drawn before it stands on the page, so the cell is looked for when it does.
 WATCH = """
 export default { render({ model, el }) {
-  const area = el.closest(".jp-OutputArea");
-  const own = el.closest(".jp-OutputArea-child");
-  const copies = () => area ? [...area.children].slice([...area.children].indexOf(own) + 1) : [];
-  const hide = () => copies().forEach((one) => {
-    if (one.querySelector("img")) one.style.display = alive ? "none" : "";
-  });
-  let alive = true;
-  const seen = new MutationObserver(hide);
-  if (area) seen.observe(area, { childList: true, subtree: true });
+  let alive = true, copies = [], frame = 0;
+  const seen = new MutationObserver(() => hide());
+  const hide = () => {
+    const own = el.closest(".jp-OutputArea-child"), all = own ? [...own.parentNode.children] : [];
+    copies = own ? all.slice(all.indexOf(own) + 1) : copies;
+    copies.forEach((one) => {
+      if (one.querySelector("img")) one.style.display = alive ? "none" : "";
+    });
+  };
+  const begin = () => {
+    if (!el.isConnected) { frame = requestAnimationFrame(begin); return; }
+    const area = el.closest(".jp-OutputArea");
+    if (area) seen.observe(area, { childList: true, subtree: true });
+    hide();
+  };
   model.on("comm_live_update", () => {
     alive = false;
     el.textContent = "The kernel has ended: run this cell again to go on. The picture below stays.";
     hide();
   });
-  hide();
-  return () => { alive = false; seen.disconnect(); hide(); };
+  begin();
+  return () => { alive = false; cancelAnimationFrame(frame); seen.disconnect(); hide(); };
 } };
 """
 _shown: dict[str, tuple[str, object]] = {}  # by cell: the run that showed a widget, and the widget
