@@ -149,6 +149,7 @@ def test_a_patch_is_hidden_by_click_and_by_keyboard(open_lab):
             arg=[picture.element_handle(), before],
         )
 
+    board.scroll_into_view_if_needed()
     box = board.bounding_box()
     changes(lambda: page.mouse.click(box["x"] + 20, box["y"] + 20))
     changes(lambda: page.keyboard.press("Space"))

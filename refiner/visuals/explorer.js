@@ -115,7 +115,7 @@ function explorer(el, source) {
   // ------------------------------------------------------------ the page
 
   const select = (label, key, options) => make("label", {}, `${label} `, make("select",
-    { "data-key": key, onchange: (e) => change({ [key]: options[e.target.selectedIndex][1] }) },
+    { "data-key": key, "aria-label": label, onchange: (e) => change({ [key]: options[e.target.selectedIndex][1] }) },
     ...options.map(([text]) => make("option", {}, text))));
   const button = (text, tip, onclick) => make("button", { title: tip, onclick, type: "button" }, text);
   const pick = names.map((name) => [name, name]);
@@ -123,7 +123,10 @@ function explorer(el, source) {
   const layouts = [["PCA", "pca"], ["UMAP", "umap"]].filter(
     ([, name]) => source.live || models[names[0]].xy[name]);
   const find = make("input", { type: "search", placeholder: "17, or 3, 5-9, or a class",
-    "aria-label": "Find", onchange: () => search(find.value), onsearch: () => search(find.value) });
+    "aria-label": "Find", onsearch: () => search(find.value), onkeydown: (e) => {
+      e.stopPropagation(); // JupyterLab would take Enter for itself
+      if (e.key === "Enter") search(find.value);
+    } });
   const bar = make("div", { class: "rx-bar" },
     select("Left model", "left", pick), select("Right model", "right", pick),
     select("Right block", "right_block", [["as on the left", null], ...blocks]),
