@@ -337,7 +337,8 @@ def stand_ins(job) -> dict:
     half = math.inf if job.left == math.inf else job.left / 2 - (0 if job.tiny else 20)
 
     def in_time(train):
-        return lambda *a, **k: train(*a, stop=time.monotonic() + half, progress=False, **k)
+        quiet = {"progress": False}
+        return lambda *a, **k: train(*a, **{"stop": time.monotonic() + half} | k | quiet)
 
     clocked = {name: in_time(getattr(refiner, name)) for name in ("refine", "pretrain")}
     if not job.tiny:

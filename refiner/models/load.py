@@ -100,9 +100,10 @@ def build_vit(
     Raises:
         ValueError: when the patch does not divide the size or the heads the width.
     """
-    height, width = sides(size)
-    size = as_size(height, width)
     sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    in_range("", sizes | details, Architecture)
+    height, width = sides(size)
+    size = sizes["size"] = as_size(height, width)
     architecture = in_range("", sizes | details, Architecture)
     if height % patch or width % patch or dim % heads or dim % 4:
         raise UserError(
