@@ -21,6 +21,8 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from results_tables import seeds_of
+
 from refiner.base.files import read_json
 from refiner.base.places import data_folder
 from refiner.visuals import plots
@@ -32,15 +34,10 @@ LABS = {
     "nna_mixed": "refined, neighbors as positives,\nlabs mixed",
     "mixed": "refined, other views as positives,\nlabs mixed",
     "one_lab": "refined, other views as positives,\none lab a batch",
-    "more_mae": "masked training on their images,\nas long",
-    "long_mae": "masked training, twice as long",
-    "long_refined": "the same, then refined,\none lab a batch",
+    "more_mae": "masked training on their images,\n2,244 steps (less time)",
+    "long_mae": "masked training, 4,000 steps",
+    "long_refined": "these 4,000 steps, then refined,\none lab a batch",
 }
-
-
-def seeds_of(rows: dict, rung: str) -> list[dict]:
-    """A rung's rows, one a seed."""
-    return [row for name, row in rows.items() if name.rsplit("-", 1)[0] == rung]
 
 
 def draw_curve(ax) -> None:
@@ -63,7 +60,7 @@ def draw_labs(ax) -> None:
     rows = read_json(RESULTS / "labs.json")["rows"]
     rungs = {rung: seeds_of(rows, rung) for rung in LABS}
     rungs = {rung: found for rung, found in rungs.items() if found}
-    looks = {"as they are": ("o", COLOURS[0]), "per lab": ("D", COLOURS[2])}
+    looks = {"as they are": ("o", COLOURS[6]), "per lab": ("D", COLOURS[4])}
     words = {"as they are": "best reading", "per lab": "best reading, each lab standardised"}
     for at, found in enumerate(rungs.values()):
         usual = mean(row["as they are"]["usual"] for row in found)

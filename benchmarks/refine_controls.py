@@ -1,7 +1,7 @@
 """Does refining help, or only training longer? Three seeds, with both controls.
 
     python benchmarks/refine_controls.py [--seeds 0 1 2] [--time-control] [--set steps=100 ...]
-    python benchmarks/refine_controls.py --add-views --keep runs/more_mae  # adds a control
+    python benchmarks/refine_controls.py --add-views   # adds a control
 
 For each seed: the refined encoder; the unrefined one; and the MAE trained on for the same number
 of steps of the same batch (with --time-control also for the same time). k-NN (k=10) of every block
@@ -26,7 +26,6 @@ import refiner
 from refiner.base.files import read_json, write_json
 from refiner.base.places import machine
 from refiner.models.mae import MAERecipe, load_mae
-from refiner.models.save import save_model
 from refiner.training.pretraining import pretrain
 from refiner.training.recipe import Recipe, complete_recipe, recipe_dict, recipe_from
 from refiner.training.refining import save_refined
@@ -126,8 +125,6 @@ def add_views(args) -> None:
         longer = more_mae(args.model, images, seed=row["seed"], **size)
         row["mae_same_views"] = knn_curves(longer, bank, test)
         row["mae_same_views_processor_seconds"] = round(time.process_time() - began)
-        if args.keep:
-            save_model(longer, args.keep / f"seed{row['seed']}")
         print(_line(row, result["before"]), flush=True)
         write_json(args.out, result)
 

@@ -325,22 +325,21 @@ LABS = {
 def labs() -> str:
     """Across labs: each encoder at its best, as it is and without each lab's mean and deviation."""
     found, rows = read(RESULTS / "labs.json")["rows"], []
+    per_lab = [("per lab", key) for key in ("knn", "linear", "5-shot", "clusters")]
+    places = [("as they are", "usual"), ("as they are", "knn"), *per_lab]
     for rung, words in LABS.items():
-        seeds = [row for name, row in found.items() if name in (rung, f"{rung}-{name[-1]}")]
-        if not seeds:
-            continue
-        plain, alike = ([row[how] for row in seeds] for how in ("as they are", "per lab"))
-        knn = [
-            spanned(r[key] for r in rows_)
-            for rows_, key in ((plain, "usual"), (plain, "knn"), (alike, "knn"))
-        ]
-        keys = ("linear", "5-shot", "clusters")
-        other = [spanned(row[key] for row in alike) for key in keys]
-        places = [spanned(row[key] for row in seeds) for key in ("knn_own_labs", "lab_read")]
-        minutes = mean(row["processor_seconds"] for row in seeds) / 60
-        rows.append([words, f"{minutes:.0f}" if minutes else "", *knn, *other, *places])
+        if seeds := seeds_of(found, rung):
+            minutes = mean(row["processor_seconds"] for row in seeds) / 60
+            cells = [spanned(row[how][key] for row in seeds) for how, key in places]
+            cells += [spanned(row[key] for row in seeds) for key in ("knn_own_labs", "lab_read")]
+            rows.append([words, f"{minutes:.0f}" if minutes else "", *cells])
     head = ["Encoder", "minutes", "usual k-NN", "best reading", "per lab", "linear", "5 labels"]
     return table([*head, "clusters", "own labs' bank", "lab read"], rows)
+
+
+def seeds_of(found: dict, rung: str) -> list[dict]:
+    """A rung's rows of ``labs.json``, one a seed."""
+    return [row for name, row in found.items() if name.rsplit("-", 1)[0] == rung]
 
 
 def spanned(values) -> str:
@@ -363,17 +362,15 @@ def headline() -> str:
         pair = [[percent(row[key]) for row in encoders.values()] for key in ("usual", "knn")]
         rows.append([name, *(f"{a} → {b}" for a, b in pair)])
     across = read(RESULTS / "labs.json")["rows"]
-    before, *after = (row for name, row in across.items() if name.startswith(("before", "one_lab")))
-    ends = [mean(row[how][key] for row in after) for how, key in PLACES]
-    both = [
-        f"{percent(before[h][k])} → {percent(end)}"
-        for (h, k), end in zip(PLACES, ends, strict=True)
-    ]
-    rows.append(["`mae_toybox`, six labs it has not seen", *both])
+    before, after = seeds_of(across, "before"), seeds_of(across, "one_lab")
+    cells = []
+    for how, key in (("as they are", "usual"), ("per lab", "knn")):
+        a, b = (percent(mean(row[how][key] for row in seeds)) for seeds in (before, after))
+        cells.append(f"{a} → {b}")
+    rows.append(["`mae_toybox`, six labs it has not seen", *cells])
     return table(["Encoder and images", "usual reading", "best reading"], rows)
 
 
-PLACES = ("as they are", "usual"), ("per lab", "knn")
 TABLES = {
     "labs": labs,
     "cards": cards,

@@ -14,7 +14,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex, to_rgb
+from eyes import seen
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import refiner
@@ -131,34 +132,7 @@ def test_numbers_that_are_not_known_are_gray_and_units_are_named():
     assert len(shown["hue"]["palette"]) == 256
 
 
-# Machado, Oliveira and Fernandes (2009), doi 10.1109/TVCG.2009.113, severity 1.0.
-VISIONS = {
-    "normal": np.eye(3),
-    "protan": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "deutan": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.011820, 0.042940, 0.968881],
-    ],
-}
-
-
-def seen(shades, vision):
-    """CIELAB [n, 3] (CIE 15:2004, D65) of sRGB colours as an eye of some vision sees them."""
-    rgb = np.array([to_rgb(shade) for shade in shades])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(linear @ np.array(VISIONS[vision]).T, 0, 1)
-    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    xyz = linear @ np.array(to_xyz).T / [0.9505, 1, 1.089]
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
-
-
-@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("vision", ["normal", "protan", "deutan"])
 @pytest.mark.parametrize("n", [2, 16, 42])
 def test_classes_differ_in_mark_or_well_in_colour_for_every_vision(vision, n):
     images, features = inputs()

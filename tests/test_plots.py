@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex, to_rgb
+from eyes import VISIONS, luminance, seen
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from refiner.images.sets import ImageSet
@@ -51,54 +52,16 @@ def test_style_sets_the_look_and_can_take_it_back():
     assert plt.rcParams["font.size"] == before
 
 
-def luminance(colour: str) -> float:
-    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
 def test_every_colour_stands_out_from_white_paper():
     assert len(set(COLOURS)) == len(COLOURS)
     # The lightest, orange and sky blue, reach 2 : 1; markers and lines carry the rest.
     assert all(1.05 / (luminance(colour) + 0.05) > 2 for colour in COLOURS)
 
 
-# What linear RGB becomes for eyes without one kind of cone (Machado et al. 2009, severity 1.0).
-BLINDNESS = {
-    "protanopia": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "deuteranopia": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.011820, 0.042940, 0.968881],
-    ],
-    "tritanopia": [
-        [1.255528, -0.076749, -0.178779],
-        [-0.078411, 0.930809, 0.147602],
-        [0.004733, 0.691367, 0.303900],
-    ],
-}
-TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-
-
-def lab(linear: np.ndarray) -> np.ndarray:
-    """CIE Lab, where a distance of about 2 can just be seen."""
-    xyz = TO_XYZ @ linear / TO_XYZ.sum(1)
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-@pytest.mark.parametrize("kind", BLINDNESS)
+@pytest.mark.parametrize("kind", [kind for kind in VISIONS if kind != "normal"])
 def test_colours_stay_apart_for_eyes_without_a_kind_of_cone(kind):
-    seen = []
-    for colour in COLOURS:
-        rgb = np.array(to_rgb(colour))
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        seen.append(lab(np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1)))
-    apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+    colours = seen(COLOURS, kind)
+    apart = [np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]]
     assert min(apart) > 10
 
 

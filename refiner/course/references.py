@@ -23,9 +23,8 @@ def visible(noise_BN: Tensor, ratio: float, *, smallest: bool = True) -> Tensor:
 def hidden_error(predicted_BNP, target_BNP, hidden_BN, *, over: str = "hidden") -> Tensor:
     """Mean squared error over hidden patches."""
     error_BN = (predicted_BNP - target_BNP).square().mean(2)
-    wanted_BN = {"hidden": hidden_BN, "visible": ~hidden_BN, "all": torch.ones_like(hidden_BN)}[
-        over
-    ]
+    kinds = {"hidden": hidden_BN, "visible": ~hidden_BN, "all": torch.ones_like(hidden_BN)}
+    wanted_BN = kinds[over]
     return (error_BN * wanted_BN).sum() / wanted_BN.sum()
 
 

@@ -540,9 +540,8 @@ def with_positions(state: dict, architecture: Mapping, name: str) -> dict:
         dim = architecture["dim"]
         return state | {"pos_embed": _sincos_positions((rows, columns), dim, prefix)}
     positions = _positions_3d(state["pos_embed"])
-    have = (
-        positions.shape[1] - rows * columns
-    )  # rows of the class token, and maybe of the registers
+    # Rows of the class token, and maybe of the registers.
+    have = positions.shape[1] - rows * columns
     if have < prefix:
         gap = positions.new_zeros(*positions.shape[:1], prefix - have, positions.shape[2])
         positions = torch.cat([positions[:, :have], gap, positions[:, have:]], dim=1)

@@ -408,10 +408,9 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
 
     Args:
         images: uint8 [B, 3, H, W], values 0 to 255.
-        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels, or
-            height and width), "mean" and
-            "std" (of brightness 0 to 1), "interpolation" ("bicubic" or "bilinear") and, optional,
-            "crop_pct", the share of the shorter side that is kept.
+        card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels, or height
+            and width), "mean" and "std" (of brightness 0 to 1), "interpolation" ("bicubic" or
+            "bilinear") and, optional, "crop_pct", the share of the shorter side that is kept.
 
     Returns:
         Normalised [B, 3, S, S], or [B, 3, *size]. If the size differs, images are cropped to the

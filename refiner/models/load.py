@@ -101,10 +101,9 @@ def build_vit(
         ValueError: when the patch does not divide the size or the heads the width.
     """
     sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
-    in_range("", sizes | details, Architecture)
-    height, width = sides(size)
-    size = sizes["size"] = as_size(height, width)
     architecture = in_range("", sizes | details, Architecture)
+    height, width = sides(architecture["size"])
+    size = architecture["size"] = as_size(height, width)
     if height % patch or width % patch or dim % heads or dim % 4:
         raise UserError(
             f"patch {patch} must divide size {size}, and heads {heads} and 4 must divide dim {dim}"

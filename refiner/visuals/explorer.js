@@ -125,7 +125,9 @@ function explorer(el, source) {
   const find = make("input", { type: "search", placeholder: "17, or 3, 5-9, or a class",
     "aria-label": "Find", onsearch: () => search(find.value), onkeydown: (e) => {
       e.stopPropagation(); // JupyterLab would take Enter for itself
-      if (e.key === "Enter") search(find.value);
+      if (e.key !== "Enter") return;
+      e.preventDefault(); // its search event would ask again
+      search(find.value);
     } });
   const bar = make("div", { class: "rx-bar" },
     select("Left model", "left", pick), select("Right model", "right", pick),

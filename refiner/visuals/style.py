@@ -28,9 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = (*"os^DvPX*<>ph8dH", (4, 1, 0))  # the last: a star of four points
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
-CLASS_COLOURS = COLOURS[
-    :6
-]  # any two differ by 17 or more in CIELAB, also for protan and deutan eyes
+# Any two differ by 17 or more in CIELAB, also for protan and deutan eyes.
+CLASS_COLOURS = COLOURS[:6]
 CLASS_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 ROLES = (  # words in a curve's name, the first that fits, and which colour is theirs
     (r"control|\brandom\b", 2),
