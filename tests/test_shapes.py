@@ -137,3 +137,16 @@ def test_what_is_not_supported_names_what_would_work(name, nearest):
     with pytest.raises(ValueError, match=f"supported are .*the nearest of them is '{nearest}'"):
         check_supported(model, name)
     assert nearest in timm.list_pretrained()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "big", (0, 32), (32,), (3, 4, 5)])
+def test_what_is_no_size_is_told_at_every_door(size):
+    doors = [
+        lambda: refiner.load_images("digits", n=4, size=size),
+        lambda: refiner.load_model("mae_toybox", size=size),
+        lambda: refiner.Recipe.cpu(size=size),
+        lambda: refiner.Recipe.gpu(size=size),
+    ]
+    for door in doors:
+        with pytest.raises(refiner.UserError, match="at least 1 pixel, a whole number or"):
+            door()

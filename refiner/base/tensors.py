@@ -21,8 +21,18 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width; a number is both."""
-    return (size, size) if isinstance(size, Integral) else tuple(size)
+    """Height and width; a number is both.
+
+    Raises:
+        ValueError: for anything but whole numbers of pixels from 1.
+    """
+    both = (size, size) if isinstance(size, Integral) else size
+    right = isinstance(both, list | tuple) and len(both) == 2
+    if not right or not all(isinstance(side, Integral) and side >= 1 for side in both):
+        raise UserError(
+            f"size must be at least 1 pixel, a whole number or (height, width), not {size!r}"
+        )
+    return tuple(both)
 
 
 def as_size(height: int, width: int) -> int | tuple[int, int]:

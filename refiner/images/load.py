@@ -151,9 +151,7 @@ def load_images(
     check_source(name)
     _check_n(n)
     check_range(value_range)
-    if size is not None and min(sides(size)) < 1:
-        raise UserError(f"size must be at least 1 pixel, not {size}")
-    size = size and as_size(*sides(size))
+    size = None if size is None else as_size(*sides(size))
     if str(name) in toybox.VARIANTS and isinstance(size, tuple):
         raise UserError(f"{name} is rendered square: give one number as its size, not {size}")
     if labs is not None and str(name) != "toybox-labs":
