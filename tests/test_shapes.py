@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import tiny
 
+import refiner
 from refiner.cli import main
 from refiner.images.load import load_images
 from refiner.images.views import View, make_view
