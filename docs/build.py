@@ -82,11 +82,12 @@ def linked(text: str, names: list[str]) -> str:
 def times(paths: list[Path]) -> str:
     """A table of what the notebooks state and what their stored run took."""
     from refiner.base.places import clock
+    from refiner.course.execute import reading_minutes
     from refiner.course.exercises import find_exercises
 
     rows = [
-        "| Notebook | stated | measured | processor | memory | exercises |",
-        "|---|---|---|---|---|---|",
+        "| Notebook | reading | stated | measured | processor | memory | exercises |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
@@ -96,7 +97,8 @@ def times(paths: list[Path]) -> str:
         memory = f"{run['peak_memory_mb']} MiB" if run.get("peak_memory_mb") else "–"
         minutes = sum(e.minutes for e in find_exercises(notebook, path.stem))
         stated = clock(60 * facts["minutes_cpu"])
-        row = [f"`{path.stem}`", stated, *spent, memory, f"{minutes} minutes"]
+        reading = f"{reading_minutes(notebook):.0f} minutes"
+        row = [f"`{path.stem}`", reading, stated, *spent, memory, f"{minutes} minutes"]
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from solutions import check_of, solutions_of
 
+import refiner
 from refiner import course
-from refiner.course import exercises
+from refiner.course import exercises, references
 from refiner.course.references import MISTAKES
+from refiner.models import mae
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 IMPORTS = """
@@ -27,7 +29,7 @@ from refiner import course
 from refiner.course import references
 from refiner.models import mae
 from refiner.models.encoders import preprocess
-model = SimpleNamespace(blocks=[None] * 12)  # what the tour's choice of blocks asks about
+model = SimpleNamespace(blocks=[None] * 12)  # what a choice of blocks asks about
 recipe = refiner.Recipe.cpu()
 images = torch.zeros(32, 3, 32, 32)
 """
@@ -157,10 +159,12 @@ def test_an_impossible_choice_is_refused_and_explained(source, solution, choice,
     assert "solved" not in said and "library's version is used" in said and len(said) > 60
 
 
-def test_every_exercise_says_goal_difficulty_and_time_and_hides_its_solution():
+def test_every_exercise_says_goal_difficulty_importance_and_time_and_hides_its_solution():
+    """``find_exercises`` refuses a heading without the three labels; see below."""
     progress = course.status(FOLDER)
-    assert len(progress.exercises) == len(EVERY) >= 11
+    assert len(progress.exercises) == len(EVERY) >= 24
     assert len({exercise.name for exercise in progress.exercises}) == len(EVERY)
+    assert all(5 <= exercise.minutes <= 40 for exercise in progress.exercises)
     for path in sorted(FOLDER.glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         for cell, check, after in zip(cells, cells[1:], cells[2:], strict=False):
@@ -168,7 +172,49 @@ def test_every_exercise_says_goal_difficulty_and_time_and_hides_its_solution():
                 place = f"{path.stem}: {cell.source[:60]!r}"
                 assert "**Goal:**" in cell.source and "<summary>Hint" in cell.source, place
                 assert re.search(r"course\.(check|choose)\(", check.source), place
-                assert "<summary>Solution" in after.source, place
+                assert after.source.startswith("<details><summary>Solution"), place
+
+
+def test_six_hard_exercises_are_essential_and_come_in_the_order_in_which_they_build_on_each_other():
+    hard = [e for e in course.status(FOLDER).exercises if e.difficulty == "hard"]
+    assert [(e.notebook[:2], e.title) for e in hard] == [
+        ("01", "attention"),
+        ("02", "choose without test labels"),
+        ("03", "the neighbor"),
+        ("03", "NNA"),
+        ("04", "the loss of one head"),
+        ("09", "few labels, without a leak"),
+    ]
+    assert all(e.importance == "essential" and 20 <= e.minutes <= 40 for e in hard)
+
+
+def reference_of(source):
+    """What a check compares with, as written; of a choice, what its problem is looked up in."""
+    nodes, checked = check_of(source)
+    node = nodes[checked]
+    call = next(
+        x for x in ast.walk(node) if isinstance(x, ast.Call) and "course." in ast.unparse(x)
+    )
+    if ast.unparse(call.func) == "course.check":
+        return ast.unparse(call.args[1])
+    return next(iter(re.findall(r"references\.\w+", source)), "")
+
+
+@pytest.mark.parametrize("source, solution", EVERY)
+def test_the_reference_is_out_of_sight(source, solution):
+    """In references.py, or a function of the library where it has the very same; in no cell."""
+    room, _, name = reference_of(source).rpartition(".")
+    assert room in ("references", "refiner", "mae"), f"{reference_of(source)!r} stands in the cell"
+    assert callable(getattr({"references": references, "refiner": refiner, "mae": mae}[room], name))
+
+
+def test_the_test_of_references_sees_one_in_the_cell():
+    cell = (
+        "def mine(x): ...\ndef right(x): return x\nf = course.check(mine, right, right, name='a')"
+    )
+    assert reference_of(cell) == "right"
+    assert reference_of(cell.replace("mine, right", "mine, references.iou")) == "references.iou"
+    assert reference_of("x = course.choose(None, 1, lambda x: None, name='a')") == ""
 
 
 def test_the_stored_progress_of_the_tour_lists_every_exercise():
@@ -180,10 +226,24 @@ def test_the_stored_progress_of_the_tour_lists_every_exercise():
     assert f"0 of {len(exercises_now)} exercises" in stored
 
 
-def test_an_exercise_without_a_check_is_named():
-    heading = nbformat.v4.new_markdown_cell("### Exercise: adding (easy, 5 minutes)")
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ("(easy, essential, 5 minutes)", "00_a: no check right below the exercise 'adding'"),
+        (
+            "(easy, 5 minutes)",
+            r"00_a: '### Exercise: adding \(easy, 5 minutes\)' does not end with",
+        ),
+        ("(easy, essential)", "does not end with"),
+        ("(simple, essential, 5 minutes)", "does not end with"),
+        ("(easy, nice, 5 minutes)", "does not end with"),
+        ("", "does not end with"),
+    ],
+)
+def test_an_exercise_without_a_check_or_one_of_its_labels_is_named(labels, problem):
+    heading = nbformat.v4.new_markdown_cell(f"## 1. Sums\n\n### Exercise: adding {labels}".strip())
     book = nbformat.v4.new_notebook(cells=[heading, nbformat.v4.new_code_cell("1 + 1")])
-    with pytest.raises(ValueError, match="00_a: no check right below the exercise 'adding'"):
+    with pytest.raises(ValueError, match=problem):
         exercises.find_exercises(book, "00_a")
 
 

@@ -76,6 +76,13 @@ def title_of(notebook: NotebookNode) -> str:
     return ""
 
 
+def reading_minutes(notebook: NotebookNode) -> float:
+    """How long its text takes to read at 200 words a minute, without code, links and tags."""
+    texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"^```.*?^```", "", "\n\n".join(texts), flags=re.DOTALL | re.MULTILINE)
+    return len(re.sub(r"\]\([^)]*\)|<[^>]+>", " ", text).split()) / 200
+
+
 def parameters_of(notebook: NotebookNode) -> dict[str, object]:
     """Names and default values in the cell tagged ``parameters``.
 

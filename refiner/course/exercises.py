@@ -313,10 +313,11 @@ def _kept_function(name: str, stub: Callable) -> Callable:
 
 # ---------------------------------------------------------------- progress
 
+_EXERCISE = re.compile(r"^### Exercise.*$", re.MULTILINE)
 _HEADING = re.compile(
-    r"^### Exercise(?: \d+)?: (?P<title>.+) "
-    r"\((?P<difficulty>easy|medium|hard), (?P<minutes>\d+) minutes\)$",
-    re.MULTILINE,
+    r"### Exercise(?: \d+)?: (?P<title>.+) "
+    r"\((?P<difficulty>easy|medium|hard), (?P<importance>essential|useful|optional), "
+    r"(?P<minutes>\d+) minutes\)"
 )
 
 
@@ -328,6 +329,7 @@ class Exercise:
     name: str
     title: str
     difficulty: str
+    importance: str
     minutes: int
     solved: bool = False
 
@@ -352,7 +354,7 @@ class Progress:
         title = max((len(e.title) for e in self.exercises), default=0)
         rows = [
             f"{'✓' if e.solved else '·'} {e.notebook:<{width}}  {e.title:<{title}}  "
-            f"{e.difficulty}, {e.minutes} minutes"
+            f"{e.difficulty}, {e.importance}, {e.minutes} minutes"
             for e in self.exercises
         ]
         return "\n".join([*rows, self._summary()])
@@ -364,12 +366,13 @@ class Progress:
             f"<tr><td>{'✓ solved' if e.solved else '○ open'}</td>"
             f'<td style="text-align:left">{escape(e.notebook)}</td>'
             f'<td style="text-align:left">{escape(e.title)}</td>'
-            f"<td>{e.difficulty}</td><td>{e.minutes}</td></tr>"
+            f"<td>{e.difficulty}</td><td>{e.importance}</td><td>{e.minutes}</td></tr>"
             for e in self.exercises
         )
         return (
             f"<p>{self._summary()}</p><table><thead><tr><th></th><th>notebook</th>"
-            f"<th>exercise</th><th>difficulty</th><th>minutes</th></tr></thead>"
+            f"<th>exercise</th><th>difficulty</th><th>importance</th>"
+            f"<th>minutes</th></tr></thead>"
             f"<tbody>{rows}</tbody></table>"
         )
 
@@ -382,20 +385,24 @@ def find_exercises(notebook, name: str) -> list[Exercise]:
         name: the notebook's, without ``.ipynb``.
 
     Raises:
-        ValueError: for an exercise without a check below it.
+        ValueError: for an exercise without a check below it, or without one of its labels.
     """
     found = []
     for cell, following in pairwise(notebook.cells):
-        heading = _HEADING.search(cell.source) if cell.cell_type == "markdown" else None
-        if heading is None:
+        if cell.cell_type != "markdown" or not (line := _EXERCISE.search(cell.source)):
             continue
+        heading = _HEADING.fullmatch(line[0])
+        if heading is None:
+            raise UserError(
+                f"{name}: {line[0]!r} does not end with (easy, essential, 5 minutes) or the like"
+            )
         calls = re.search(
             r"course\.(?:check|choose)\(.*?\bname=\"([^\"]+)\"", following.source, re.DOTALL
         )
         if following.cell_type != "code" or calls is None:
             raise UserError(f"{name}: no check right below the exercise {heading['title']!r}")
-        title, difficulty, minutes = heading["title"], heading["difficulty"], heading["minutes"]
-        found.append(Exercise(name, calls[1], title, difficulty, int(minutes)))
+        *labels, minutes = heading.groups()  # title, difficulty, importance
+        found.append(Exercise(name, calls[1], *labels, int(minutes)))
     return found
 
 

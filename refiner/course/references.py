@@ -14,6 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def nearest(queries_QD: Tensor, keys_ND: Tensor, k: int) -> Tensor:
+    """Indices [Q, k] of the keys of largest cosine similarity, nearest first."""
+    cosines_QN = F.normalize(queries_QD, dim=-1) @ F.normalize(keys_ND, dim=-1).T
+    return cosines_QN.topk(k).indices
+
+
+def problem_of_heads(blocks, first: int, last: int) -> str | None:
+    """What is wrong with a choice of blocks that get a head; None if nothing is."""
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, int) for b in blocks):
+        return "a list of one or more whole numbers is needed, such as [10, 12]"
+    if len(set(blocks)) < len(blocks):
+        return f"{blocks} names a block twice"
+    outside = [b for b in blocks if not first <= b <= last]
+    if outside:
+        return f"a head on block {outside[0]} would teach nothing: choose from {first} to {last}"
+    return None
+
+
 def visible(noise_BN: Tensor, ratio: float, *, smallest: bool = True) -> Tensor:
     """Indices [B, K] of the patches with the smallest noise; ``ratio`` of all are hidden."""
     order_BN = noise_BN.argsort(dim=1, descending=not smallest)
@@ -108,10 +126,46 @@ def rates(depth: int, decay: float) -> Tensor:
     return decay ** torch.arange(depth - 1, -1, -1.0)
 
 
+def purity(indices_Nk: Tensor, labels_N: Tensor) -> Tensor:
+    """Share of neighbors that have their query's class."""
+    return (labels_N[indices_Nk] == labels_N[:, None]).float().mean()
+
+
+def trust(points_N2: Tensor, indices_Nk: Tensor, m: int, *, itself: bool = False) -> Tensor:
+    """Share of each point's m nearest on a map that are among its neighbors in the features."""
+    apart_NN = torch.cdist(points_N2, points_N2)
+    if not itself:
+        apart_NN.fill_diagonal_(torch.inf)
+    near_Nm = apart_NN.topk(m, largest=False).indices
+    return (near_Nm[:, :, None] == indices_Nk[:, None]).any(-1).float().mean()
+
+
+def positions(grid_RCD: Tensor) -> Tensor:
+    """Position vectors row by row, after one of zeros for the class token [1, 1 + R * C, D]."""
+    return F.pad(grid_RCD.flatten(0, 1), (0, 0, 1, 0))[None]
+
+
+def normalised(images_B3HW: Tensor, mean_3: Tensor, std_3: Tensor) -> Tensor:
+    """Pixels of 0 to 255 as an encoder gets them: from 0 to 1, then standardised by colour."""
+    mean_311, std_311 = (x.reshape(3, 1, 1) for x in (mean_3, std_3))
+    return (images_B3HW / 255 - mean_311) / std_311
+
+
 def linear_decoder(x_MD: Tensor, y_MP: Tensor, penalty: float) -> Tensor:
     """Ridge regression's weights [D, P]."""
     a_DD = x_MD.T @ x_MD + penalty * torch.eye(x_MD.shape[1])
     return torch.linalg.solve(a_DD, x_MD.T @ y_MP)
+
+
+def overlap(a_Nk: Tensor, b_Nk: Tensor) -> Tensor:
+    """Share of each image's neighbors in one list that are in the other [N]."""
+    return (a_Nk[:, :, None] == b_Nk[:, None]).any(-1).float().mean(1)
+
+
+def gap(values_N: Tensor, indices_Nk: Tensor) -> Tensor:
+    """Mean difference of a value between neighbors, over that between any two images."""
+    apart = (values_N[:, None] - values_N).abs().mean()
+    return (values_N[indices_Nk] - values_N[:, None]).abs().mean() / apart
 
 
 def share(right_N: Tensor) -> Tensor:
@@ -166,6 +220,10 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         "the negatives have been swapped, too: this is NNCLR": partial(nna, negatives="nn"),
         "row i has to compare z_i with all p_j, not p_i with all z_j": partial(nna, axis=0),
         "without any division by the temperature": lambda p, z, nn, *_: nna(p, z, nn, 1.0),
+    },
+    trust: {"every point has found itself on the map": partial(trust, itself=True)},
+    normalised: {
+        "the pixels still go from 0 to 255": lambda x, *scale: normalised(255 * x.float(), *scale)
     },
     step: {"a view is compared with itself": partial(step, pairs=lambda g, v: True)},
     few: {
