@@ -2,8 +2,8 @@
 
 The references below read the original keys and know nothing of timm. Names of keys are those of
 facebookresearch/mae, facebookresearch/maws, bytedance/ibot, liuxingbin/dbot,
-TonyLianLong/CrossMAE, facebookresearch/ijepa, facebookresearch/fairseq (examples/data2vec) and
-ml-jku/MIM-Refiner.
+TonyLianLong/CrossMAE, bair-climate-initiative/scale-mae, facebookresearch/ijepa,
+facebookresearch/fairseq (examples/data2vec) and ml-jku/MIM-Refiner.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
 from refiner.models.catalogue import CATALOGUE
-from refiner.models.convert import _heads, _sincos_positions, convert, read_file
+from refiner.models.convert import _heads, convert, read_file
 from refiner.models.encoders import allow_any_size, preprocess
 from refiner.models.load import load_model
 from refiner.models.mae import load_mae, reconstruct
+from refiner.models.positions import sincos_positions
 from refiner.models.save import save_model
 from refiner.probing.features import extract
 from refiner.training.refining import refine
@@ -254,6 +255,33 @@ def crossmae_file():
     return content, lambda x: mae_reference(x, w, final=None)
 
 
+def fixed_positions(rows=GRID, columns=GRID, gsd=1.0):
+    """MAE's sines and cosines of the column and then of the row, [1, 1 + N, D]."""
+    rates = torch.tensor([10000 ** -(i / (DIM // 4)) for i in range(DIM // 4)])
+    found = torch.zeros(1, 1 + rows * columns, DIM)
+    for row in range(rows):
+        for column in range(columns):
+            angles = torch.stack([place * gsd * rates for place in (column, row)])
+            both = torch.cat([angles.sin(), angles.cos()], dim=1)
+            found[0, 1 + row * columns + column] = both.flatten()
+    return found
+
+
+def scale_mae_file():
+    """Its decoder ends in a pyramid; its positions are for a ground sample distance of 1."""
+    w = encoder_weights(13)
+    w["pos_embed"] = fixed_positions()
+    decoder = decoder_weights("fpn.layer.0", 8)
+    for name in ("fcn_high.layers.0", "fcn_low.layers.0"):
+        decoder.linear(name, 8, 8)
+    decoder.add("mask_token_decoder", 1, 1, 32)
+    content = {
+        "model": w | decoder,
+        "args": argparse.Namespace(input_size=SIZE, base_resolution=2.5),
+    }
+    return content, lambda x: mae_reference(x, w)
+
+
 def ijepa_file():
     w = encoder_weights(7, class_token=False)
     student = encoder_weights(8, class_token=False).under("module.")
@@ -324,6 +352,7 @@ FILES = {
     "iBOT": ibot_file,
     "dBOT": dbot_file,
     "CrossMAE": crossmae_file,
+    "Scale-MAE": scale_mae_file,
     "I-JEPA": ijepa_file,
     "data2vec 2.0": data2vec_file,
     "data2vec 2.0, fine-tuned": data2vec_fine_tuned_file,
@@ -413,16 +442,40 @@ def test_layer_scale_and_registers(tmp_path):
 def test_a_file_without_positions_gets_sine_and_cosine():
     w = encoder_weights()
     del w["pos_embed"]
-    found = convert(dict(w), num_heads=HEADS, size=SIZE).encoder["pos_embed"][0]
-    quarter = DIM // 4
-    rates = [10000 ** -(i / quarter) for i in range(quarter)]
-    expected = torch.zeros(1 + GRID**2, DIM, dtype=torch.float64)
-    for row in range(GRID):  # MAE: the column's sines and cosines, then the row's
-        for column in range(GRID):
-            angles = torch.tensor([[place * rate for rate in rates] for place in (column, row)])
-            both = torch.cat([angles.sin(), angles.cos()], dim=1)
-            expected[1 + row * GRID + column] = both.flatten()
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    found = convert(dict(w), num_heads=HEADS, size=SIZE).encoder["pos_embed"]
+    torch.testing.assert_close(found, fixed_positions(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [None, (16, 48)])
+def test_scale_mae_is_made_for_the_distance_of_the_images(size, tmp_path):
+    content, _ = scale_mae_file()
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="assumed are images of a ground sample distance of 1,"):
+        load_model(tmp_path / "w.pth", num_heads=HEADS)
+    with pytest.warns(UserWarning, match="distance of 0.4, as asked for"):
+        model = load_model(tmp_path / "w.pth", num_heads=HEADS, size=size, gsd=0.4)
+    rows, columns = (side // PATCH for side in size or (SIZE, SIZE))
+    tokens = patches(
+        x := torch.randn(2, 3, *(size or (SIZE, SIZE))), w := content["model"], "patch_embed.proj"
+    )
+    tokens = with_class_token(tokens, w["cls_token"]) + fixed_positions(rows, columns, gsd=0.4)
+    for i in range(DEPTH):
+        tokens = pre_norm_block(tokens, w, f"blocks.{i}")
+    with torch.no_grad():
+        found = model.forward_features(x)
+    torch.testing.assert_close(found, norm(tokens, w, "norm"), atol=1e-5, rtol=1e-5)
+    left_out = set(model.refiner_card["left_out"])
+    assert {"fpn", "fcn_high", "fcn_low", "mask_token_decoder"} < left_out
+
+
+def test_a_distance_is_for_positions_that_have_one(tmp_path):
+    with pytest.raises(ValueError, match="positions of its own.*Scale-MAE"):
+        convert(mae_file()[0], num_heads=HEADS, gsd=2)
+    for gsd in (0, -1, float("nan"), "2"):
+        with pytest.raises(ValueError, match="no ground sample distance"):
+            convert(scale_mae_file()[0], num_heads=HEADS, gsd=gsd)
+    with pytest.raises(ValueError, match="mae_toybox has positions of its own"):
+        load_model("mae_toybox", gsd=2)
 
 
 # ---------------------------------------------------------------- wrappers and prefixes
@@ -635,7 +688,7 @@ def test_an_oblong_grid_does_not_pass_for_a_square_one():
     with pytest.raises(ValueError, match="said to be for images of 16 × 32 pixels, but"):
         size({"args": {"img_size": [16, 32]}, **mae_file()[0]})
     fixed = mae_file()[0]
-    fixed["model"]["pos_embed"] = _sincos_positions((8, 2), DIM, 1)
+    fixed["model"]["pos_embed"] = sincos_positions((8, 2), DIM, 1)
     assert size(fixed) == ((64, 16), "")  # as sines and cosines say
 
 
@@ -790,6 +843,8 @@ def original_keys(entry):
     if entry.name.startswith("crossmae"):
         return {"model": state | {"decoder_blocks.0.cross_attn.q.bias": shape(8)}}
     state |= vector("norm")
+    if entry.name.startswith("scalemae"):
+        return {"model": state | {"mask_token_decoder": shape(1, 1, 512), "fpn.bias": shape(8)}}
     return state if entry.name.startswith(("maws", "mae_ig3b", "mae_2b")) else {"model": state}
 
 

@@ -21,7 +21,7 @@ class Entry:
     Attributes:
         name: for ``load_model``. Without an address it is timm's own name.
         method: how it was trained.
-        paper: arXiv number.
+        paper: arXiv number, or DOI.
         parameters: of the encoder, millions.
         patch, size: height and width of a patch and of the images it was trained on, pixels.
         shape: width (of the last block in a Hiera), blocks, attention heads (0 where they vary).
@@ -54,6 +54,11 @@ class Entry:
     post_norm: bool = False
     labels: bool = False
     md5: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """Where the paper is."""
+        return f"doi:{self.paper}" if "/" in self.paper else f"arXiv {self.paper}"
 
     @property
     def gigabytes(self) -> float:
@@ -123,7 +128,7 @@ def table(entries: list[Entry]) -> str:
             "size",
             "pooling",
             "labels",
-            "arXiv",
+            "paper",
             "licence",
             "from",
         )
@@ -141,7 +146,7 @@ def table(entries: list[Entry]) -> str:
                 str(e.size),
                 e.pooling,
                 labels,
-                e.paper,
+                e.reference,
                 e.licence,
                 e.source,
             )

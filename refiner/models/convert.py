@@ -2,9 +2,11 @@
 
 Formats, told apart by their keys (facts from the named repositories; nothing is guessed):
 
-- *MAE* (facebookresearch/mae, also MAWS and iBOT's teacher): timm's names; ``decoder_*`` and
+- *MAE* (facebookresearch/mae, also MAWS, iBOT's teacher, RETFound): timm's names; ``decoder_*`` and
   ``mask_token`` where a decoder is included.
 - *dBOT* (liuxingbin/dbot): MAE's, with ``decoder_predp``, which predicts features, not pixels.
+- *Scale-MAE* (bair-climate-initiative/scale-mae): MAE's, with ``fpn`` and ``fcn_*`` behind its
+  decoder; positions are multiplied with the images' ground sample distance.
 - *CrossMAE* (TonyLianLong/CrossMAE): MAE's encoder without final norm, a cross-attention decoder.
 - *I-JEPA* (facebookresearch/ijepa): ``target_encoder`` under ``module.``, no class token.
 - *data2vec 2.0* (facebookresearch/fairseq, examples/data2vec): ``modality_encoders.IMAGE.*``;
@@ -21,7 +23,6 @@ Positions get one row for each prefix token; it is zero where the original adds 
 from __future__ import annotations
 
 import argparse
-import math
 import pickle
 import re
 import zipfile
@@ -31,9 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from refiner.base.errors import Damaged, UserError
@@ -42,6 +41,7 @@ from refiner.base.settings import in_range
 from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Architecture
 from refiner.models.encoders import EPSILON, plain_vit
+from refiner.models.positions import at_distance, grid_of, with_positions
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
 SIZES = ("img_size", "image_size", "input_size")  # how settings beside weights name it
@@ -52,8 +52,14 @@ ASSUMED = (
     "{heads} heads of 64 channels in each block, which the file cannot tell; give others as in "
     "load_model(path, num_heads=6)"
 )
-HEAD = re.compile(r"(\w*heads?(_\w+)?|fc_norm|classifier|projector|predictor)\.")
-FORMATS = "MAE, MAWS, iBOT, dBOT, CrossMAE, I-JEPA, data2vec 2.0 (fairseq), MIM-Refiner"
+DISTANCE = (
+    "images of a ground sample distance of 1, as its repository evaluates it; give another as in "
+    "load_model(path, gsd=0.3)"
+)
+HEAD = re.compile(
+    r"(\w*heads?(_\w+)?|fc_norm|classifier|projector|predictor|fpn|fcn(_\w+)?|pos_emb_projection)\."
+)
+FORMATS = "MAE, MAWS, iBOT, dBOT, CrossMAE, Scale-MAE, I-JEPA, data2vec 2.0 (fairseq), MIM-Refiner"
 IMAGE = "modality_encoders.IMAGE."
 # What every encoder has: the patch embedding, behind any prefix.
 PATCHES = re.compile(rf"(|.*\.)(patch_embed|{re.escape(IMAGE)}local_encoder)\.proj\.weight")
@@ -170,6 +176,7 @@ def convert(
     name: str = "the file",
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    gsd: float | None = None,
 ) -> Converted:
     """Renames a checkpoint's tensors and works out its architecture.
 
@@ -180,6 +187,7 @@ def convert(
             what models of this width have.
         size: of the images, where the file has no positions (they are then sine-cosine, by default
             of 224 pixels), or as many as more than one grid has.
+        gsd: ground sample distance of the images, for Scale-MAE's positions.
 
     Raises:
         ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
@@ -190,7 +198,7 @@ def convert(
         state, decoder, dropped = _renamed(state, kind)
         found = Converted(kind, {}, state, decoder, shortened(left_out + dropped))
         told = _told_sizes(content)
-        return finished(found, name, num_heads=num_heads, told=told, asked=size)
+        return finished(found, name, num_heads=num_heads, told=told, asked=size, gsd=gsd)
 
 
 def finished(
@@ -201,6 +209,7 @@ def finished(
     told: Sequence = (),
     asked: int | tuple[int, int] | None = None,
     eps: float = EPSILON,
+    gsd: float | None = None,
 ) -> Converted:
     """A checkpoint in timm's names: told what it is, completed and compared.
 
@@ -210,6 +219,7 @@ def finished(
         told: sizes of images that its positions may be for, the likeliest first.
         asked: the size that somebody asked for.
         eps: of the norms.
+        gsd: see :func:`convert`.
     """
     kind, state = found.format, found.encoder
     need(state, ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"), name, kind)
@@ -221,6 +231,11 @@ def finished(
     assumed = [] if known else [ASSUMED.format(**architecture)]
     assumed += _size_assumed(architecture["size"], told, asked, name)
     state = with_positions(state, architecture, name)
+    if gsd is not None:
+        state, architecture = at_distance(state, architecture, gsd, asked, name)
+        assumed += [f"images of a ground sample distance of {gsd}, as asked for"]
+    elif kind == "Scale-MAE":
+        assumed += [DISTANCE]
     _check(state, architecture, name, kind)
     encoder, decoder = (
         {k: v.to(torch.float32, copy=True).contiguous() for k, v in part.items()}
@@ -377,6 +392,8 @@ def _format(state: Mapping, name: str) -> str:
         return "CrossMAE"
     if "decoder_predp.weight" in state:
         return "dBOT"
+    if "mask_token_decoder" in state:
+        return "Scale-MAE"
     return "MAE" if "cls_token" in state else "I-JEPA"
 
 
@@ -453,7 +470,7 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, 
     }
     height, width = told[0] if told else (224, 224)
     if "pos_embed" in state:
-        rows, columns = _grid_of(state["pos_embed"], details, kind, told, patch, name)
+        rows, columns = grid_of(state["pos_embed"], details, kind, told, patch, name)
         height, width = rows * patch, columns * patch
     return {
         "size": as_size(height, width),
@@ -480,72 +497,6 @@ def _heads(dim: int, num_heads: int | None, name: str) -> int:
             "load_model(path, num_heads=2)"
         )
     raise UserError(f"{name}: num_heads={num_heads} does not divide the width {dim}")
-
-
-def _positions_3d(positions: Tensor) -> Tensor:
-    """[1, K, D]; MIM-Refiner's are [1, rows, columns, D]."""
-    return positions.flatten(1, 2) if positions.ndim == 4 else positions
-
-
-def _grid_of(
-    positions: Tensor, details: Mapping, kind: str, told: list, patch: int, name: str
-) -> tuple[int, int]:
-    """Rows and columns of the patches that the positions are for.
-
-    As told, as they lie, as their sines and cosines say, or a square.
-    """
-    if positions.ndim == 4:
-        return tuple(positions.shape[1:3])
-    if positions.ndim != 3:
-        raise UserError(f"{name}: pos_embed is {list(positions.shape)}, expected [1, N, D]")
-    n, cls = positions.shape[1], int(details["class_token"])
-    choices = [0] if kind in ("data2vec 2.0", "MIM-Refiner") else [cls + details["registers"], cls]
-    counts = [n - prefix for prefix in choices if n > prefix]  # of patches
-    grids = [(height // patch, width // patch) for height, width in told]
-    if fit := [grid for grid in grids if grid[0] * grid[1] in counts]:
-        return fit[0]
-    for count in counts:
-        side, some = math.isqrt(count), positions[0, n - count :].float()
-        shorter = [rows for rows in range(side, 0, -1) if count % rows == 0]
-        grids = [g for rows in shorter for g in ((rows, count // rows), (count // rows, rows))]
-        comparable = some.shape[1] % 4 == 0 and not some.is_meta
-        for grid in grids if comparable else ():
-            if torch.allclose(some, _sincos_positions(grid, some.shape[1], 0)[0], atol=1e-3):
-                return grid
-        if side**2 == count:
-            return side, side
-    raise UserError(
-        f"{name}: its {n} positions are no grid that is known; say the height and width of its "
-        f"images, as in load_model(path, size=({patch * 2}, {patch * 8}))"
-    )
-
-
-def _sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
-    """MAE's fixed 2-D sine-cosine positions, [1, prefix + N, dim]; zero for prefix tokens.
-
-    The order of channels is that of facebookresearch/mae (sines and cosines of the column, then of
-    the row), so that its files without positions can be completed; timm's own order is another.
-    """
-    positions_ND = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=False)
-    sin_row, sin_column, cos_row, cos_column = positions_ND.chunk(4, dim=1)
-    positions_ND = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
-    return F.pad(positions_ND, (0, 0, prefix, 0))[None]
-
-
-def with_positions(state: dict, architecture: Mapping, name: str) -> dict:
-    """Positions [1, prefix + N, D] with a row for every prefix token."""
-    rows, columns = (side // architecture["patch"] for side in sides(architecture["size"]))
-    prefix = int(architecture.get("class_token", True)) + architecture.get("registers", 0)
-    if "pos_embed" not in state:
-        dim = architecture["dim"]
-        return state | {"pos_embed": _sincos_positions((rows, columns), dim, prefix)}
-    positions = _positions_3d(state["pos_embed"])
-    # Rows of the class token, and maybe of the registers.
-    have = positions.shape[1] - rows * columns
-    if have < prefix:
-        gap = positions.new_zeros(*positions.shape[:1], prefix - have, positions.shape[2])
-        positions = torch.cat([positions[:, :have], gap, positions[:, have:]], dim=1)
-    return state | {"pos_embed": positions}
 
 
 # ---------------------------------------------------------------- checking

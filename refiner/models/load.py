@@ -160,6 +160,7 @@ def load_model(
     *,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    gsd: float | None = None,
 ) -> Encoder:
     """Loads an encoder by name, path or address.
 
@@ -172,13 +173,16 @@ def load_model(
             a folder written by :func:`save_model`, by timm or by transformers (or its
             ``model.safetensors``), or a repository ``"hf-hub:…"``;
             a file (``.safetensors``, ``.pth``, ``.pt``, ``.th``, …) in the format of MAE, MAWS,
-            data2vec 2.0, dBOT, CrossMAE, I-JEPA, iBOT or MIM-Refiner, told apart by its keys;
+            data2vec 2.0, dBOT, CrossMAE, Scale-MAE, I-JEPA, iBOT or MIM-Refiner, told apart by its
+            keys;
             an http(s) address of such a file.
         num_heads: attention heads a block, for a file: its keys cannot tell. Default 64 channels a
             head, or what the known models of that width have; needed where 64 does not divide it.
         size: other image size than the model's own, pixels; positions are interpolated. For images
             that are not square (height, width); of a file with positions for such images it says
             how they lie, where nothing else does.
+        gsd: ground sample distance of the images as the model gets them, for Scale-MAE, relative to
+            that of its training; default 1.
 
     Returns:
         A timm model in eval mode; ``.refiner_card`` tells origin, architecture and preprocessing.
@@ -189,23 +193,25 @@ def load_model(
             shape is listed).
         FileNotFoundError: when a file is missing or cannot be fetched; it says what to put where.
     """
-    model = _load(str(name), num_heads, size)
+    model = _load(str(name), num_heads, size, gsd)
     own = size is None or sides(size) == sides(model.refiner_card["preprocessing"]["size"])
     return model if own else resized(model, size)
 
 
-def _load(name: str, num_heads: int | None, size=None) -> Encoder:
+def _load(name: str, num_heads: int | None, size=None, gsd=None) -> Encoder:
     path, entry = _located(name), find(name)
     carded = path is not None and _is_carded(path)
     if num_heads is not None and (path is None or carded):
         raise UserError(f"{name} tells its number of heads itself; leave num_heads out")
+    if gsd is not None and (path is None or carded):
+        raise UserError(f"{name} has positions of its own; gsd is for files of Scale-MAE")
     if path is None:
         return _load_timm(name)
     if carded:
         return _load_carded(path)
     if entry is None or path == Path(name):
-        return _load_file(path, num_heads, name=path.stem, size=size)
-    model = _load_file(path, num_heads or entry.shape[2], name=name)
+        return _load_file(path, num_heads, name=path.stem, size=size, gsd=gsd)
+    model = _load_file(path, num_heads or entry.shape[2], name=name, size=size, gsd=gsd)
     model.refiner_card |= {"origin": entry.address, **_told(entry)}
     return model
 
@@ -318,9 +324,11 @@ def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
     return model
 
 
-def _load_file(path: Path, num_heads: int | None, *, name: str, size=None) -> VisionTransformer:
+def _load_file(
+    path: Path, num_heads: int | None, *, name: str, size=None, gsd=None
+) -> VisionTransformer:
     """A checkpoint in another repository's format."""
-    found = convert(read_file(path), name=str(path), num_heads=num_heads, size=size)
+    found = convert(read_file(path), name=str(path), num_heads=num_heads, size=size, gsd=gsd)
     if found.assumed:
         warnings.warn(f"{path}: assumed are {found.assumed}", stacklevel=4)
     model = _built(found.architecture, found.encoder, str(path))
@@ -552,7 +560,7 @@ def _carded(
 def _told(entry: Entry) -> dict:
     """What the catalogue adds to a card."""
     return {
-        "method": f"{entry.method} (arXiv {entry.paper})",
+        "method": f"{entry.method} ({entry.reference})",
         "licence": entry.licence,
         "pooling": entry.pooling.split(),
     }

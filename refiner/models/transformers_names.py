@@ -29,9 +29,9 @@ from refiner.models.convert import (
     need,
     read_file,
     shortened,
-    with_positions,
 )
 from refiner.models.encoders import nearest_to
+from refiner.models.positions import with_positions
 
 PLAIN = ("vit_mae", "vit", "dinov2", "dinov2_with_registers", "ijepa")
 BEIT = ("beit", "data2vec-vision")
