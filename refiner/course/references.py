@@ -52,17 +52,25 @@ def attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, root=True, over
     return (scores_BHNN.softmax(over) @ v_BHND).transpose(1, 2).flatten(2)
 
 
-def votes(labels_NK: Tensor, similarities_NK: Tensor, classes: int, temperature: float) -> Tensor:
+def votes(labels_NK, similarities_NK, classes: int, temperature: float, *, add=True) -> Tensor:
     """Sums of the neighbors' votes for each class [N, classes]."""
-    none = torch.zeros(len(labels_NK), classes)
-    return none.scatter_add(1, labels_NK, (similarities_NK / temperature).exp())
+    none, weights_NK = torch.zeros(len(labels_NK), classes), (similarities_NK / temperature).exp()
+    return (none.scatter_add if add else none.scatter)(1, labels_NK, weights_NK)
 
 
-def whiten(x_ND: Tensor) -> Tensor:
+def explained(x_ND: Tensor, groups_N: Tensor, *, by_column: bool = False) -> Tensor:
+    """Variance of the groups' means over the variance of all, each summed over columns."""
+    means_GD = torch.stack([x_ND[groups_N == g].mean(0) for g in range(int(groups_N.max()) + 1)])
+    between_D, all_D = means_GD[groups_N].var(0), x_ND.var(0)
+    return (between_D / all_D).mean() if by_column else between_D.sum() / all_D.sum()
+
+
+def whiten(x_ND: Tensor, *, power: float = -0.5, back: bool = True) -> Tensor:
     """Standardised features times their correlation matrix to the power of -1/2."""
     x_ND = (x_ND - x_ND.mean(0)) / x_ND.std(0, correction=0)
     values_D, axes_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
-    return x_ND @ (axes_DD * values_D**-0.5 @ axes_DD.T)
+    scaled_ND = x_ND @ (axes_DD * values_D**power)
+    return scaled_ND @ axes_DD.T if back else scaled_ND
 
 
 def best_of(readings_RND: Tensor, labels_N: Tensor, *, alone: bool = True) -> Tensor:
@@ -213,6 +221,22 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         "the scores are not divided by the root of D": partial(attention, root=False),
         "the softmax runs over the queries instead of the keys": partial(attention, over=-2),
     },
+    votes: {
+        "votes for one class replace each other instead of adding up": partial(votes, add=False),
+        "the similarities are not divided by the temperature": (
+            lambda labels, similarities, classes, _: votes(labels, similarities, classes, 1.0)
+        ),
+    },
+    explained: {"this is the mean of each column's share": partial(explained, by_column=True)},
+    whiten: {
+        "this is C to the power of 1/2: long directions get longer": partial(whiten, power=0.5),
+        "this is C to the power of -1: short directions are now the long ones": partial(
+            whiten, power=-1.0
+        ),
+        "the features still lie along the axes of C: multiply by axes.T": partial(
+            whiten, back=False
+        ),
+    },
     best_of: {"every image has found itself": partial(best_of, alone=False)},
     head: {"the last layer has no BatchNorm": partial(head, last_norm=False)},
     lookup: {"an image has found itself in the queue": partial(lookup, own=True)},
@@ -220,6 +244,12 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         "the negatives have been swapped, too: this is NNCLR": partial(nna, negatives="nn"),
         "row i has to compare z_i with all p_j, not p_i with all z_j": partial(nna, axis=0),
         "without any division by the temperature": lambda p, z, nn, *_: nna(p, z, nn, 1.0),
+    },
+    linear_decoder: {
+        "this is plain least squares: the penalty is missing": (
+            lambda x, y, _: linear_decoder(x, y, 0.0)
+        ),
+        "the penalty goes with its square": lambda x, y, p: linear_decoder(x, y, p**2),
     },
     trust: {"every point has found itself on the map": partial(trust, itself=True)},
     normalised: {
