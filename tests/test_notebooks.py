@@ -191,6 +191,22 @@ def test_it_asks_for_a_prediction_and_shows_a_control(notebook):
     assert notebook.metadata["name"] in BANDS and "record(" in everything
 
 
+@pytest.mark.parametrize("number", ["09"])
+def test_questions_to_discuss_have_as_many_answers_which_are_collapsed(number):
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = (cell for cell in cells if "### To discuss" in cell.source)
+    parts = re.fullmatch(
+        r"### To discuss\n\n(.*)\n\n<details><summary>Answers</summary>\n\n(.*?)\n</details>.*",
+        cell.source,
+        re.DOTALL,
+    )
+    assert parts, "### To discuss, the questions, <details> with the answers"
+    questions, answers = (re.findall(r"^(\d)\. ", part, re.MULTILINE) for part in parts.groups())
+    assert questions == answers == [str(i + 1) for i in range(len(questions))]
+    assert 1 <= len(questions) <= 3
+
+
 def test_it_ends_with_at_most_six_things_to_read(notebook):
     reading = prose_of(notebook).rpartition("## Read next")[2]
     assert 1 <= len(re.findall(r"^- ", reading, re.MULTILINE)) <= 6
