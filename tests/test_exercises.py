@@ -293,6 +293,28 @@ def test_a_kept_answer_that_no_longer_passes_is_not_used(at_work, capsys):
     assert "no longer passes: SyntaxError" in capsys.readouterr().out
 
 
+def test_an_earlier_notebooks_answer_is_taken_up_and_else_the_library_s(at_work, capsys):
+    assert course.earlier("Twice as much!", stub) is stub and not capsys.readouterr().out
+    at_work.mkdir()
+    (at_work / "twice_as_much.py").write_text("def double(x):\n    return torch.add(x, x)\n")
+    assert course.earlier("Twice as much!", stub)(torch.tensor(4)) == 8
+    assert "your own, from answers/twice_as_much.py" in capsys.readouterr().out
+    (at_work / "twice_as_much.py").write_text("def broken(")
+    assert course.earlier("Twice as much!", stub) is stub
+    assert "cannot be read (SyntaxError" in capsys.readouterr().out
+
+
+def test_what_is_taken_up_is_an_exercise_of_an_earlier_notebook():
+    titles = {e.name: e.notebook for e in course.status(FOLDER).exercises}
+    found = [
+        (path.stem, name)
+        for path in sorted(FOLDER.glob("*.ipynb"))
+        for cell in nbformat.read(path, as_version=4).cells
+        for name in re.findall(r'course\.earlier\("([^"]+)"', cell.source)
+    ]
+    assert len(found) >= 3 and all(titles[name] < notebook for notebook, name in found)
+
+
 def test_a_tuple_of_tensors_with_gradient_is_refused_not_raised(capsys):
     """For one tensor of two rows; numpy cannot read what has a gradient."""
     course.check(

@@ -302,10 +302,28 @@ def _source_of(function: Callable) -> str:
         return "# solved, but the source could not be read\n"
 
 
+def earlier(name: str, reference: Callable) -> Callable:
+    """A learner's kept answer to an exercise of an earlier notebook, or the library's version.
+
+    Args:
+        name: what the exercise is called there.
+        reference: the library's version, which the course runner uses always.
+    """
+    if _interactive() and _file_of(name).is_file():
+        try:
+            answer = _kept_function(name, reference)
+        except Exception as error:
+            print(f"{name}: your answer cannot be read ({type(error).__name__}: {error})")
+        else:
+            print(f"{name}: your own, from {_file_of(name).parent.name}/{_file_of(name).name}")
+            return answer
+    return reference
+
+
 def _kept_function(name: str, stub: Callable) -> Callable:
     """The function in an answer's file, which sees what the notebook has imported and defined."""
     source = _file_of(name).read_text(encoding="utf-8")
-    names = dict(stub.__globals__)
+    names = stub.__globals__ | vars(sys.modules["__main__"])
     exec(compile(source, str(_file_of(name)), "exec"), names)
     defined = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return names[defined[-1]]
