@@ -176,9 +176,10 @@ def gap(values_N: Tensor, indices_Nk: Tensor) -> Tensor:
     return (values_N[indices_Nk] - values_N[:, None]).abs().mean() / apart
 
 
-def share(right_N: Tensor) -> Tensor:
+def share(right_N: Tensor, *, correction: int = 0, power: float = 0.5) -> Tensor:
     """A share and its standard error [2]."""
-    return torch.stack([right_N.mean(), right_N.std(correction=0) / len(right_N) ** 0.5])
+    error = right_N.std(correction=correction) / len(right_N) ** power
+    return torch.stack([right_N.mean(), error])
 
 
 def few(keys_ND, labels_N, queries_MD, shots: int, order_N, *, scale_by: str = "chosen") -> Tensor:
@@ -193,22 +194,22 @@ def few(keys_ND, labels_N, queries_MD, shots: int, order_N, *, scale_by: str = "
     return labels_N[chosen][(F.normalize(y, dim=-1) @ F.normalize(x, dim=-1).T).argmax(1)]
 
 
-def iou(truth: Tensor, guess: Tensor, classes: int) -> Tensor:
+def iou(truth: Tensor, guess: Tensor, classes: int, *, below=torch.logical_or) -> Tensor:
     """Pixels in both over pixels in at least one, of each class [C]."""
     c = torch.arange(classes).reshape(-1, 1, 1, 1)
-    both, either = (truth == c) & (guess == c), (truth == c) | (guess == c)
+    both, either = (truth == c) & (guess == c), below(truth == c, guess == c)
     return both.sum((1, 2, 3)).double() / either.sum((1, 2, 3))
 
 
-def received(n: float, world: int) -> float:
+def received(n: float, world: int, *, turns: int = 2) -> float:
     """Numbers that each process receives when sums go around a ring."""
-    return 2 * (world - 1) * n / world
+    return turns * (world - 1) * n / world
 
 
-def statistics(means_WD: Tensor, variances_WD: Tensor) -> Tensor:
+def statistics(means_WD: Tensor, variances_WD: Tensor, *, between: bool = True) -> Tensor:
     """Mean and variance of equally large parts together [2, D]."""
-    squares_WD = variances_WD + means_WD**2
-    return torch.stack([means_WD.mean(0), squares_WD.mean(0) - means_WD.mean(0) ** 2])
+    apart_D = means_WD.var(0, correction=0)
+    return torch.stack([means_WD.mean(0), variances_WD.mean(0) + between * apart_D])
 
 
 MISTAKES: dict[Callable, dict[str, Callable]] = {
@@ -262,4 +263,21 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         ),
         "images without a label known have scaled the features": partial(few, scale_by="all keys"),
     },
+    share: {
+        "this is the deviation of one image, not of the share": partial(share, power=0),
+        "the deviation is divided by N, not by its root": partial(share, power=1),
+        "the variance is divided by N - 1": partial(share, correction=1),
+    },
+    iou: {
+        "pixels in both are counted twice below": partial(iou, below=lambda t, g: t.int() + g),
+        "this divides by the pixels of the truth alone": partial(iou, below=lambda t, _: t),
+        "this divides by the pixels of the guess alone": partial(
+            iou, below=lambda t, g: g.expand_as(t)
+        ),
+    },
+    received: {
+        "after W - 1 rounds only the sums are ready, each in one place": partial(received, turns=1),
+        "each round hands on a piece, not the whole vector": lambda n, w: received(n, w) * w,
+    },
+    statistics: {"the parts' means differ, too": partial(statistics, between=False)},
 }
