@@ -376,14 +376,26 @@ def test_a_file_gives_the_outputs_of_its_architecture(kind, size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_what_was_loaded_is_saved_and_loaded_again(kind, tmp_path):
+def test_what_was_loaded_is_refined_and_opened_again_by_refiner_and_timm(kind, tmp_path):
     content, reference = FILES[kind]()
     torch.save(content, tmp_path / "w.pth")
-    save_model(load_model(tmp_path / "w.pth", num_heads=HEADS), tmp_path / "again")
+    model = load_model(tmp_path / "w.pth", num_heads=HEADS)
     x = torch.randn(2, 3, SIZE, SIZE)
+    images = torch.randint(0, 256, (12, 3, SIZE, SIZE), dtype=torch.uint8)
+    refined = refine(model, images, recipe=tiny(steps=1, head_steps=1)).model
     with torch.no_grad():
-        found = load_model(tmp_path / "again").forward_features(x)
-        torch.testing.assert_close(found, reference(x), atol=1e-5, rtol=1e-5)
+        for name, saved, expected in (
+            ("as it was", model, reference(x)),
+            ("refined", refined, refined.forward_features(x)),
+        ):
+            save_model(saved, tmp_path / name)
+            opened = [load_model(tmp_path / name)]
+            if not model.refiner_card["architecture"].get("post_norm"):  # timm has none
+                opened.append(timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True))
+            for again in opened:
+                found = again.eval().forward_features(x)
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(expected, reference(x), atol=1e-5)
 
 
 def test_interpolated_once_is_interpolated_each_time(tmp_path):

@@ -7,7 +7,7 @@ each train image and the classifier is the exact minimum of :mod:`refiner.probin
 on them, instead of the end of a schedule.
 
 Shape legend: L blocks, N images, B images of a batch, Q pixels an image, D C classes,
-S side of the images, h w grid of patches, E = D + 1 (bias last).
+H W sides of the images, h w grid of patches, E = D + 1 (bias last).
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ def patch_maps(model: Encoder, images: Tensor, blocks: Sequence[int]) -> list[Te
     return [F.pad(f.float(), (0, 0, 0, 0, 0, model.num_features - f.shape[1])) for f in found]
 
 
-def at_pixels(maps_BDhw: Tensor, rows_BQ: Tensor, columns_BQ: Tensor, size: int) -> Tensor:
-    """Bilinear features at pixels of a picture of ``size``, [B, Q, D]."""
+def at_pixels(
+    maps_BDhw: Tensor, rows_BQ: Tensor, columns_BQ: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Bilinear features at pixels of a picture of a height and width, [B, Q, D]."""
     where = torch.stack([columns_BQ, rows_BQ], dim=-1)[:, None]  # [B, 1, Q, 2]
-    where = (2 * where.to(maps_BDhw) + 1) / size - 1
+    where = (2 * where.to(maps_BDhw) + 1) / where.new_tensor(size[::-1]) - 1
     found = F.grid_sample(maps_BDhw, where, padding_mode="border", align_corners=False)
     return found[:, :, 0].mT
 
@@ -160,8 +162,8 @@ def _sampled_features(model, train: DenseSet, blocks, pixels: int, seed: int, de
     """Features [L, M, D], classes [M] and images [M] of the pixels that are known."""
     if len(train) < 2:
         raise UserError("segmentation needs at least two train images")
-    n, size = train.maps.shape[:2]
-    drawn = torch.from_numpy(np.random.default_rng(seed).integers(0, size, (2, n, pixels)))
+    (n, *size), generator = train.maps.shape, np.random.default_rng(seed)
+    drawn = torch.stack([torch.from_numpy(generator.integers(0, s, (n, pixels))) for s in size])
     parts = []
     for rows, x in _batches(model, train.images, device):
         r_BQ, c_BQ = drawn[:, rows].to(device)
@@ -215,14 +217,14 @@ def _test_counts(model, test: DenseSet, blocks, fits: list[_Head], device, bar: 
 
     The last two columns are background and object, where there is a background.
     """
-    size, found = test.maps.shape[-1], [[] for _ in fits]
+    size, found = test.maps.shape[1:], [[] for _ in fits]
     n_classes = max(len(test.classes), *(int(f.classes.max()) + 1 for f in fits))
     for rows, x in _batches(model, test.images, device):
         truth = test.maps[rows].to(device).long()
         for maps, head, parts in zip(patch_maps(model, x, blocks), fits, found, strict=True):
             logits = torch.einsum("bdhw,dc->bchw", maps, head.weights)
             logits = logits + head.bias[:, None, None]
-            logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
             guess = head.classes[logits.argmax(1)]
             counts = class_counts(truth, guess, n_classes)
             merged = class_counts(truth, guess, 2, background=test.background)
@@ -237,7 +239,7 @@ def class_counts(
     """Pixels of each class in truth, in prediction and in both, int64 [B, 3, C].
 
     Args:
-        truth, guess: int64 [B, S, S]; where truth is :data:`IGNORE` nothing counts.
+        truth, guess: int64 [B, H, W]; where truth is :data:`IGNORE` nothing counts.
         classes: C.
         background: merge all other classes into one: 0 background, 1 object. -1 leaves them;
             None gives zeros.

@@ -28,8 +28,8 @@ class DenseSet:
     """Images with a class for every pixel.
 
     Attributes:
-        images: uint8 [N, 3, S, S].
-        maps: uint8 [N, S, S], indices into ``classes``, :data:`IGNORE` where nothing is known.
+        images: uint8 [N, 3, H, W].
+        maps: uint8 [N, H, W], indices into ``classes``, :data:`IGNORE` where nothing is known.
         classes: the classes' names.
         name: where they come from.
         background: the class that is no object; None if there is none.
@@ -85,7 +85,7 @@ def load_dense(
     *,
     split: str = "train",
     n: int | None = None,
-    size: int = 224,
+    size: int | tuple[int, int] = 224,
     progress: bool = True,
 ) -> DenseSet:
     """Images and maps from a folder in ADE20K's form.
@@ -100,7 +100,7 @@ def load_dense(
         folder: holds ``images`` and ``annotations``.
         split: "train", or "test" (which takes the validation part where there is no test part).
         n: only the first so many.
-        size: height and width, pixels.
+        size: height and width, pixels; a number for squares.
         progress: show a bar.
 
     Returns:
@@ -152,8 +152,8 @@ def _annotation(path: Path, folder: Path) -> Path:
     return place
 
 
-def _read_map(path: Path, size: int) -> np.ndarray:
-    """One annotation as uint8 [S, S]."""
+def _read_map(path: Path, size: int | tuple[int, int]) -> np.ndarray:
+    """One annotation as uint8 [H, W]."""
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "1"):
             raise UserError(f"{path} has mode {image.mode}: annotations have one channel of 8 bits")
