@@ -375,6 +375,8 @@ def test_differences_are_filled_where_they_are_more_than_two_spreads():
     np.testing.assert_allclose(bars.get_segments()[0][:, 0], [1 - 8, 1 + 8])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["up", "flat", "down"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    plots.differences(["a"], [0.1], [0.1], ax=ax)
+    assert ax.figure.get_label() == "2 of 3 filled: up +10, down -20. 0 of 1 filled: none"
 
 
 # A formula that is none, and a file name that is no UTF-8, as the file system gives it.

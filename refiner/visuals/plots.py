@@ -341,6 +341,9 @@ def differences(
     ax.axvline(0, color=GRAY, linewidth=1)
     ax.set_yticks(at, [plain(name) for name in names], fontsize=9)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="after − before, points", title=plain(title))
+    filled = ", ".join(f"{plain(names[i])} {values[i]:+.0f}" for i in at[clear]) or "none"
+    told = f"{clear.sum()} of {len(names)} filled: {filled}"
+    ax.figure.set_label(". ".join(filter(None, (ax.figure.get_label(), told))))
     return ax
 
 
