@@ -250,32 +250,6 @@ def test_bars_show_means_and_every_run():
     assert "%" not in texts(plots.bars_with_spread({"a": [3.0, 4.0]}, ylabel="rank"))[0]
 
 
-def test_error_and_knn_share_the_blocks_but_not_the_axis():
-    error, knn = torch.tensor([0.5, 0.3, 0.4]), torch.tensor([0.1, 0.2, 0.9])
-    ax = plots.error_and_knn(error, knn)
-    twin = ax.figure.axes[-1]
-    assert twin is not ax and ax.get_shared_x_axes().joined(ax, twin)
-    assert np.allclose(ax.lines[0].get_ydata(), error)
-    assert np.allclose(twin.lines[0].get_ydata(), knn)
-    assert ax.lines[1].get_xydata().tolist() == [[2, pytest.approx(0.3)]]  # the lowest error
-    assert twin.lines[1].get_xydata().tolist() == [[3, pytest.approx(0.9)]]  # the highest vote
-    assert ax.lines[0].get_marker() != twin.lines[0].get_marker()
-    assert ax.get_ylabel() == "reconstruction error" and twin.get_ylabel() == "k-NN accuracy"
-    names = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert names == ["reconstruction error", "k-NN accuracy"] and ax.get_xlabel() == "block"
-
-
-def test_error_and_knn_of_two_models():
-    both = {"before": [0.5, 0.3], "after": [0.6, 0.7]}
-    ax = plots.error_and_knn(both, both, blocks=[6, 12])
-    lines = [*ax.lines[::2], *ax.figure.axes[-1].lines[::2]]
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == 4
-    assert all(line.get_xdata().tolist() == [6, 12] for line in lines)
-    assert len(ax.get_legend().get_texts()) == 4
-    with pytest.raises(ValueError, match=r"as many blocks, not \[2, 3\]"):
-        plots.error_and_knn([1, 2], [1, 2, 3])
-
-
 def test_similarity_map_is_a_square_a_pair():
     table = torch.rand(2, 24)
     ax = plots.similarity_map(table, rows="before", columns="after")
@@ -395,7 +369,6 @@ def each(value) -> dict:
         lambda images, graph: plots.neighbor_grid(images, [0, 1, 2], each(graph)),
         lambda images, graph: plots.block_curve(each([0.1, 0.2]), ylabel=ODD[0]),
         lambda images, graph: plots.bars_with_spread(each([0.1]), title=ODD[2]),
-        lambda images, graph: plots.error_and_knn(*[each([0.1, 0.2])] * 2),
         lambda images, graph: plots.similarity_map([[0.1]], rows=ODD[0], columns=ODD[2]),
         lambda images, graph: plots.spider(each([0.1] * 3), ODD),
         lambda images, graph: plots.differences(ODD, [0.1] * 3, [0.1] * 3, title=ODD[2]),
@@ -424,7 +397,6 @@ def test_names_of_users_are_no_formulas_and_need_not_be_utf_8(draw):
         "neighbor_grid",
         "block_curve",
         "bars_with_spread",
-        "error_and_knn",
         "similarity_map",
     ],
 )
@@ -437,7 +409,6 @@ def test_given_axes_are_used(name):
         "neighbor_grid": (images, [0], {"m": graph}),
         "block_curve": ({"a": [0.1, 0.2]},),
         "bars_with_spread": ({"a": [0.1, 0.2]},),
-        "error_and_knn": ([1.0, 2.0], [0.1, 0.2]),
         "similarity_map": ([[0.1, 0.2]],),
     }[name]
     _, ax = plt.subplots()

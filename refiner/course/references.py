@@ -165,6 +165,14 @@ def linear_decoder(x_MD: Tensor, y_MP: Tensor, penalty: float) -> Tensor:
     return torch.linalg.solve(a_DD, x_MD.T @ y_MP)
 
 
+def cka(x_ND: Tensor, y_NE: Tensor, *, centred: bool = True, squared: bool = True) -> Tensor:
+    """Linear CKA of two sets of features."""
+    if centred:
+        x_ND, y_NE = x_ND - x_ND.mean(0), y_NE - y_NE.mean(0)
+    norm = torch.linalg.matrix_norm
+    return norm(y_NE.T @ x_ND) ** (1 + squared) / (norm(x_ND.T @ x_ND) * norm(y_NE.T @ y_NE))
+
+
 def overlap(a_Nk: Tensor, b_Nk: Tensor) -> Tensor:
     """Share of each image's neighbors in one list that are in the other [N]."""
     return (a_Nk[:, :, None] == b_Nk[:, None]).any(-1).float().mean(1)
@@ -251,6 +259,10 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
             lambda x, y, _: linear_decoder(x, y, 0.0)
         ),
         "the penalty goes with its square": lambda x, y, p: linear_decoder(x, y, p**2),
+    },
+    cka: {
+        "the features are not centred": partial(cka, centred=False),
+        "the norm in the numerator is not squared": partial(cka, squared=False),
     },
     trust: {"every point has found itself on the map": partial(trust, itself=True)},
     normalised: {

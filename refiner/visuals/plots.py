@@ -104,55 +104,6 @@ def _ring(ax: Axes, x: float, y: float, colour: str) -> None:
     ax.plot(x, y, "o", markersize=15, fillstyle="none", color=colour)
 
 
-def error_and_knn(
-    error: Tensor | np.ndarray | Mapping[str, object],
-    knn: Tensor | np.ndarray | Mapping[str, object],
-    *,
-    blocks: Sequence[int] | None = None,
-    error_label: str = "reconstruction error",
-    knn_label: str = "k-NN accuracy",
-    title: str = "Does a block paint, or does it see?",
-    ax: Axes | None = None,
-) -> Axes:
-    """Reconstruction error (left axis) and k-NN accuracy (right axis) of every block.
-
-    MIM-Refiner's argument (Alkin et al. 2024, arXiv 2402.10093): where the error falls while the
-    accuracy falls too, blocks have taken over the decoder's work. The ring marks each curve's
-    best block: the lowest error, the highest accuracy.
-
-    Args:
-        error, knn: [L], or several by name.
-        blocks: the blocks' numbers; default 1 to L.
-        error_label, knn_label: what they are.
-
-    Returns:
-        The Axes of the errors; those of the accuracies are its ``.figure.axes[-1]``.
-    """
-    errors, votes = (named(x if isinstance(x, Mapping) else {"": x}) for x in (error, knn))
-    lengths = {len(x) for side in (errors, votes) for x in side.values()}
-    if len(lengths) != 1:
-        raise UserError(f"errors and accuracies must have as many blocks, not {sorted(lengths)}")
-    at = np.arange(1, lengths.pop() + 1) if blocks is None else np.asarray(blocks)
-    (ax,) = axes_for(ax, 1, (6.8, 4.0))
-    twin, drawn = ax.twinx(), []
-    left = (ax, errors, plain(error_label), np.argmin, COLOURS[1])
-    right = (twin, votes, plain(knn_label), np.argmax, COLOURS[0])
-    for panel, side, label, best, colour in (left, right):
-        for i, (name, values) in enumerate(side.items()):
-            look = curve_style(i) | {"color": colour, "marker": MARKERS[2 * i + (panel is twin)]}
-            drawn += panel.plot(at, values, label=f"{label} {name}".strip(), markersize=6, **look)
-            _ring(panel, at[best(values)], values[best(values)], colour)
-        panel.set_ylabel(label, color=colour)
-    if all(x.max() <= 1 for x in votes.values()):
-        twin.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    twin.spines["right"].set_visible(True)
-    twin.grid(False)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
-    ax.set(xlabel="block", title=plain(title))
-    ax.legend(handles=drawn, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return ax
-
-
 # ---------------------------------------------------------------- training
 
 
