@@ -141,6 +141,24 @@ def test_a_known_mistake_is_named(source, solution, monkeypatch, capsys):
     assert len(KNOWN) == len(MISTAKES), "a known mistake that no exercise uses"
 
 
+def test_an_own_entry_has_to_score_below_negative_cosines(capsys):
+    (source,) = (case.values[0] for case in EVERY if "my_lookup" in case.values[0])
+    run_check(
+        source,
+        "from functools import partial\nmy_lookup = partial(references.lookup, own=0.0)",
+    )
+    assert "an image has found itself" in capsys.readouterr().out
+
+
+def test_an_error_in_an_answer_is_told_with_its_line(capsys):
+    def my_answer(x):
+        y = x.T
+        return x @ y.nothing
+
+    course.check(my_answer, torch.square, lambda: (torch.ones(2, 3),), name="a line")
+    assert "(in the line `return x @ y.nothing`)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source, solution", [c for c in FUNCTIONS if "gradient=True" in c[0][0]])
 def test_a_detached_answer_is_refused_for_its_gradient(source, solution, capsys):
     name = re.search(r"def (my_\w+)", source).group(1)

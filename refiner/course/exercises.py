@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,13 +160,20 @@ def _compare(answer, reference, args: tuple, tolerance, gradient: bool) -> str |
     except NotImplementedError:
         return UNSOLVED
     except Exception as error:
-        return f"your version raises {type(error).__name__}: {error}"
+        return f"your version raises {type(error).__name__}: {error}{_line_of(error, answer)}"
     if given is None:
         return UNSOLVED
     problem = _difference(given, wanted, tolerance, "the result")
     if problem or not gradient:
         return problem
     return _compare_gradients(given, given_inputs, wanted, wanted_inputs, tolerance)
+
+
+def _line_of(error: Exception, answer: Callable) -> str:
+    """The last line of an answer that an error came from, where its source is known."""
+    file = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    lines = [f.line for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" (in the line `{lines[-1]}`)" if lines and lines[-1] else ""
 
 
 def _call(function: Callable, args: tuple, gradient: bool) -> tuple[object, list]:

@@ -14,15 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nearest(queries_QD: Tensor, keys_ND: Tensor, k: int) -> Tensor:
+def nearest(queries_QD: Tensor, keys_ND: Tensor, k: int, *, unit=F.normalize) -> Tensor:
     """Indices [Q, k] of the keys of largest cosine similarity, nearest first."""
-    cosines_QN = F.normalize(queries_QD, dim=-1) @ F.normalize(keys_ND, dim=-1).T
-    return cosines_QN.topk(k).indices
+    return (unit(queries_QD) @ unit(keys_ND).T).topk(k).indices
 
 
 def problem_of_heads(blocks, first: int, last: int) -> str | None:
     """What is wrong with a choice of blocks that get a head; None if nothing is."""
-    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, int) for b in blocks):
+    if (
+        not isinstance(blocks, list | tuple)
+        or not blocks
+        or not all(isinstance(b, int) for b in blocks)
+    ):
         return "a list of one or more whole numbers is needed, such as [10, 12]"
     if len(set(blocks)) < len(blocks):
         return f"{blocks} names a block twice"
@@ -30,6 +33,13 @@ def problem_of_heads(blocks, first: int, last: int) -> str | None:
     if outside:
         return f"a head on block {outside[0]} would teach nothing: choose from {first} to {last}"
     return None
+
+
+def patchify(images_BCHW: Tensor, patch: int, *, colours_last: bool = True) -> Tensor:
+    """Patches [B, N, patch * patch * C], row by row, the colours of a pixel side by side."""
+    patches_BPN = F.unfold(images_BCHW, patch, stride=patch)  # P is C, rows, columns
+    patches_BCSN = patches_BPN.unflatten(1, (images_BCHW.shape[1], -1))
+    return patches_BCSN.permute(0, 3, *((2, 1) if colours_last else (1, 2))).flatten(2)
 
 
 def visible(noise_BN: Tensor, ratio: float, *, smallest: bool = True) -> Tensor:
@@ -46,10 +56,12 @@ def hidden_error(predicted_BNP, target_BNP, hidden_BN, *, over: str = "hidden") 
     return (error_BN * wanted_BN).sum() / wanted_BN.sum()
 
 
-def attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, root=True, over=-1) -> Tensor:
+def attention(q_BHND: Tensor, k_BHND, v_BHND, *, root=True, over=-1, moved=True) -> Tensor:
     """Softmax attention [B, N, H * D] of H heads."""
     scores_BHNN = q_BHND @ k_BHND.mT / (q_BHND.shape[-1] ** 0.5 if root else 1)
-    return (scores_BHNN.softmax(over) @ v_BHND).transpose(1, 2).flatten(2)
+    x_BHND = scores_BHNN.softmax(over) @ v_BHND
+    x_BNHD = x_BHND.transpose(1, 2)
+    return (x_BNHD if moved else x_BHND.reshape(x_BNHD.shape)).flatten(2)
 
 
 def votes(labels_NK, similarities_NK, classes: int, temperature: float, *, add=True) -> Tensor:
@@ -82,12 +94,18 @@ def best_of(readings_RND: Tensor, labels_N: Tensor, *, alone: bool = True) -> Te
     return (labels_N[alike_RNN.argmax(-1)] == labels_N).double().mean(-1).argmax()
 
 
-def head(x_BD: Tensor, weights: list[Tensor], *, last_norm: bool = True) -> Tensor:
+def batch_norm(x_BD: Tensor, *, over: int = 0, correction: int = 0) -> Tensor:
+    """Each column's mean taken off, and divided by its standard deviation in the batch."""
+    variance, mean = torch.var_mean(x_BD, over, correction=correction, keepdim=True)
+    return (x_BD - mean) / (variance + 1e-5).sqrt()
+
+
+def head(x_BD: Tensor, weights: list[Tensor], *, norm=batch_norm, last_norm=True) -> Tensor:
     """Linear and BatchNorm in every layer, GELU between layers."""
     for i, weight in enumerate(weights):
         x_BD = x_BD @ weight
         if last_norm or i < len(weights) - 1:
-            x_BD = F.batch_norm(x_BD, None, None, training=True)
+            x_BD = norm(x_BD)
         if i < len(weights) - 1:
             x_BD = F.gelu(x_BD)
     return x_BD
@@ -98,27 +116,37 @@ def places(pushed: int, batch: int, size: int) -> Tensor:
     return (pushed + torch.arange(batch)) % size
 
 
-def lookup(z_BO: Tensor, ids_B: Tensor, queue_QO: Tensor, ids_Q: Tensor, *, own=False) -> Tensor:
+def lookup(z_BO, ids_B, queue_QO, ids_Q, *, own=-torch.inf, unit=F.normalize) -> Tensor:
     """Where each query's nearest entry lies that is not of the same image [B]."""
-    alike_BQ = F.normalize(z_BO, dim=-1) @ F.normalize(queue_QO, dim=-1).T
-    same_BQ = ids_B[:, None] == ids_Q
-    return (alike_BQ if own else alike_BQ.masked_fill(same_BQ, -torch.inf)).argmax(1)
+    alike_BQ = unit(z_BO) @ unit(queue_QO).T
+    return alike_BQ.masked_fill(ids_B[:, None] == ids_Q, own).argmax(1)
 
 
-def nna(p_BO: Tensor, z_BO: Tensor, nn_BO: Tensor, temperature=0.2, *, negatives="z", axis=1):
+def nna(p_BO, z_BO, nn_BO, temperature=0.2, *, negatives="z", axis=1, unit=F.normalize):
     """Nearest Neighbor Alignment of one pair of views; only the positive has the neighbor."""
-    p_BO, z_BO, nn_BO = (F.normalize(x, dim=-1) for x in (p_BO, z_BO.detach(), nn_BO.detach()))
+    p_BO, z_BO, nn_BO = unit(p_BO), unit(z_BO.detach()), unit(nn_BO.detach())
     logits_BB = (z_BO if negatives == "z" else nn_BO) @ p_BO.T
-    positive_B = ((z_BO if negatives == "only z" else nn_BO) * p_BO).sum(-1)
-    logits_BB = torch.diagonal_scatter(logits_BB, positive_B) / temperature
+    logits_BB = torch.diagonal_scatter(logits_BB, (nn_BO * p_BO).sum(-1)) / temperature
     return F.cross_entropy(logits_BB if axis == 1 else logits_BB.T, torch.arange(len(p_BO)))
 
 
-def step(x_VBD, projector, predictor, queue_QO, ids_B, ids_Q, *, pairs=lambda g, v: g != v):
+def _numerator_alone(p_BO, z_BO, nn_BO, temperature) -> Tensor:
+    """NNA with the old positive in the sum, as people write it who start from the formula."""
+    new, old = F.cosine_similarity(nn_BO, p_BO), F.cosine_similarity(z_BO, p_BO)
+    return nna(p_BO, z_BO, z_BO, temperature) - ((new - old) / temperature).mean()
+
+
+def step(
+    x_VBD, projector, predictor, queue_QO, ids_B, ids_Q, *, pairs=lambda g, v: g != v, parts=1
+) -> Tensor:
     """Loss of one head for V views, the first two of which are targets: the mean over pairs."""
     v, b, _ = x_VBD.shape
-    z_MO = head(x_VBD.flatten(0, 1), projector)
-    p_VBO, z_VBO = head(z_MO, predictor).unflatten(0, (v, b)), z_MO.unflatten(0, (v, b))
+
+    def through(x_MD, weights):
+        return torch.cat([head(part, weights) for part in x_MD.chunk(parts)])
+
+    z_MO = through(x_VBD.flatten(0, 1), projector)
+    p_VBO, z_VBO = through(z_MO, predictor).unflatten(0, (v, b)), z_MO.unflatten(0, (v, b))
     neighbors = [queue_QO[lookup(z_BO.detach(), ids_B, queue_QO, ids_Q)] for z_BO in z_VBO[:2]]
     losses = [
         nna(p_VBO[view], z_VBO[target], neighbors[target])
@@ -221,14 +249,32 @@ def statistics(means_WD: Tensor, variances_WD: Tensor, *, between: bool = True) 
 
 
 MISTAKES: dict[Callable, dict[str, Callable]] = {
+    nearest: {
+        "these are the largest products: bring all rows to length 1 first": partial(
+            nearest, unit=torch.clone
+        ),
+        "these are the farthest": lambda queries, keys, k: nearest(-queries, keys, k),
+    },
+    patchify: {
+        "each patch has its colours one after another, not those of a pixel side by side": partial(
+            patchify, colours_last=False
+        ),
+        "a reshape alone cuts rows of pixels, not patches": lambda x, patch: x.reshape(
+            len(x), -1, patch * patch * x.shape[1]
+        ),
+    },
     visible: {"these are the patches with the largest noise": partial(visible, smallest=False)},
     hidden_error: {
         "this is the error over all patches": partial(hidden_error, over="all"),
         "this is the error over the visible patches": partial(hidden_error, over="visible"),
+        "this is divided by the number of all patches": lambda predicted, target, hidden: (
+            hidden_error(predicted, target, hidden) * hidden.float().mean()
+        ),
     },
     attention: {
         "the scores are not divided by the root of D": partial(attention, root=False),
         "the softmax runs over the queries instead of the keys": partial(attention, over=-2),
+        "a reshape without transpose mixes heads and tokens": partial(attention, moved=False),
     },
     votes: {
         "votes for one class replace each other instead of adding up": partial(votes, add=False),
@@ -247,12 +293,30 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         ),
     },
     best_of: {"every image has found itself": partial(best_of, alone=False)},
-    head: {"the last layer has no BatchNorm": partial(head, last_norm=False)},
-    lookup: {"an image has found itself in the queue": partial(lookup, own=True)},
+    head: {
+        "the last layer has no BatchNorm": partial(head, last_norm=False),
+        "GELU follows the last layer as well": lambda x, weights: F.gelu(head(x, weights)),
+        "the variance is that of correction=1": partial(
+            head, norm=partial(batch_norm, correction=1)
+        ),
+        "mean and variance are those of each row": partial(head, norm=partial(batch_norm, over=1)),
+    },
+    lookup: {
+        "an image has found itself in the queue": partial(lookup, own=2.0),
+        "not every image has an entry of its own to leave out": lambda z, ids, queue, _: nearest(
+            z, queue, 2
+        )[:, 1],
+        "the vectors do not all have length 1": partial(lookup, unit=torch.clone),
+        "these are the neighbors' image numbers, not their places": lambda z, ids, queue, known: (
+            known[lookup(z, ids, queue, known)]
+        ),
+    },
     nna: {
         "the negatives have been swapped, too: this is NNCLR": partial(nna, negatives="nn"),
         "row i has to compare z_i with all p_j, not p_i with all z_j": partial(nna, axis=0),
         "without any division by the temperature": lambda p, z, nn, *_: nna(p, z, nn, 1.0),
+        "the sum below still has z_i·p_i where nn_i·p_i belongs": _numerator_alone,
+        "the vectors do not have length 1": partial(nna, unit=torch.clone),
     },
     linear_decoder: {
         "this is plain least squares: the penalty is missing": (
@@ -268,7 +332,15 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
     normalised: {
         "the pixels still go from 0 to 255": lambda x, *scale: normalised(255 * x.float(), *scale)
     },
-    step: {"a view is compared with itself": partial(step, pairs=lambda g, v: True)},
+    step: {
+        "a view is compared with itself": partial(step, pairs=lambda g, v: True),
+        "the losses are added, not averaged": lambda x, *others: (
+            step(x, *others) * 2 * (len(x) - 1)
+        ),
+        "each view has passed BatchNorm by itself": lambda x, *others: step(
+            x, *others, parts=len(x)
+        ),
+    },
     few: {
         "the test images' statistics have leaked into the features": partial(
             few, scale_by="queries"

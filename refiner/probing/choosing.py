@@ -248,11 +248,14 @@ class Tested:
     def __str__(self) -> str:
         low, high = (f"{100 * end:.1f}" for end in self.interval())
         best, usual = self.readings["best"], self.readings["usual"]
-        return (
+        told = (
             f"Use {best}: {100 * self.accuracy():.1f} % ({low}–{high}) by {self.words}. The usual "
             f"reading, the last block's {pooling_words(usual.pooling)}, has "
             f"{100 * self.accuracy('usual'):.1f} %."
         )
+        if self.real(than="usual"):
+            return told
+        return f"{told} With {self.right['best'].shape[-1]} test images that may be chance."
 
 
 def bootstrap(right_RM: Tensor, *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
