@@ -482,11 +482,11 @@ def test_paths_of_a_machine_are_told_from_other_text(text, found):
 # ---------------------------------------------------------------- record and bands
 
 
-def test_record_returns_what_it_was_given_and_keeps_plain_values(monkeypatch):
+def test_record_keeps_plain_values_and_shows_nothing_below_a_cell(monkeypatch):
     monkeypatch.delenv("REFINER_RECORD", raising=False)
     monkeypatch.setattr(runner, "RECORDED", {})
     tensor = torch.tensor([0.5, 1.0])
-    assert course.record("list", tensor) is tensor
+    assert course.record("list", tensor) is None
     for name, value in {"number": np.float32(0.5), "count": 3, "text": "a", "row": (1, 2)}.items():
         course.record(name, value)
     assert runner.RECORDED == {

@@ -36,16 +36,13 @@ RECORDED: dict[str, object] = {}
 # ---------------------------------------------------------------- recording
 
 
-def record(name: str, value):
+def record(name: str, value) -> None:
     """Notes a measurement under a name; the course runner collects and checks it.
 
     Args:
         name: what was measured, unique within the notebook.
         value: a number, a text, or a list of numbers; arrays and tensors of one axis count as
             lists.
-
-    Returns:
-        ``value`` as it was given.
 
     Raises:
         ValueError: for NaN, infinity, and anything else than the above.
@@ -55,7 +52,6 @@ def record(name: str, value):
     if path:
         before = json.loads(Path(path).read_text()) if os.path.exists(path) else {}
         write_json(path, before | {name: RECORDED[name]})
-    return value
 
 
 def _plain(name: str, value) -> object:
