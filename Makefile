@@ -85,7 +85,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "Setting up .venv with $$($$python --version)"; \
 	echo "The first time downloads several GB (PyTorch with CUDA): about 5 to 20 minutes"; \
 	"$$python" -m venv .venv
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-compile --editable '.[test]'  # Python compiles what it imports
 	@touch $@
 
 clean:

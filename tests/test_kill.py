@@ -143,6 +143,7 @@ def kill_at(out: Path, moment: float, saves: int) -> str | None:
             break
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
+        time.sleep(0.0005)  # a state is written in a few milliseconds; watching takes no core
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "saving" if set(out.glob(".state*")) - old else "training"
