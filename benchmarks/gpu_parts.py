@@ -22,6 +22,7 @@ import refiner
 from refiner.base.tensors import step_generator
 from refiner.course.run import RECORDED
 from refiner.images.views import make_views
+from refiner.models.load import build_vit
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -141,9 +142,16 @@ def short_recipe(job, **changes):
     return refiner.Recipe.cpu(**base | sizes | changes)
 
 
+def small_encoder(job):
+    """The embedded one; in a rehearsal one of its depth that costs next to nothing."""
+    if not job.tiny:
+        return refiner.load_model("mae_toybox")
+    return build_vit(size=32, patch=8, dim=24, depth=12, heads=3, seed=0)
+
+
 def training_falls_and_resumes(job) -> dict:
     """Some steps; the loss falls; stopped in the middle and resumed, it ends at the same loss."""
-    model = refiner.load_model("mae_toybox")
+    model = small_encoder(job)
     images = refiner.load_images("toybox", n=64 if job.tiny else 1024, progress=False)
     run = partial(
         refiner.refine,
@@ -166,7 +174,7 @@ def training_falls_and_resumes(job) -> dict:
 
 def compiled_blocks(job) -> dict:
     """The loss with compiled blocks is the loss without."""
-    model = refiner.load_model("mae_toybox")
+    model = small_encoder(job)
     images = refiner.load_images("toybox", n=64 if job.tiny else 1024, progress=False)
     losses, seconds = [], []
     for compiled in (False, True):
