@@ -26,6 +26,8 @@ def test_curves_are_told_with_their_ends_in_the_axis_units():
         "Votes; curve “before” from 25% at 1 to 75% at 3; level “chance” at 10%; x axis: block; "
         "y axis: accuracy."
     )
+    ax = plots.block_curve({"a": [0.25, 0.5]}, blocks=[128, 2048], best=False)
+    assert "25% at 128 to 50% at 2,048" in words(ax.figure)
 
 
 def test_bars_are_told_with_their_names():

@@ -81,7 +81,9 @@ def _list(names: list[str]) -> str:
 def _value(axis: Axis, value: float) -> str:
     formatter = axis.get_major_formatter()
     percent = isinstance(formatter, PercentFormatter)
-    return f"{value / formatter.xmax:.0%}" if percent else f"{value:.3g}"
+    if percent:
+        return f"{value / formatter.xmax:.0%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _images(ax: Axes) -> list[str]:
