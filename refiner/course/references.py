@@ -94,18 +94,18 @@ def best_of(readings_RND: Tensor, labels_N: Tensor, *, alone: bool = True) -> Te
     return (labels_N[alike_RNN.argmax(-1)] == labels_N).double().mean(-1).argmax()
 
 
-def batch_norm(x_BD: Tensor, *, over: int = 0, correction: int = 0) -> Tensor:
-    """Each column's mean taken off, and divided by its standard deviation in the batch."""
+def _scaled(x_BD: Tensor, *, over: int = 0, correction: int = 0) -> Tensor:
+    """What people write for BatchNorm: over rows, or with the variance of a sample."""
     variance, mean = torch.var_mean(x_BD, over, correction=correction, keepdim=True)
     return (x_BD - mean) / (variance + 1e-5).sqrt()
 
 
-def head(x_BD: Tensor, weights: list[Tensor], *, norm=batch_norm, last_norm=True) -> Tensor:
+def head(x_BD: Tensor, weights: list[Tensor], *, norm=None, last_norm=True) -> Tensor:
     """Linear and BatchNorm in every layer, GELU between layers."""
     for i, weight in enumerate(weights):
         x_BD = x_BD @ weight
         if last_norm or i < len(weights) - 1:
-            x_BD = norm(x_BD)
+            x_BD = norm(x_BD) if norm else F.batch_norm(x_BD, None, None, training=True)
         if i < len(weights) - 1:
             x_BD = F.gelu(x_BD)
     return x_BD
@@ -296,10 +296,8 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
     head: {
         "the last layer has no BatchNorm": partial(head, last_norm=False),
         "GELU follows the last layer as well": lambda x, weights: F.gelu(head(x, weights)),
-        "the variance is that of correction=1": partial(
-            head, norm=partial(batch_norm, correction=1)
-        ),
-        "mean and variance are those of each row": partial(head, norm=partial(batch_norm, over=1)),
+        "the variance is that of correction=1": partial(head, norm=partial(_scaled, correction=1)),
+        "mean and variance are those of each row": partial(head, norm=partial(_scaled, over=1)),
     },
     lookup: {
         "an image has found itself in the queue": partial(lookup, own=2.0),
