@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below is wha
     from refiner.evaluation.probe import probe as probe
     from refiner.evaluation.protocols import EvaluationSettings as EvaluationSettings
     from refiner.evaluation.segmentation import linear_segmentation as linear_segmentation
+    from refiner.images.channels import fit_channels as fit_channels
     from refiner.images.corruptions import corrupt as corrupt
     from refiner.images.corruptions import corrupted as corrupted
     from refiner.images.dense import load_dense as load_dense
@@ -102,6 +103,7 @@ _HOME = {
     "load_model": "models.load",
     "reconstruct": "models.mae",
     "save_model": "models.save",
+    "fit_channels": "images.channels",
     "corrupt": "images.corruptions",
     "corrupted": "images.corruptions",
     "load_dense": "images.dense",

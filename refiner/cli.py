@@ -220,7 +220,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
     recipe = changed(recipe_for(args.start) if args.start else MAERecipe(), args.settings or [])
     start = start_from(args.start, recipe) if args.start else None
     check_out(args.out, args.start)
-    images = load_images(args.data, n=args.n, size=recipe.size)
+    images = load_images(args.data, n=args.n, size=recipe.size, channels=recipe.channels)
     run = resumable(pretrain, images, recipe=recipe, start=start, **training_options(args))
     last = run.history[-1]
     print(f"{args.out}: loss {last['loss']:.4f} after {last['seconds'] / 60:.1f} minutes")
@@ -257,6 +257,8 @@ def refine_command(args: argparse.Namespace) -> int:
     """Refines and writes model, heads, card and history."""
     from refiner.base import parallel
     from refiner.base.tensors import sides
+    from refiner.images.channels import fit_channels
+    from refiner.models.encoders import channels_of
     from refiner.models.load import load_model
     from refiner.training import watch
     from refiner.training.planning import plan
@@ -271,7 +273,8 @@ def refine_command(args: argparse.Namespace) -> int:
     check_out(args.out, args.model)
     options = training_options(args)
     smallest = min(min(sides(view.size)) for view in first.views)
-    images = refinable_images(args, size, smallest)
+    images = refinable_images(args, size, smallest, channels_of(model))
+    model = fit_channels(model, images)
     if args.knn_every:
         images, held_out = images.holdout(0.1)
         options["evaluate"] = watch.online_knn(images[: min(4096, len(images))], held_out)
@@ -294,13 +297,14 @@ def refine_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def refinable_images(args: argparse.Namespace, size, smallest: int):
+def refinable_images(args: argparse.Namespace, size, smallest: int, channels: int):
     """An image set, or a stream for tar shards and ``hf:`` names.
 
     Args:
         args: the command line.
         size: to which images are resized, pixels.
         smallest: size of the smallest view, which the images need to have.
+        channels: as how many a folder's pictures are read.
 
     Raises:
         ValueError: for images that are too small, and a stream that shall be evaluated.
@@ -312,7 +316,8 @@ def refinable_images(args: argparse.Namespace, size, smallest: int):
         check_source(args.data)
         check_sides(args.data, size if isinstance(size, int) else min(size), smallest)
         parent = "parent" if args.group_by == "parent" else None
-        return load_images(args.data, n=args.n, size=size, group_by=parent)
+        form = {"size": size, "channels": channels}
+        return load_images(args.data, n=args.n, **form, group_by=parent)
     if args.knn_every:
         raise UserError("a stream has no labels to hold out; leave --knn-every out")
     return open_stream(args.data, n=args.n, size=size)

@@ -11,7 +11,7 @@ import torch
 from refiner.base.pages import json_ready
 from refiner.base.tensors import as_size, step_generator
 from refiner.images.sets import ImageSet
-from refiner.images.views import View, make_view
+from refiner.images.views import View, make_view, without_colour
 from refiner.models.encoders import Encoder
 from refiner.probing import choosing
 from refiner.probing.features import Features, extract
@@ -79,6 +79,7 @@ def views_of(model: Encoder, images: ImageSet, seed: int = 0, device=None) -> li
     """Features of several views of some images, for the measures that compare views."""
     pixels = images.batch(torch.arange(min(SEEN, len(images))))
     view = View(size=as_size(*pixels.shape[-2:]), scale=(0.3, 1.0), jitter=0.8)
+    view = view if pixels.shape[1] == 3 else without_colour(view)
     made = (make_view(pixels, view, step_generator(seed, v)) for v in range(VIEWS))
     return [extract(model, v.mul(255).byte(), device=device, progress=False) for v in made]
 

@@ -24,10 +24,11 @@ from refiner.base.settings import checked
 from refiner.evaluation import protocols
 from refiner.evaluation.protocols import EvaluationSettings, Subject
 from refiner.evaluation.report import write_page
+from refiner.images.channels import fit_channels
 from refiner.images.dense import DenseSet, check_dense, load_dense, object_maps
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
-from refiner.models.encoders import Encoder
+from refiner.models.encoders import Encoder, channels_of
 from refiner.models.load import load_model
 
 # ---------------------------------------------------------------- the rows
@@ -73,7 +74,7 @@ ROWS = {
     "linear": Row("Linear probe", protocols.linear, 30, short="linear"),
     "few": Row("Few labels", protocols.low_shot, 5, short="1 label\na class"),
     "clusters": Row("k-means", protocols.clusters, 10, short="clusters\n(ACC)"),
-    "corruptions": Row("Corrupted images", protocols.corruptions, 30, short="corrupted"),
+    "corruptions": Row("Corrupted images", protocols.corruptions, 30, "colours", "corrupted"),
     "shifts": Row("Shifted factors", protocols.shifts, 8, "toybox", "shifted\nfactors"),
     "segmentation": Row("Segmentation", protocols.segmentation, 8, "dense", "segmentation\n(mIoU)"),
     "finetune": Row("Full fine-tuning", protocols.full_finetuning, 40, short="fine-tuning"),
@@ -211,6 +212,7 @@ class _Bench:
         self.main: dict[str, Subject] = {}
         for side in models:
             train, test = self.images(data, side)
+            self.models[side] = fit_channels(self.models[side], train)
             if train.labels is None or test.labels is None:
                 raise UserError(
                     f"{data} has no labels: evaluate needs one sub-folder a class (refiner probe "
@@ -221,13 +223,13 @@ class _Bench:
         return self.models[side].refiner_card["preprocessing"]["size"]
 
     def images(self, data, side: str) -> tuple[ImageSet, ImageSet]:
-        key = str(data), self.size(side)
+        key = str(data), self.size(side), channels_of(self.models[side])
         if key not in self.loaded:
             n, n_test = self.settings.n, self.settings.n_test
             try:
-                self.loaded[key] = train_and_test(data, n, n_test, key[1])
+                self.loaded[key] = train_and_test(data, n, n_test, *key[1:])
             except UserError:  # the set may have fewer; anything else is raised again
-                train, test = train_and_test(data, None, None, key[1])
+                train, test = train_and_test(data, None, None, *key[1:])
                 self.loaded[key] = train[:n], test[:n_test]
         return self.loaded[key]
 
@@ -253,8 +255,10 @@ class _Bench:
         train, _ = self.images(self.data, "before")
         masks = self.dense is not None or train.masks is not None
         have = {"": True, "toybox": str(self.data) == "toybox", "dense": masks}
+        have["colours"] = train.images.shape[1] == 3
         why = {
             "toybox": "only Toybox's factors can be drawn from outside of their range",
+            "colours": "photographs are corrupted, images of 3 channels",
             "dense": "the images have no masks; --dense names a folder with images and annotations",
         }
         return {name: why[row.needs] for name, row in rows.items() if not have[row.needs]}

@@ -31,8 +31,10 @@ from refiner.base.settings import Count, Entries, Portion, Whole, checked
 from refiner.base.tensors import sides
 from refiner.evaluation import advice
 from refiner.evaluation.benchmark_row import benchmark_row, write_rows
+from refiner.images.channels import fit_channels
 from refiner.images.load import check_source, train_and_test
 from refiner.images.sets import ImageSet
+from refiner.models.encoders import channels_of
 from refiner.models.load import load_model
 from refiner.probing import clusters, measures, neighbors, probes
 from refiner.probing.attentive import attentive_probe
@@ -161,16 +163,18 @@ def probe(
     report = begin(out, asked, resume, Report, models={})
     loaded = {name: load_model(name) for name in names}  # a wrong name is told before the work
     total = len(names) * (COST["features"] + sum(COST[part] for part in settings.parts))
-    by_size: dict[object, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
+    by_form: dict[tuple, tuple[ImageSet, ImageSet]] = {}  # models of one size share the images
     with tqdm(total=total, desc="probing", unit="", disable=not progress, bar_format=BAR) as bar:
         for name, model in loaded.items():
             size = model.refiner_card["preprocessing"]["size"]
-            if size not in by_size:
+            form = size, channels_of(model)
+            if form not in by_form:
                 if minutes is None:
-                    by_size[size] = train_and_test(data, n, n_test, size)
+                    by_form[form] = train_and_test(data, n, n_test, *form)
                 else:
-                    by_size[size] = at_most(data, *in_minutes(model, minutes, device), size)
-            train, test = by_size[size]
+                    by_form[form] = at_most(data, *in_minutes(model, minutes, device), *form)
+            train, test = by_form[form]
+            model = fit_channels(model, train)
             counts = len(train), len(test), len(train.classes)
             report["images"] = dict(zip(("train", "test", "classes"), counts, strict=True))
             new = {"origin": model.refiner_card.get("origin", ""), "done": []}
@@ -205,7 +209,7 @@ def settings_for(minutes: float | None, **given) -> Settings:
 def in_minutes(model, minutes: float, device) -> tuple[int, int]:
     """How many train and test images a model reads in half of some minutes, 3 to 1."""
     size = model.refiner_card["preprocessing"]["size"]
-    some = torch.zeros(16, 3, *sides(size), dtype=torch.uint8)
+    some = torch.zeros(16, channels_of(model), *sides(size), dtype=torch.uint8)
     extract(model, some, device=device, progress=False)  # the first pass is slower
     began = time.monotonic()
     extract(model, some, device=device, progress=False)
@@ -214,12 +218,12 @@ def in_minutes(model, minutes: float, device) -> tuple[int, int]:
     return 3 * total // 4, total // 4
 
 
-def at_most(data, n: int, n_test: int, size: int) -> tuple[ImageSet, ImageSet]:
+def at_most(data, n: int, n_test: int, size: int, channels: int) -> tuple[ImageSet, ImageSet]:
     """Train and test images, so many or all that there are of either."""
     limits = [n, n_test]
     while True:
         try:
-            return train_and_test(data, *limits, size)
+            return train_and_test(data, *limits, size, channels)
         except TooFew as error:
             limits[limits.index(error.asked)] = None
 

@@ -226,8 +226,11 @@ def corrupt(images: Tensor, name: str, severity: int, *, generator: Generator = 
     if severity not in SEVERITIES:
         raise UserError(f"severity must be a whole number from 1 to 5, not {severity}")
     images = pixels_of(images)
-    if images.dtype != torch.uint8:
-        raise UserError(f"images must be uint8 [B, 3, H, W], not {images.dtype}")
+    if images.dtype != torch.uint8 or images.shape[1] != 3:
+        raise UserError(
+            "corruptions are those of photographs: images must be uint8 [B, 3, H, W], not "
+            f"{images.dtype} {list(images.shape)}"
+        )
     function, strengths = CORRUPTIONS[name]
     x = function(images.float() / 255, strengths[severity - 1], generator)
     return (x * 255).round_().clamp_(0, 255).to(torch.uint8)

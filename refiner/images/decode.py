@@ -1,7 +1,11 @@
-"""Image files become pixels: any mode to RGB, gray of many bits to 8, any size to one."""
+"""Image files become pixels: any mode to RGB, gray of many bits to 8, any size to one.
+
+Files of bands (``.npy``, and TIFF of several bands or gray pages) keep all their channels.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,11 +18,11 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from refiner.base.errors import UserError
+from refiner.base.errors import MissingPackage, UserError
 from refiner.base.tensors import sides
 
 # What Pillow reads itself: stubs know only the header, and EPS is a program for another program.
@@ -30,10 +34,14 @@ EXTENSIONS = tuple(
         if kind in Image.OPEN and kind not in NOT_READ
     )
 )
-FORM = "images must be uint8 or float [B, 3, H, W]"
+ARRAYS = (".npy",)
+TIFF = (".tif", ".tiff")
+COLOURS = {1: "L", 3: "RGB", 4: "RGBA"}  # what pictures can be read as
+FORM = "images must be uint8 or float [B, C, H, W]"
 ValueRange = tuple[float, float] | None  # the gray values that become 0 and 255
 DEEP = ("I", "F")  # how Pillow's modes of more than 8 bits begin
-DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give
+DEPTHS = (1, 4, 8, 10, 12, 14, 16)  # bits that cameras and scanners give, and masks
+EXTRA_SAMPLES = 338  # the TIFF tag that says what bands beyond colours are; 0 is unknown
 SAMPLE = 32  # files that a set's range is measured on
 LONGEST = 16  # of a longer picture, in shorter sides, only the middle is resized
 LARGE = 2**25  # pixels; larger pictures are decoded one at a time
@@ -97,22 +105,24 @@ def _middle(a: int, b: int) -> tuple[int, int, int, int]:
 
 
 def as_pixels(x) -> Tensor:
-    """[B, C, H, W] or [C, H, W] of a tensor, an array (channels last too) or a picture."""
+    """[B, C, H, W] or [C, H, W] of a tensor, an array (channels last too) or a picture.
+
+    Three channels are told by their number, others by the smaller of the two axes, first or last.
+    """
     if isinstance(x, Image.Image):
         return torch.from_numpy(np.array(to_rgb(x))).permute(2, 0, 1)
     if not isinstance(x, Tensor | np.ndarray):
         raise UserError(f"{FORM}, pictures, or batches of them, not {type(x).__name__}")
     x = x if isinstance(x, Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
-    if x.ndim in (3, 4) and x.shape[-3] != 3 and x.shape[-1] == 3:
+    if x.ndim in (3, 4) and _channels_last(*x.shape[-3:]):
         x = x.movedim(-1, -3)
     if x.ndim not in (3, 4) or not (x.dtype == torch.uint8 or x.is_floating_point()):
         raise UserError(f"{FORM}, not {x.dtype} {list(x.shape)}")
-    if x.shape[-3] != 3:
-        raise UserError(
-            f"{FORM}, not of {x.shape[-3]} channels, {list(x.shape)}: repeat a gray one "
-            "(x.expand(-1, 3, -1, -1)), and leave out what is no colour (x[:, :3])"
-        )
     return x
+
+
+def _channels_last(first: int, _: int, last: int) -> bool:
+    return first != 3 and (last == 3 or last < first)
 
 
 # ---------------------------------------------------------------- files
@@ -123,6 +133,7 @@ def read_files(
     size: int | tuple[int, int],
     *,
     value_range: ValueRange = None,
+    channels: int = 3,
     progress: bool = True,
     block: int = 64,
 ) -> tuple[Tensor, dict[Path, str]]:
@@ -133,21 +144,22 @@ def read_files(
         size: of the result, pixels: a square's side, or height and width; resized to cover it,
             centre cropped.
         value_range: see :func:`refiner.load_images`.
+        channels: of the result; a file of bands has to have as many.
         progress: show a bar.
         block: files a thread takes at once.
 
     Returns:
-        uint8 [N, 3, *size], and the files that cannot be read with the reason; their pixels
+        uint8 [N, C, *size], and the files that cannot be read with the reason; their pixels
         are zero.
     """
-    pixels = np.zeros((len(paths), 3, *sides(size)), dtype=np.uint8)
+    pixels = np.zeros((len(paths), channels, *sides(size)), dtype=np.uint8)
     broken: dict[Path, str] = {}
 
     def read(start: int) -> int:
         some = paths[start : start + block]
         for i, path in enumerate(some, start):
             try:
-                pixels[i] = read_image(path, size, value_range).transpose(2, 0, 1)
+                pixels[i] = read_image(path, size, value_range, channels)
             # Pillow's decoders meet damaged files with errors of a dozen types.
             except Exception as error:
                 broken[path] = str(error) or type(error).__name__
@@ -163,31 +175,114 @@ def read_files(
     return torch.from_numpy(pixels), broken
 
 
-def read_image(file: Path | IO[bytes], size, value_range: ValueRange = None) -> np.ndarray:
-    """One file as uint8 [*size, 3]; without a range, gray of many bits is measured itself."""
+def read_image(
+    file: Path | IO[bytes], size, value_range: ValueRange = None, channels: int = 3
+) -> np.ndarray:
+    """One file as uint8 [C, *size]; without a range, more than 8 bits are measured themselves."""
+    bands = read_bands(file)
+    if bands is not None:
+        if len(bands) != channels:
+            raise UserError(f"it has {len(bands)} channels, not {channels}")
+        x_CHW = bands if bands.dtype == np.uint8 else scaled(bands, value_range)
+        cuts = [cut(Image.fromarray(x), size, Image.Resampling.BICUBIC) for x in x_CHW]
+        return np.stack([np.asarray(x) for x in cuts])
     with Image.open(file) as image:
         # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.
         image.draft("RGB", (2 * max(sides(size)), 2 * max(sides(size))))
         with _one_large if image.width * image.height > LARGE else nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(cut(to_rgb(image, value_range), size, Image.Resampling.BICUBIC))
+            whole = to_rgb(image, value_range, channels)
+            x = np.asarray(cut(whole, size, Image.Resampling.BICUBIC))
+            return x.transpose(2, 0, 1) if channels > 1 else x[None]
 
 
-def to_rgb(image: Image.Image, value_range: ValueRange = None) -> Image.Image:
-    """A picture of any mode as RGB, transparency onto white."""
+def to_rgb(image: Image.Image, value_range: ValueRange = None, channels: int = 3) -> Image.Image:
+    """A picture of any mode as RGB or gray, transparency onto white; with 4 channels as RGBA."""
+    if channels not in COLOURS:
+        raise UserError(f"it is a picture, which has 1, 3 or 4 channels, not {channels}")
     if image.mode.startswith(DEEP):  # a plain convert would clip at 255
-        gray = np.asarray(image).astype(np.float32)
-        low, high = value_range or _range_of([_extremes(image)])
-        gray = np.nan_to_num((gray - low) * 255 / (high - low), posinf=0, neginf=0)
-        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
+        image = Image.fromarray(scaled(np.asarray(image), value_range))
+    if image.has_transparency_data and channels < 4:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image.convert(COLOURS[channels])
 
 
-# ---------------------------------------------------------------- gray of more than 8 bits
+# ---------------------------------------------------------------- files of bands
+
+
+def read_bands(file: Path | IO[bytes]) -> np.ndarray | None:
+    """The channels [C, H, W] of a file of bands, in their own numbers; None for a picture.
+
+    Arrays are mapped, not read. In [H, W, C] and [C, H, W] the channels are the smaller axis, see
+    :func:`as_pixels`; [H, W] is one channel.
+
+    Raises:
+        UserError: for arrays of other shapes or kinds.
+        MissingPackage: for a TIFF that Pillow cannot read in full.
+    """
+    suffix = file.suffix.lower() if isinstance(file, Path) else ""
+    if suffix not in (*ARRAYS, *TIFF):
+        return None
+    bands = np.load(file, "r", allow_pickle=False) if suffix in ARRAYS else _tiff_bands(file)
+    if bands is None:
+        return None
+    if bands.ndim not in (2, 3) or not bands.size or bands.dtype.kind not in "buif":
+        raise UserError(
+            f"it is an array {list(bands.shape)} of {bands.dtype}, and images are [H, W, C], "
+            "[C, H, W] or [H, W] of real numbers"
+        )
+    bands = bands[None] if bands.ndim == 2 else bands
+    return np.moveaxis(bands, -1, 0) if _channels_last(*bands.shape) else bands
+
+
+def _tiff_bands(path: Path) -> np.ndarray | None:
+    """A TIFF of several gray pages, or of bands; None for one that is a picture.
+
+    Pillow knows no TIFF of other bands than colours, and drops extra ones of unknown meaning; of
+    the readers that know them, tifffile needs no other library.
+    """
+    try:
+        with Image.open(path) as image:
+            pages = [image.copy() for _ in ImageSequence.Iterator(image)] if _paged(image) else []
+            if pages and len({(page.mode, page.size) for page in pages}) == 1:
+                return np.stack([np.asarray(page) for page in pages])
+            if 0 not in image.tag_v2.get(EXTRA_SAMPLES, ()):
+                return None
+    except UnidentifiedImageError:
+        pass
+    try:
+        from tifffile import imread
+    except ModuleNotFoundError as error:
+        raise MissingPackage(
+            f"{path} is a TIFF of bands that Pillow cannot read: pip install tifffile"
+        ) from error
+    return imread(path)
+
+
+def _paged(image: Image.Image) -> bool:
+    """Whether a TIFF has several pages, gray ones: those of a microscope's channels."""
+    return getattr(image, "n_frames", 1) > 1 and (image.mode == "L" or image.mode.startswith(DEEP))
+
+
+def header(path: Path) -> tuple[tuple[int, int], bool, int | None]:
+    """(width, height), whether it has more than 8 bits, and its channels if it is of bands."""
+    bands = read_bands(path)
+    if bands is not None:
+        return bands.shape[:0:-1], bands.dtype != np.uint8, len(bands)
+    with Image.open(path) as image:  # reads the header only
+        return image.size, image.mode.startswith(DEEP), None
+
+
+# ---------------------------------------------------------------- more than 8 bits
+
+
+def scaled(values: np.ndarray, value_range: ValueRange = None) -> np.ndarray:
+    """Values of more than 8 bits as uint8 of the same shape; what is no number is 0."""
+    low, high = value_range or _range_of([_extremes(values)])
+    x = np.nan_to_num((values.astype(np.float32) - low) * 255 / (high - low), posinf=0, neginf=0)
+    return x.clip(0, 255).round().astype(np.uint8)
 
 
 def check_range(value_range: ValueRange) -> None:
@@ -208,7 +303,7 @@ def check_range(value_range: ValueRange) -> None:
 
 
 def measured_range(files: Iterable[Path | IO[bytes]], name: str) -> ValueRange:
-    """The one range of a set's gray values of more than 8 bits; None where it has none.
+    """The one range of a set's values of more than 8 bits, in all channels; None without any.
 
     Scaled by its own maximum, each image would get another brightness; scaled by all that 16 or 32
     bits can hold, scans of 12 bits would be nearly black.
@@ -223,38 +318,44 @@ def measured_range(files: Iterable[Path | IO[bytes]], name: str) -> ValueRange:
     found = []
     for file in files:
         try:
-            with Image.open(file) as image:  # reads the header only
-                if image.mode.startswith(DEEP):
-                    found.append(_extremes(image))
+            bands = read_bands(file)
+            if bands is None:
+                with Image.open(file) as image:  # reads the header only
+                    bands = np.asarray(image) if image.mode.startswith(DEEP) else None
+            if bands is not None and bands.dtype != np.uint8:
+                found.append(_extremes(bands))
         except Exception:  # read_files names them, with the other broken ones
             continue
     if not found:
         return None
     low, high = _range_of(found)
     warnings.warn(
-        f"{name} has gray images of more than 8 bits: values from {low:g} to {high:g} become 0 to "
-        f"255, as {len(found)} of them suggest; value_range=(low, high) sets another range",
+        f"{name} has images of more than 8 bits: values from {low:g} to {high:g} become 0 to 255, "
+        f"as {len(found)} of them suggest; value_range=(low, high) sets another range",
         stacklevel=4,
     )
     return low, high
 
 
-def _extremes(image: Image.Image) -> tuple[float, float, bool]:
+def _extremes(values: np.ndarray) -> tuple[float, float, bool]:
     """Least and largest finite value, and whether values are floats."""
-    gray = np.asarray(image)
-    gray = gray[np.isfinite(gray)] if image.mode == "F" else gray
-    return (float(gray.min()), float(gray.max()), image.mode == "F") if gray.size else (0, 1, True)
+    floats = values.dtype.kind == "f"
+    values = values[np.isfinite(values)] if floats else values
+    return (float(values.min()), float(values.max()), floats) if values.size else (0, 1, True)
 
 
 def _range_of(extremes: Sequence[tuple[float, float, bool]]) -> tuple[float, float]:
     """From 0 to the least usual depth that holds all values; what they span, if some are negative.
 
-    Floats up to 1 come from 0 to 1, or from -1 to 1.
+    Floats up to 1 come from 0 to 1, or from -1 to 1; where all are far smaller, to the power of ten
+    above them, as they would be black otherwise.
     """
     lows, highs, floats = zip(*extremes, strict=True)
     low, high = min(lows), max(highs)
     if all(floats) and -1 <= low and high <= 1:
-        return (0.0 if low >= 0 else -1.0), 1.0
+        most = max(-low, high)
+        top = 10.0 ** math.ceil(math.log10(most)) if 0 < most < 0.1 else 1.0
+        return (0.0 if low >= 0 else -top), top
     if low < 0:
         return low, max(high, low + 1)
     return 0.0, float(next((2**b - 1 for b in DEPTHS if high < 2**b), high))

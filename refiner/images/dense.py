@@ -28,7 +28,7 @@ class DenseSet:
     """Images with a class for every pixel.
 
     Attributes:
-        images: uint8 [N, 3, H, W].
+        images: uint8 [N, C, H, W].
         maps: uint8 [N, H, W], indices into ``classes``, :data:`IGNORE` where nothing is known.
         classes: the classes' names.
         name: where they come from.
@@ -116,8 +116,9 @@ def load_dense(
     check_dense(folder)
     files = _split_files(folder / "images", split)[:n]
     pairs = [(path, _annotation(path, folder)) for path in files]
-    value_range = Files(files, None, (), folder, folder / "images").value_range()
-    pixels, broken = read_files(files, size, value_range=value_range, progress=progress)
+    told = Files(files, None, (), folder, folder / "images")
+    form = {"value_range": told.value_range(), "channels": told.channels()}
+    pixels, broken = read_files(files, size, **form, progress=progress)
     if broken:
         path, reason = next(iter(broken.items()))
         raise UserError(f"cannot read {path}: {reason}")

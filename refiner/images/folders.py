@@ -11,11 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from refiner.base.errors import UserError
-from refiner.images.decode import EXTENSIONS, SAMPLE, ValueRange, measured_range
+from refiner.base.errors import MissingPackage, UserError
+from refiner.images.decode import ARRAYS, EXTENSIONS, SAMPLE, ValueRange, header, measured_range
 
 # The names of splits, the usual one first.
 SPLIT_FOLDERS = {
@@ -46,11 +45,15 @@ class Files:
     root: Path | None = None
 
     def value_range(self) -> ValueRange:
-        """That of all splits' gray images of more than 8 bits, if a sample of this one has any."""
-        if not any(mode.startswith(("I", "F")) for _, mode in _headers(self.paths, SAMPLE)):
+        """That of all splits' images of more than 8 bits, if a sample of this one has any."""
+        if not any(deep for _, deep, _ in _headers(self.paths, SAMPLE)):
             return None
         files = list(image_files(self.root)) if self.root else self.paths
         return measured_range(_some(files, SAMPLE), str(self.root or self.folder))
+
+    def channels(self, asked: int | None = None) -> int:
+        """Those of the first file of bands; pictures have three, or as many as are asked for."""
+        return next((c for _, _, c in _headers(self.paths, SAMPLE) if c), asked or 3)
 
 
 def files_of(folder: Path, split: str) -> Files:
@@ -216,8 +219,19 @@ def _extensions_in(folder: Path) -> str:
 def image_files(folder: Path) -> Iterator[Path]:
     """Every image file below a folder, sorted, without hidden ones.
 
-    Links are followed, but no folder is entered twice.
+    Links are followed, but no folder is entered twice. Arrays beside pictures are something else:
+    they count where there are no pictures.
     """
+    pictures = _files(folder, EXTENSIONS)
+    first = next(pictures, None)
+    if first is None:
+        yield from _files(folder, ARRAYS)
+    else:
+        yield first
+        yield from pictures
+
+
+def _files(folder: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
     seen, ahead = _around(folder), [os.fspath(folder)]
     while ahead:
         try:
@@ -226,7 +240,7 @@ def image_files(folder: Path) -> Iterator[Path]:
             continue
         entries = [entry for entry in entries if not entry.name.startswith(".")]
         for entry in entries:  # a FIFO would be waited for
-            if entry.name.lower().endswith(EXTENSIONS) and _is(entry, "file"):
+            if entry.name.lower().endswith(extensions) and _is(entry, "file"):
                 yield Path(entry.path)
         inside = {os.path.realpath(x): x.path for x in reversed(entries) if _is(x, "dir")}
         ahead += sorted((inside[real] for real in inside.keys() - seen), reverse=True)
@@ -242,7 +256,7 @@ def _is(entry: os.DirEntry, kind: str) -> bool:
 
 def shorter_sides(folder: Path, sample: int = 64) -> list[int]:
     """Shorter sides of a sample of a folder's images, pixels; none where there is no folder."""
-    return [min(size) for size, _ in _headers(list(image_files(folder)), sample)]
+    return [min(size) for size, _, _ in _headers(list(image_files(folder)), sample)]
 
 
 def _some(paths: Sequence[Path], sample: int) -> Sequence[Path]:
@@ -250,12 +264,13 @@ def _some(paths: Sequence[Path], sample: int) -> Sequence[Path]:
     return paths[:: max(1, len(paths) // sample)]
 
 
-def _headers(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[tuple[int, int], str]]:
-    """(width, height) and mode of some of the files, without those that cannot be read."""
+def _headers(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple]:
+    """The headers of some of the files, without those that cannot be read."""
     for path in _some(paths, sample):
         try:
-            with Image.open(path) as image:  # reads the header only
-                yield image.size, image.mode
+            yield header(path)
+        except MissingPackage:
+            raise
         # As in read_files, which names them later, with the other broken ones.
         except Exception:
             continue
@@ -263,6 +278,6 @@ def _headers(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple[tuple[in
 
 def common_size(paths: Sequence[Path]) -> int:
     """The square size that a sample of the files shares, else 224."""
-    sizes = {size for size, _ in _headers(paths)}
+    sizes = {size for size, _, _ in _headers(paths)}
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     return width if width == height else 224

@@ -34,7 +34,9 @@ from refiner.images.folders import Files, class_folders, common_size, files_of, 
 from refiner.images.sets import ImageSet, LazyImages, balanced_order
 
 
-def train_and_test(data, n: int | None, n_test: int | None, size) -> tuple[ImageSet, ImageSet]:
+def train_and_test(
+    data, n: int | None, n_test: int | None, size, channels: int | None = None
+) -> tuple[ImageSet, ImageSet]:
     """Train and test images; a folder without a test part lends a fifth, whatever n is.
 
     Raises:
@@ -42,9 +44,9 @@ def train_and_test(data, n: int | None, n_test: int | None, size) -> tuple[Image
     """
     split = _test_split(data)
     if split is None:
-        return load_holdout(data, 0.2, n=n, n_test=n_test, size=size)
-    train = load_images(data, split="train", n=n, size=size)
-    test = load_images(data, split=split, n=n_test, size=size)
+        return load_holdout(data, 0.2, n=n, n_test=n_test, size=size, channels=channels)
+    train = load_images(data, split="train", n=n, size=size, channels=channels)
+    test = load_images(data, split=split, n=n_test, size=size, channels=channels)
     labelled = train.labels is not None and test.labels is not None
     if labelled and train.classes != test.classes:
         apart = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
@@ -87,6 +89,7 @@ def load_images(
     size: int | tuple[int, int] | None = None,
     seed: int = 0,
     value_range: ValueRange = None,
+    channels: int | None = None,
     labs: Sequence[int] | None = None,
     group_by: str | None = None,
     cache: bool = True,
@@ -112,7 +115,9 @@ def load_images(
       splits together; if not, the whole folder is the train split and other splits are an error
       (:meth:`ImageSet.holdout` makes one). Hidden files and other file types are ignored. Images
       are turned upright (EXIF), converted to RGB (transparency onto white), resized by the shorter
-      side (to cover the size) and cropped at the centre.
+      side (to cover the size) and cropped at the centre. ``.npy`` arrays ([H, W, C] or [C, H, W],
+      the smaller axis being the channels, or [H, W]) and TIFF of several bands or gray pages keep
+      all their channels; all files of a set have as many.
 
     Args:
         name: one of the names above, or the path of a folder.
@@ -122,9 +127,11 @@ def load_images(
             digits; in other sets the size that a sample of 64 files agrees on if it is square, else
             224.
         seed: of Toybox's scenes; for the other sets of the order, and so of which n.
-        value_range: the gray values that become black and white, where images of a folder have more
-            than 8 bits. By default one range for all splits, measured on a sample: 0 to the least
-            of 8, 10, 12, 14 or 16 bits that holds it, or what it spans if some are negative.
+        value_range: the values that become black and white, where images of a folder have more than
+            8 bits. By default one range for all splits and channels, measured on a sample: 0 to the
+            least usual depth, such as 12 bits, that holds it, or its span if some are negative.
+        channels: as how many a folder's pictures are read: 3 (default), 1 for gray, or 4 with the
+            fourth of RGBA. Files of bands bring their own.
         labs: of ``"toybox-labs"``, the numbers of the labs that take the pictures, such as
             ``range(3)``; by default the first six. The factor "lab" says which one took an image.
         group_by: "parent" numbers the images of a folder by the name of the folder that each lies
@@ -154,6 +161,8 @@ def load_images(
     size = None if size is None else as_size(*sides(size))
     if str(name) in toybox.VARIANTS and isinstance(size, tuple):
         raise UserError(f"{name} is rendered square: give one number as its size, not {size}")
+    if channels not in (None, 3) and str(name) in BUILT_IN:
+        raise UserError(f"the images of {name} have 3 channels, not {channels}")
     if labs is not None and str(name) != "toybox-labs":
         raise UserError(f"labs are those of 'toybox-labs'; {name} has none to choose from")
     if group_by not in (None, "parent"):
@@ -171,7 +180,10 @@ def load_images(
         found = _load_named(str(name), split, n, size, seed, progress)
     else:
         files = files_of(Path(name), split)
-        found = _read_set(files, n, size, seed, progress, value_range, group_by == "parent")
+        channels = files.channels(channels)
+        found = _read_set(
+            files, n, size, seed, progress, value_range, group_by == "parent", channels
+        )
     return found.to(device)
 
 
@@ -352,6 +364,7 @@ def load_holdout(
     n: int | None = None,
     n_test: int | None = None,
     size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[ImageSet, ImageSet]:
@@ -363,13 +376,14 @@ def load_holdout(
         folder: see :func:`load_images`.
         share: of the train images that is held out, see :meth:`ImageSet.holdout`.
         n, n_test: only so many of the rest and of the part.
-        size, seed, progress: see :func:`load_images`.
+        size, channels, seed, progress: see :func:`load_images`.
 
     Raises:
         ValueError: as :func:`load_images`, and for n or n_test above what the parts hold.
     """
     files = files_of(Path(folder), "train")
     size, value_range = size or common_size(files.paths), files.value_range()
+    channels = files.channels(channels)
     order = balanced_order(files.labels, len(files.paths), seed=seed)
     whole = ImageSet(LazyImages(files.paths, size), files.labels, files.classes)[order]
     parts = []
@@ -377,7 +391,7 @@ def load_holdout(
         _check_n(limit)
         _first(limit, len(part), f"the {what} part of {files.folder}")
         some = replace(files, paths=part.images.paths, labels=part.labels)
-        parts.append(_read_set(some, limit, size, seed, progress, value_range))
+        parts.append(_read_set(some, limit, size, seed, progress, value_range, False, channels))
     return parts[0], parts[1]
 
 
@@ -389,6 +403,7 @@ def _read_set(
     progress: bool,
     value_range: ValueRange = None,
     by_parent: bool = False,
+    channels: int = 3,
 ) -> ImageSet:
     """Files as an ImageSet in a balanced order: read, or where they are too many left on disk."""
     folder, classes, available = files.folder, files.classes, len(files.paths)
@@ -398,11 +413,12 @@ def _read_set(
     size, value_range = size or common_size(paths), value_range or files.value_range()
     names = [path.parent.name for path in paths]
     factors = {"parent": np.unique(names, return_inverse=True)[1] * 1.0} if by_parent else {}
-    if len(paths) * 3 * math.prod(sides(size)) > MEMORY_LIMIT:
-        lazy = LazyImages(paths, size, value_range)
+    if len(paths) * channels * math.prod(sides(size)) > MEMORY_LIMIT:
+        lazy = LazyImages(paths, size, value_range, channels)
         return ImageSet(lazy, labels, classes, factors, str(folder))
 
-    pixels, broken = read_files(paths, size, value_range=value_range, progress=progress)
+    options = {"value_range": value_range, "channels": channels, "progress": progress}
+    pixels, broken = read_files(paths, size, **options)
     if not broken:
         return ImageSet(pixels, labels, classes, factors, str(folder))
     if len(broken) == len(paths):

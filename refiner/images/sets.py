@@ -25,7 +25,7 @@ class ImageSet:
     ImageSet; an int gives a set of one image.
 
     Attributes:
-        images: uint8 [N, 3, H, W], given as a tensor or an array; for a large folder a
+        images: uint8 [N, C, H, W], given as a tensor or an array; for a large folder a
             :class:`LazyImages`, which is indexed the same way and reads the files on demand.
         labels: int64 [N], indices into ``classes``; None when unlabelled. They may be given as a
             list, an array or a series, and as names of classes.
@@ -35,6 +35,8 @@ class ImageSet:
         name: where the images come from.
         masks: float32 [N, H, W], how much of each pixel the object covers, 0 to 1; None when
             unknown.
+        shown: which channels figures show as red, green and blue, or one as gray. By default the
+            first three; where there are two they are red and green.
     """
 
     images: Tensor | LazyImages
@@ -43,6 +45,7 @@ class ImageSet:
     factors: dict[str, np.ndarray] = field(default_factory=dict)
     name: str = "images"
     masks: Tensor | None = None
+    shown: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self):
         self.images = pixels_of(self.images)
@@ -84,7 +87,7 @@ class ImageSet:
         )
 
     def batch(self, indices, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Pixels of some images, uint8 [B, 3, H, W], of a size if one is given."""
+        """Pixels of some images, uint8 [B, C, H, W], of a size if one is given."""
         where = _positions(indices, len(self))
         if isinstance(self.images, Tensor):
             where = where.to(self.images.device)
@@ -122,7 +125,7 @@ def pixels_of(images) -> Tensor | LazyImages:
     """The pixels of an ImageSet, a tensor, an array or a list of pictures of one size.
 
     Returns:
-        [N, 3, H, W], or what is read on demand in that shape.
+        [N, C, H, W], or what is read on demand in that shape.
 
     Raises:
         ValueError: for another shape.
@@ -140,10 +143,30 @@ def pixels_of(images) -> Tensor | LazyImages:
         pixels = torch.stack(found)
     pixels = as_pixels(pixels) if isinstance(pixels, np.ndarray) else pixels
     shape = list(getattr(pixels, "shape", ()))
-    if len(shape) != 4 or shape[1] != 3:
+    if len(shape) != 4 or not shape[1]:
         kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise UserError(f"images must be uint8 [N, 3, H, W], not {kind} {shape}")
+        raise UserError(f"images must be uint8 [N, C, H, W], not {kind} {shape}")
     return pixels
+
+
+def shown_channels(x_BCHW: Tensor, shown: tuple[int, ...] = (0, 1, 2)) -> Tensor:
+    """The channels that a figure shows, [B, 3, H, W]; see :attr:`ImageSet.shown`.
+
+    Raises:
+        ValueError: for channels that there are not.
+    """
+    channels = x_BCHW.shape[1]
+    shown = shown[:channels] if shown == ImageSet.shown else tuple(shown)
+    if not 1 <= len(shown) <= 3 or not all(0 <= channel < channels for channel in shown):
+        raise UserError(
+            f"shown is {shown}; choose one to three of the channels 0 to {channels - 1}"
+        )
+    if shown == ImageSet.shown:
+        return x_BCHW if channels == 3 else x_BCHW[:, :3]
+    x = x_BCHW[:, list(shown)]
+    if len(shown) == 1:
+        return x.expand(-1, 3, -1, -1)
+    return torch.cat([x, torch.zeros_like(x[:, : 3 - len(shown)])], dim=1)
 
 
 def _positions(index, n: int) -> Tensor:
@@ -232,22 +255,26 @@ def _by_share(order: Tensor, labels: Tensor, share: float) -> tuple[Tensor, int]
 
 
 class LazyImages:
-    """Image files that look like a uint8 tensor [N, 3, *size] and are read when indexed.
+    """Image files that look like a uint8 tensor [N, C, *size] and are read when indexed.
 
     Attributes:
         paths: the files.
         size: a square's side, or height and width, pixels.
         value_range: see :func:`refiner.load_images`.
+        channels: C.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, paths: Sequence[Path], size, value_range: ValueRange = None):
-        self.paths, self.size, self.value_range = list(paths), size, value_range
+    def __init__(
+        self, paths: Sequence[Path], size, value_range: ValueRange = None, channels: int = 3
+    ):
+        self.paths, self.size = list(paths), size
+        self.value_range, self.channels = value_range, channels
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([len(self.paths), 3, *sides(self.size)])
+        return torch.Size([len(self.paths), self.channels, *sides(self.size)])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -255,16 +282,16 @@ class LazyImages:
     def select(self, index) -> LazyImages:
         """Some of the files, still unread."""
         some = [self.paths[i] for i in _positions(index, len(self))]
-        return LazyImages(some, self.size, self.value_range)
+        return LazyImages(some, self.size, self.value_range, self.channels)
 
     def __getitem__(self, index) -> Tensor:
-        """Pixels, uint8 [B, 3, *size], or [3, *size] for an int.
+        """Pixels, uint8 [B, C, *size], or [C, *size] for an int.
 
         Raises:
             OSError: when a file cannot be read, with its name.
         """
         chosen = self.select(index)
-        options = {"value_range": self.value_range, "progress": False}
+        options = {"value_range": self.value_range, "channels": self.channels, "progress": False}
         pixels, broken = read_files(chosen.paths, self.size, **options)
         if broken:
             path, reason = next(iter(broken.items()))

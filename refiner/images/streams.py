@@ -120,7 +120,7 @@ class ImageStream:
             pixels = read_image(io.BytesIO(encoded), self.size, self.value_range)
         except Exception:  # Pillow's decoders meet damaged files with errors of a dozen types
             return None
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return torch.from_numpy(pixels.copy())
 
     def sample(self, k: int) -> Tensor:
         """The first k readable images, uint8 [k, 3, S, S], read once.

@@ -5,13 +5,15 @@ The operations are those of BYOL (Grill et al. 2020, arXiv 2006.07733, appendix 
 runs once over the batch. Brightness, contrast, saturation, hue and gray are affine maps of a
 pixel's colour, so they are multiplied into one 3×4 matrix a sample and applied in one product.
 
-Shape legend: B batch, C channels (3), H W input size, S output size.
+Images of other than three channels have no colours; what suits any channels is :func:`by_channel`.
+
+Shape legend: B batch, C channels, H W input size, S output size.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -41,6 +43,10 @@ class View:
         sigma: range of the blur's standard deviation, in pixels of a 224-pixel view; scaled to
             ``size``.
         solarize: probability of inverting all values above one half.
+        turn: probability of a turn by 90, 180 or 270 degrees; views that are not square are turned
+            by 180.
+        channel_brightness: each channel has a factor of its own from [max(0, 1-x), 1+x].
+        drop: probability of each channel to lose its pattern to its mean; one always stays.
         invert: probability of a negative.
         noise: largest standard deviation of added noise, in units of full brightness; each sample
             draws its own from 0 to it.
@@ -61,6 +67,9 @@ class View:
     blur: Share = 0.0
     sigma: Annotated[tuple[Positive, Positive], Entries(rising=True)] = (0.1, 2.0)
     solarize: Share = 0.0
+    turn: Share = 0.0
+    channel_brightness: NotNegative = 0.0
+    drop: Share = 0.0
     invert: Share = 0.0
     noise: NotNegative = 0.0
     keep: Portion = 1.0
@@ -69,6 +78,37 @@ class View:
     def pixels(self) -> int:
         """Of a view, in one channel."""
         return math.prod(sides(self.size))
+
+
+def without_colour(view: View) -> View:
+    """The same view without what is only known of three colours."""
+    return replace(view, saturation=0.0, hue=0.0, gray=0.0, solarize=0.0)
+
+
+def by_channel(view: View) -> View:
+    """The same view with the operations that suit channels of any number and meaning.
+
+    Crop and size, flips, blur and the share of patches are the view's own; turns, brightness and
+    noise of each channel and the dropping of channels take the place of colours.
+    """
+    view = replace(without_colour(view), jitter=0.0, invert=0.0)
+    return replace(view, turn=0.5, channel_brightness=0.3, drop=0.1, noise=max(view.noise, 0.03))
+
+
+def check_colour(view: View, channels: int) -> None:
+    """Refuses colours of images that have none.
+
+    Raises:
+        ValueError: naming the operations.
+    """
+    names = (*(("saturation", "hue") if view.jitter else ()), "gray", "solarize")
+    wanted = [name for name in names if getattr(view, name)]
+    if channels != 3 and wanted:
+        raise UserError(
+            f"{', '.join(wanted)} in a view: these are operations on 3 colours, and the images "
+            f"have {channels} channels; set them to 0, or take the views 'channels', as in "
+            "Recipe.cpu(views='channels')"
+        )
 
 
 Generator = torch.Generator | None
@@ -171,6 +211,43 @@ def _jitter(images: Tensor, matrices: Tensor) -> Tensor:
     return pixels.reshape(b, c, h, w).clamp(0, 1)
 
 
+def _by_channel(x: Tensor, view: View, n: int, generator: Generator, mine: slice) -> Tensor:
+    """Brightness and contrast of each sample where there are no colours, and what channels have of
+    their own: a line for each channel, about its mean."""
+    c, home = x.shape[1], None if generator is None else generator.device
+    # Each channel x becomes scale · x + shift · its mean.
+    scale, shift = torch.ones(n, c, device=home), torch.zeros(n, c, device=home)
+    if view.jitter and c != 3:
+        jittered = _chance(n, view.jitter, generator)
+        light, contrast = (
+            torch.where(jittered, _uniform(n, max(0.0, 1 - s), 1 + s, generator), 1.0)[:, None]
+            for s in (view.brightness, view.contrast)
+        )
+        scale, shift = light * contrast * scale, light * (1 - contrast) * scale
+    if view.channel_brightness:
+        strength = view.channel_brightness
+        low = max(0.0, 1 - strength)
+        factor = low + (1 + strength - low) * draw(n, c, generator=generator)
+        scale, shift = scale * factor, shift * factor
+    if view.drop:
+        drawn = draw(n, c, generator=generator)
+        dropped = (drawn < view.drop) & (drawn < drawn.amax(1, keepdim=True))
+        scale, shift = torch.where(dropped, 0.0, scale), torch.where(dropped, scale + shift, shift)
+    scale, shift = (v[mine].to(x)[:, :, None, None] for v in (scale, shift))
+    return (scale * x + shift * x.mean((2, 3), keepdim=True)).clamp(0, 1)
+
+
+def _turned(x: Tensor, view: View, n: int, generator: Generator, mine: slice) -> Tensor:
+    """Some samples turned; every turn is made of all, as a count would make a GPU's host wait."""
+    chosen = _chance(n, view.turn, generator)
+    square = x.shape[2] == x.shape[3]
+    quarters = (1 + 3 * draw(n, generator=generator)).long() if square else 2
+    quarters = torch.where(chosen, quarters, 0)[mine].to(x.device)[:, None, None, None]
+    for k in (1, 2, 3) if square else (2,):
+        x = torch.where(quarters == k, x.rot90(k, (2, 3)), x)
+    return x
+
+
 def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     """Gaussian blur with one standard deviation (pixels) a sample, reflected at the border.
 
@@ -197,20 +274,21 @@ def make_view(
     """One random view of each image.
 
     Args:
-        images: uint8 [B, 3, H, W], or float in 0..1.
+        images: uint8 [B, C, H, W], or float in 0..1.
         view: what to do.
         generator: the same state gives the same views; on the images' device it is fastest.
         rows: (first, total) when the images are some rows of a batch: they get the views that they
             get in the whole batch.
 
     Returns:
-        float32 [B, 3, *view.size] in 0..1 on the images' device.
+        float32 [B, C, *view.size] in 0..1 on the images' device.
 
     Raises:
-        ValueError: for images of another shape.
+        ValueError: for images of another shape, and for colours where there are not three.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"views are made of images [B, 3, H, W], not {list(images.shape)}")
+    if images.ndim != 4:
+        raise UserError(f"views are made of images [B, C, H, W], not {list(images.shape)}")
+    check_colour(view, images.shape[1])
     # In bfloat16 colours would be off by several of 256 steps.
     with torch.autocast(images.device.type, enabled=False):
         return _view_of(images, view, generator, rows)
@@ -219,7 +297,7 @@ def make_view(
 def _view_of(
     images: Tensor, view: View, generator: Generator, rows: tuple[int, int] | None
 ) -> Tensor:
-    b, _, h, w = images.shape
+    b, c, h, w = images.shape
     first, n = rows or (0, b)
     mine = slice(first, first + b)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -228,8 +306,12 @@ def _view_of(
     x = crop(x, crop_boxes(n, h, w, view.scale, ratio, generator)[mine], view.size)
     flip = _chance(n, view.flip, generator)[mine].to(x.device)
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    if view.jitter or view.gray:
+    if view.turn:
+        x = _turned(x, view, n, generator, mine)
+    if c == 3 and (view.jitter or view.gray):
         x = _jitter(x, colour_matrices(n, view, generator)[mine])
+    if view.channel_brightness or view.drop or (c != 3 and view.jitter):
+        x = _by_channel(x, view, n, generator, mine)
     if view.blur:
         x = _blurred(x, _chance(n, view.blur, generator), view, generator, mine)
     if view.solarize:
@@ -239,14 +321,14 @@ def _view_of(
         negative = _chance(n, view.invert, generator)[mine].to(x.device)[:, None, None, None]
         x = torch.where(negative, 1 - x, x)
     if view.noise:
-        x = (x + _grain(n, view, generator, mine, x.device)).clamp(0, 1)
+        x = (x + _grain(n, c, view, generator, mine, x.device)).clamp(0, 1)
     return x
 
 
-def _grain(n: int, view: View, generator: Generator, mine: slice, device) -> Tensor:
+def _grain(n: int, c: int, view: View, generator: Generator, mine: slice, device) -> Tensor:
     """Noise of a strength that each sample draws; near enough normal, as a sum of uniforms is."""
     sigma = _uniform(n, 0.0, view.noise, generator)[mine].to(device)[:, None, None, None]
-    shape = n, 3, *sides(view.size)
+    shape = n, c, *sides(view.size)
     total = sum(draw(*shape, generator=generator, device=device)[mine] for _ in range(3))
     return sigma * (2 * total - 3)  # a uniform's variance is 1 / 12
 
@@ -280,5 +362,5 @@ def make_views(
     *,
     rows: tuple[int, int] | None = None,
 ) -> list[Tensor]:
-    """All views of a batch: a list of float [B, 3, S_v, S_v] in the order of ``views``."""
+    """All views of a batch: a list of float [B, C, S_v, S_v] in the order of ``views``."""
     return [make_view(images, view, generator, rows=rows) for view in views]

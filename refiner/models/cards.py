@@ -19,8 +19,9 @@ Heads = Annotated[int, Range(1, 2**10)]
 Registers = Annotated[int, Range(0, 2**10)]
 Norm = Annotated[float, Range(above=0, high=1e-2)]  # the epsilon of layer norms
 Sides = tuple[Side, Side] | Side  # height and width, or a square's side
-Means = Annotated[list[float], Entries(3, most=3)]
-Deviations = Annotated[list[Positive], Entries(3, most=3)]
+Channels = Annotated[int, Range(1, 2**10)]
+Means = Annotated[list[float], Entries(1, most=2**10)]  # one for each channel
+Deviations = Annotated[list[Positive], Entries(1, most=2**10)]
 
 
 class Preprocessing(TypedDict):
@@ -31,6 +32,7 @@ class Preprocessing(TypedDict):
     std: Deviations
     interpolation: NotRequired[Literal["bicubic", "bilinear"]]
     crop_pct: NotRequired[Portion]
+    assumed: NotRequired[bool]  # mean and std, which nothing told
 
 
 class Architecture(TypedDict, total=False):
@@ -38,6 +40,7 @@ class Architecture(TypedDict, total=False):
 
     size: Sides
     patch: Side
+    channels: Channels
     dim: Width
     depth: Blocks
     heads: Heads
@@ -57,7 +60,7 @@ class ModelArguments(TypedDict, total=False):
 
     img_size: Sides
     patch_size: Sides
-    in_chans: Literal[3]
+    in_chans: Channels
     num_classes: Annotated[int, Range(0, 2**20)]
     embed_dim: Width
     depth: Blocks

@@ -437,16 +437,14 @@ def _is_decoder(key: str, kind: str) -> bool:
 def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, name: str) -> dict:
     """What build_vit needs; only what differs from its defaults beyond the five sizes."""
     patch_weight = state["patch_embed.proj.weight"]
-    if patch_weight.ndim != 4 or patch_weight.shape[1] != 3:
+    if patch_weight.ndim != 4:
         shape = list(patch_weight.shape)
-        raise UserError(
-            f"{name}: patch_embed.proj.weight is {shape}, expected [D, 3, P, P]: only images of "
-            "three channels are known"
-        )
-    dim, _, patch, _ = patch_weight.shape
+        raise UserError(f"{name}: patch_embed.proj.weight is {shape}, expected [D, C, P, P]")
+    dim, channels, patch, _ = patch_weight.shape
     mlp = len(state["blocks.0.mlp.fc1.weight"])
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     details = {
+        "channels": channels,
         "mlp": None if mlp == 4 * dim else mlp,
         "class_token": "cls_token" in state,
         "registers": registers,
@@ -459,6 +457,7 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, 
     if details["post_norm"]:
         del details["final_norm"]
     usual = {
+        "channels": 3,
         "mlp": None,
         "class_token": True,
         "registers": 0,

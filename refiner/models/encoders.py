@@ -64,6 +64,7 @@ def timm_arguments(
     dim: int,
     depth: int,
     heads: int,
+    channels: int = 3,
     mlp: int | None = None,
     class_token: bool = True,
     registers: int = 0,
@@ -78,6 +79,7 @@ def timm_arguments(
         size: height and width of the images, pixels; a number for squares.
         patch: height and width of a patch, pixels.
         dim, depth, heads: width, blocks, attention heads a block.
+        channels: of the images.
         mlp: hidden width of the blocks' perceptrons; default four times ``dim``.
         class_token, registers: the prefix tokens, in this order. Each has a row in the positions.
         qkv_bias: whether queries, keys and values have biases.
@@ -100,7 +102,7 @@ def timm_arguments(
         "qkv_bias": qkv_bias,
         "init_values": 1e-5 if layer_scale else None,
         "final_norm": final_norm,
-    }
+    } | ({} if channels == 3 else {"in_chans": channels})
 
 
 def plain_vit(*, post_norm: bool = False, eps: float = EPSILON, **description) -> VisionTransformer:
@@ -194,6 +196,11 @@ def prefix_tokens(model: Encoder) -> int:
     return getattr(model, "num_prefix_tokens", 0)
 
 
+def channels_of(model: Encoder) -> int:
+    """Channels of the images that a model takes."""
+    return model.patch_embed.proj.weight.shape[1]
+
+
 def patch_count(model: Encoder) -> int:
     """Patches of an image of the model's own size."""
     if isinstance(model, Hiera):
@@ -249,7 +256,7 @@ def walk(
 
     Args:
         model: an encoder, whatever its class.
-        images: normalised [B, 3, H, W].
+        images: normalised [B, C, H, W].
         top: the last block to run, counted from 1; default the model's last.
         kept_BK: int64 [B, K], the patches that stay; None keeps all.
         gaps: a mask [B, N], True where a patch is hidden, and the token [1, 1, D] in its place.
@@ -288,7 +295,7 @@ def embed(
     """The tokens that enter the first block.
 
     Args:
-        images: normalised [B, 3, H, W].
+        images: normalised [B, C, H, W].
         gaps: see :func:`walk`.
 
     Returns:
@@ -407,27 +414,29 @@ def preprocess(images: Tensor, card: dict) -> Tensor:
     """Turns pixels into a model's input, on the images' own device.
 
     Args:
-        images: uint8 [B, 3, H, W], values 0 to 255.
+        images: uint8 [B, C, H, W], values 0 to 255.
         card: a model's ``refiner_card``; its "preprocessing" holds "size" (pixels, or height
-            and width), "mean" and "std" (of brightness 0 to 1), "interpolation" ("bicubic" or
-            "bilinear") and, optional, "crop_pct", the share of the shorter side that is kept.
+            and width), "mean" and "std" (of brightness 0 to 1, one for each of the C channels),
+            "interpolation" ("bicubic" or "bilinear") and, optional, "crop_pct", the share of the
+            shorter side that is kept.
 
     Returns:
-        Normalised [B, 3, S, S], or [B, 3, *size]. If the size differs, images are cropped to the
+        Normalised [B, C, S, S], or [B, C, *size]. If the size differs, images are cropped to the
         largest part in their middle of that shape (its middle ``crop_pct``) and resized with
         antialiasing.
 
     Raises:
-        ValueError: for anything but uint8 [B, 3, H, W].
+        ValueError: for anything but uint8 [B, C, H, W].
     """
     kind, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
-    if kind != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-        raise UserError(f"preprocess takes uint8 images [B, 3, H, W], not {kind} {list(shape)}")
+    if kind != torch.uint8 or len(shape) != 4:
+        raise UserError(f"preprocess takes uint8 images [B, C, H, W], not {kind} {list(shape)}")
+    check_channels(images, card)
     return prepared(images.float() / 255, card)
 
 
 def prepared(x_BCHW: Tensor, card: dict) -> Tensor:
-    """Brightness from 0 to 1, [B, 3, H, W], as a model's input; see :func:`preprocess`."""
+    """Brightness from 0 to 1, [B, C, H, W], as a model's input; see :func:`preprocess`."""
     how, x = card["preprocessing"], x_BCHW
     (height, width), (h, w) = sides(how["size"]), x.shape[2:]
     if (h, w) != (height, width):
@@ -441,11 +450,38 @@ def prepared(x_BCHW: Tensor, card: dict) -> Tensor:
     return normalize(x, card)
 
 
+def check_channels(x_BCHW: Tensor, card: dict) -> None:
+    """Refuses images of other channels than the model has.
+
+    Raises:
+        ValueError: saying how to go on.
+    """
+    own, given = len(card["preprocessing"]["mean"]), x_BCHW.shape[1]
+    if own != given:
+        raise UserError(
+            f"the model takes images of {own} channels, and these have {given}: "
+            "refiner.fit_channels(model, images) adapts the model, x[:, [3, 2, 1]] chooses among "
+            "channels, and load_images(folder, channels=1) reads pictures as gray"
+        )
+
+
 def normalize(x_BCHW: Tensor, card: dict) -> Tensor:
     """Brightness from 0 to 1, less a card's mean and by its deviation, channel by channel."""
+    check_channels(x_BCHW, card)  # one channel would be spread over three, and not be noticed
     how, device, dtype = card["preprocessing"], x_BCHW.device, x_BCHW.dtype
     mean, std = (constant(tuple(how[key]), device, dtype)[:, None, None] for key in ("mean", "std"))
     return (x_BCHW - mean) / std
+
+
+def channel_statistics(channels: int, mean=None, std=None) -> dict:
+    """Mean and deviation of each channel for a card; ImageNet's, where none are told.
+
+    Where there is not one for each channel, they are assumed, and the card says so.
+    """
+    mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
+    if len(mean) == len(std) == channels:
+        return {"mean": list(mean), "std": list(std)}
+    return {"mean": [0.5] * channels, "std": [0.25] * channels, "assumed": True}
 
 
 def preprocessing_card(model: Encoder) -> dict:
@@ -463,8 +499,7 @@ def preprocessing_card(model: Encoder) -> dict:
     built_for = getattr(model.patch_embed, "img_size", None)
     how = {
         "size": as_size(*(built_for or known["input_size"][1:])),
-        "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
-        "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
+        **channel_statistics(channels_of(model), known.get("mean"), known.get("std")),
         "interpolation": known.get("interpolation") or "bicubic",
     }
     if known.get("crop_pct"):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
@@ -27,6 +26,7 @@ from refiner.base.files import naming, read_json
 from refiner.base.places import check_memory, data_folder
 from refiner.base.settings import in_range
 from refiner.base.tensors import as_size, sides
+from refiner.models.adapt import resized, with_channels
 from refiner.models.cards import Architecture, Card, Config
 from refiner.models.catalogue import Entry, find, nearest
 from refiner.models.convert import (
@@ -40,7 +40,8 @@ from refiner.models.download import download, file_name, from_hub
 from refiner.models.encoders import (
     Encoder,
     Eva,
-    Hiera,
+    channel_statistics,
+    channels_of,
     check_supported,
     plain_vit,
     with_epsilon,
@@ -54,14 +55,9 @@ from refiner.models.transformers_names import (
     read_weights,
 )
 
-PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
-# What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use.
-IMAGENET = {
-    "mean": list(IMAGENET_DEFAULT_MEAN),
-    "std": list(IMAGENET_DEFAULT_STD),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-}
+# What the repositories of MAE, MAWS, data2vec 2.0, dBOT, CrossMAE, I-JEPA and MIM-Refiner use, and
+# ImageNet's mean and deviation.
+IMAGENET = {"interpolation": "bicubic", "crop_pct": 0.875}
 FILE_KINDS = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # where timm keeps them in a folder
 
@@ -78,6 +74,7 @@ def build_vit(
     dim: int = 96,
     depth: int = 12,
     heads: int = 3,
+    channels: int = 3,
     seed: int | None = None,
     **details,
 ) -> VisionTransformer:
@@ -88,6 +85,7 @@ def build_vit(
     Args:
         size: image height and width, pixels; a number for squares.
         patch: patch height and width, pixels.
+        channels: of the images.
         seed: of the weights; None uses torch's global generator.
         **details: ``class_token``, ``registers``, ``mlp``, ``qkv_bias``, ``layer_scale``,
             ``final_norm``, ``fc_norm``, ``post_norm``, ``eps``: see
@@ -101,6 +99,7 @@ def build_vit(
         ValueError: when the patch does not divide the size or the heads the width.
     """
     sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    sizes |= {} if channels == 3 else {"channels": channels}
     architecture = in_range("", sizes | details, Architecture)
     height, width = sides(architecture["size"])
     size = architecture["size"] = as_size(height, width)
@@ -111,7 +110,7 @@ def build_vit(
     if torch.get_default_device().type != "meta":
         hidden = details.get("mlp") or 4 * dim
         patches = (height // patch) * (width // patch)
-        weights = depth * 2 * dim * (2 * dim + hidden) + dim * (3 * patch**2 + patches)
+        weights = depth * 2 * dim * (2 * dim + hidden) + dim * (channels * patch**2 + patches)
         check_memory(4 * weights, f"a ViT of {depth} blocks, {dim} wide, for {size} pixels")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -124,7 +123,13 @@ def build_vit(
     model.refiner_card = {
         "name": "random",
         "architecture": architecture,
-        "preprocessing": {"size": size, **PREPROCESSING},
+        "preprocessing": {
+            "size": size,
+            "mean": [0.5] * channels,
+            "std": [0.25] * channels,
+            **({} if channels == 3 else {"assumed": True}),
+            "interpolation": "bicubic",
+        },
     }
     return model.eval()
 
@@ -160,6 +165,7 @@ def load_model(
     *,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     gsd: float | None = None,
 ) -> Encoder:
     """Loads an encoder by name, path or address.
@@ -181,6 +187,8 @@ def load_model(
         size: other image size than the model's own, pixels; positions are interpolated. For images
             that are not square (height, width); of a file with positions for such images it says
             how they lie, where nothing else does.
+        channels: of the images; a model of others is adapted (:func:`with_channels`), and a warning
+            says how. Default: the model's own, which its weights tell.
         gsd: ground sample distance of the images as the model gets them, for Scale-MAE, relative to
             that of its training; default 1.
 
@@ -194,8 +202,18 @@ def load_model(
         FileNotFoundError: when a file is missing or cannot be fetched; it says what to put where.
     """
     model = _load(str(name), num_heads, size, gsd)
-    own = size is None or sides(size) == sides(model.refiner_card["preprocessing"]["size"])
-    return model if own else resized(model, size)
+    if size is not None and sides(size) != sides(model.refiner_card["preprocessing"]["size"]):
+        model = resized(model, size)
+    if channels not in (None, channels_of(model)):
+        model = with_channels(model, channels)
+        warnings.warn(f"{name}: assumed is {model.refiner_card['assumed']}", stacklevel=2)
+    if model.refiner_card["preprocessing"].get("assumed"):
+        warnings.warn(
+            f"{name}: assumed are a mean of 0.5 and a deviation of 0.25 of its "
+            f"{channels_of(model)} channels; refiner.fit_channels(model, images) measures them",
+            stacklevel=2,
+        )
+    return model
 
 
 def _load(name: str, num_heads: int | None, size=None, gsd=None) -> Encoder:
@@ -268,7 +286,7 @@ def _load_carded(path: Path) -> Encoder:
         with_epsilon(model, card.get("timm", {}).get("eps"))
     else:
         model = _built(card["architecture"], read_checkpoint(path)[1], str(path))
-    _check_size(model, card, str(path))
+    _check_card(model, card, str(path))
     model.refiner_card = card
     return model.eval()
 
@@ -304,12 +322,22 @@ def _from_transformers(source: str, file: Callable[[str], Path]) -> tuple[Conver
     found = from_transformers(settings, read_weights(file), source)
     card = _file_card(found, source)
     with suppress(FileNotFoundError):  # without it, ImageNet's
-        card["preprocessing"] |= preprocessing(file("preprocessor_config.json"))
+        told = preprocessing(file("preprocessor_config.json"))
+        channels = found.encoder["patch_embed.proj.weight"].shape[1]
+        told |= channel_statistics(channels, told.get("mean"), told.get("std"))
+        card["preprocessing"].pop("assumed", None)
+        card["preprocessing"] |= told
     return found, card
 
 
-def _check_size(model: Encoder, card: dict, name: str) -> None:
+def _check_card(model: Encoder, card: dict, name: str) -> None:
     """Refuses a card of other images than the network takes."""
+    channels, how = channels_of(model), card["preprocessing"]
+    if {len(how["mean"]), len(how["std"])} != {channels}:
+        raise UserError(
+            f"{name} says mean and deviation of {len(how['mean'])} and {len(how['std'])} channels, "
+            f"but its network is for {channels}"
+        )
     told, own = card["preprocessing"]["size"], getattr(model.patch_embed, "img_size", None)
     if own and tuple(own) != sides(told):
         raise UserError(f"{name} says {told} pixels, but its network is for {as_size(*own)}")
@@ -339,36 +367,15 @@ def _load_file(
 def _file_card(found: Converted, name: str) -> dict:
     made = {"timm": found.timm} if found.timm else {"architecture": found.architecture}
     size = found.timm["model_args"]["img_size"] if found.timm else found.architecture["size"]
+    channels = found.encoder["patch_embed.proj.weight"].shape[1]
     return {
         "name": name,
         **made,
         "format": found.format,
         "left_out": list(found.left_out),
         **({"assumed": found.assumed} if found.assumed else {}),
-        "preprocessing": {"size": size, **IMAGENET},
+        "preprocessing": {"size": size, **channel_statistics(channels), **IMAGENET},
     }
-
-
-def resized(model: Encoder, size: int | tuple[int, int]) -> Encoder:
-    """The same model made for another image size, its positions interpolated.
-
-    Raises:
-        ValueError: for a Hiera, or a size that the patch does not divide.
-    """
-    if isinstance(model, Hiera):
-        raise UserError("a Hiera takes one image size only")
-    height, width = sides(size)
-    size, patch = as_size(height, width), model.patch_embed.patch_size[0]
-    if height % patch or width % patch:
-        raise UserError(f"size {size} is no multiple of the patch of {patch} pixels")
-    model.set_input_size(img_size=(height, width))
-    card = model.refiner_card = copy.deepcopy(model.refiner_card)
-    card["preprocessing"]["size"] = size
-    if "architecture" in card:
-        card["architecture"]["size"] = size
-    if "timm" in card:
-        card["timm"]["model_args"]["img_size"] = size
-    return model
 
 
 def read_checkpoint(
@@ -542,8 +549,7 @@ def _carded(
         "origin": origin,
         "preprocessing": {
             "size": as_size(*config["input_size"][1:]),
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
+            **channel_statistics(channels_of(model), config["mean"], config["std"]),
             "interpolation": config["interpolation"],
             "crop_pct": config["crop_pct"],
         },
@@ -552,7 +558,7 @@ def _carded(
         card["timm"] = recipe
     if entry := find(name):
         card |= _told(entry)
-    _check_size(model, card, name)
+    _check_card(model, card, name)
     model.refiner_card = card
     return model.eval()
 

@@ -30,9 +30,9 @@ from refiner.base.settings import (
     Whole,
     settings_from,
 )
-from refiner.models.cards import Blocks, Heads, Side, Sides, Width
+from refiner.models.cards import Blocks, Channels, Heads, Side, Sides, Width
 from refiner.models.convert import check_shapes
-from refiner.models.encoders import last_tokens, preprocess
+from refiner.models.encoders import channels_of, last_tokens, preprocess
 from refiner.models.load import build_vit, read_checkpoint
 
 # ---------------------------------------------------------------- the model
@@ -125,7 +125,7 @@ class MaskedAutoencoder(nn.Module):
             *(Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth))
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6) if has_decoder else nn.Identity()
-        self.decoder_pred = nn.Linear(decoder_dim, self.patch**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_dim, self.patch**2 * channels_of(encoder))
         nn.init.normal_(self.mask_token, std=0.02)
         for module in [self.decoder_embed, self.decoder_blocks, self.decoder_pred]:
             module.apply(_xavier)
@@ -178,7 +178,8 @@ class MAERecipe:
     """Everything that decides a pretraining run, with the defaults of the embedded checkpoint.
 
     Attributes:
-        size, patch, dim, depth, heads: the encoder; see :func:`refiner.models.load.build_vit`.
+        size, patch, channels, dim, depth, heads: the encoder; see
+            :func:`refiner.models.load.build_vit`.
         decoder_dim, decoder_depth, decoder_heads, normalize_targets: the decoder; see
             :class:`MaskedAutoencoder`.
         mask_ratio: share of hidden patches.
@@ -197,6 +198,7 @@ class MAERecipe:
 
     size: Sides = 32
     patch: Side = 4
+    channels: Channels = 3
     dim: Width = 96
     depth: Blocks = 12
     heads: Heads = 3
@@ -227,7 +229,12 @@ class MAERecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             encoder = build_vit(
-                size=self.size, patch=self.patch, dim=self.dim, depth=self.depth, heads=self.heads
+                size=self.size,
+                patch=self.patch,
+                channels=self.channels,
+                dim=self.dim,
+                depth=self.depth,
+                heads=self.heads,
             )
             return MaskedAutoencoder(
                 encoder,
@@ -312,12 +319,12 @@ def reconstruct(
 
     Args:
         mae: on any device.
-        images: uint8 [B, 3, H, W], on any device; the results lie beside them.
+        images: uint8 [B, C, H, W], on any device; the results lie beside them.
         mask: bool [B, N], equally many hidden in each image; default random by share and seed.
 
     Returns:
         ``original``, ``masked`` (hidden patches gray) and ``painted`` (hidden patches predicted),
-        float [B, 3, H, W] in 0..1; ``mask`` bool [B, N]; ``loss``, the mean squared error over
+        float [B, C, H, W] in 0..1; ``mask`` bool [B, N]; ``loss``, the mean squared error over
         hidden patches in the units of the target, a scalar.
     """
     images, card = torch.as_tensor(images), mae.encoder.refiner_card

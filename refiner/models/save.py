@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from refiner.base.errors import UserError
 from refiner.base.files import replacing, write_json, write_text
 from refiner.base.tensors import as_size, sides
-from refiner.models.encoders import Encoder, PostNormBlock, timm_arguments
+from refiner.models.encoders import Encoder, PostNormBlock, channels_of, timm_arguments
 
 
 def save_model(
@@ -87,7 +87,7 @@ def _timm_config(model: Encoder) -> dict | None:
         "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, *sides(how["size"])],
+            "input_size": [channels_of(model), *sides(how["size"])],
             "mean": how["mean"],
             "std": how["std"],
             "interpolation": how["interpolation"],
@@ -112,6 +112,7 @@ def _timm_recipe(model: Encoder) -> tuple[str, dict]:
     config = getattr(model, "pretrained_cfg", None) or {}
     patch = model.patch_embed
     arguments = {"img_size": as_size(*patch.img_size), "patch_size": patch.patch_size[0]}
+    arguments |= {} if channels_of(model) == 3 else {"in_chans": channels_of(model)}
     if config.get("architecture"):
         return config["architecture"], arguments
     block = model.blocks[0]

@@ -20,7 +20,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import fitting, naming, read_json
 from refiner.base.settings import Range, in_range
 from refiner.base.tensors import as_size, sides
-from refiner.models.cards import Deviations, Heads, Made, Means, Norm, Sides
+from refiner.models.cards import Channels, Deviations, Heads, Made, Means, Norm, Sides
 from refiner.models.convert import (
     Converted,
     depth_of,
@@ -85,7 +85,7 @@ class Settings(TypedDict):
     image_size: NotRequired[Sides]
     hidden_act: NotRequired[Literal["gelu", "silu"]]
     use_gated_mlp: NotRequired[bool]
-    num_channels: NotRequired[Literal[3]]
+    num_channels: NotRequired[Channels]
     rope_theta: NotRequired[Literal[100.0]]
 
 
@@ -190,8 +190,9 @@ def from_transformers(settings: Settings, state: Mapping[str, Tensor], name: str
 
 def _sizes(settings: Settings, state: Mapping[str, Tensor]) -> dict:
     """What timm's constructors have to know of any model."""
-    size, (dim, _, _, patch) = settings["image_size"], state["patch_embed.proj.weight"].shape
-    return {
+    dim, channels, _, patch = state["patch_embed.proj.weight"].shape
+    size = settings["image_size"]
+    return ({} if channels == 3 else {"in_chans": channels}) | {
         "img_size": as_size(*sides(size)),
         "patch_size": patch,
         "embed_dim": dim,

@@ -14,13 +14,13 @@ from refiner.base.errors import UserError
 from refiner.images.decode import FORM, as_pixels
 from refiner.images.sets import ImageSet, LazyImages
 from refiner.images.streams import PREFERRED
-from refiner.models.encoders import prepared, preprocess
+from refiner.models.encoders import check_channels, prepared, preprocess
 
 KEYS = ("pixel_values", "images", *PREFERRED, "x", "inputs")  # of images in a dict, best first
 
 
 def image_batches(images, size: int, card: dict) -> Iterator[Tensor]:
-    """Batches of pixels, uint8 [B, 3, H, W], or of a model's input, float [B, 3, S, S].
+    """Batches of pixels, uint8 [B, C, H, W], or of a model's input, float [B, C, S, S].
 
     Args:
         images: see :func:`refiner.extract`.
@@ -44,6 +44,7 @@ def image_batches(images, size: int, card: dict) -> Iterator[Tensor]:
     floats, empty = _Floats(card), True
     for batch in _in_batches(items, size, card, floats):
         if len(batch):
+            check_channels(batch, card)
             empty = False
             yield batch
     if empty:

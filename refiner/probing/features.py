@@ -124,7 +124,7 @@ def extract(
     Args:
         model: a timm VisionTransformer, or one of the other classes of
             :mod:`refiner.models.encoders`; also compiled, or in a DataParallel.
-        images: an ImageSet, uint8 [N, 3, H, W] (a tensor or an array), a list of pictures, a
+        images: an ImageSet, uint8 [N, C, H, W] (a tensor or an array), a list of pictures, a
             dataset of images, or batches such as a DataLoader's: each is ``x``, ``(x, labels, …)``
             or a dict with "pixel_values", "image" or the like. Floats with values below 0 are
             taken as already preprocessed, others as brightness up to 1, or up to 255.
@@ -146,7 +146,7 @@ def extract(
 
     Raises:
         ValueError: without images, for features that are not finite, a batch that is not
-            [B, 3, H, W], floats of a size that the model does not take, another class of model, or
+            [B, C, H, W], floats of a size that the model does not take, another class of model, or
             a block that the model does not have.
 
     Warns:
@@ -201,7 +201,7 @@ def extract_part(
 
     Args:
         model: an encoder.
-        pixels: uint8 [N, 3, H, W].
+        pixels: uint8 [N, C, H, W].
         blocks: their numbers, from 1 or from the one after what is known.
         known: a block's number and the tokens [N, T, D] after it, on the CPU.
         device: where to work.

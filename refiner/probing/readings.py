@@ -36,7 +36,7 @@ from refiner.base.tensors import (
     mean_and_scale,
     sides,
 )
-from refiner.models.encoders import Encoder, last_tokens, pool, preprocessing_card
+from refiner.models.encoders import Encoder, channels_of, last_tokens, pool, preprocessing_card
 from refiner.models.load import copy_model
 from refiner.probing.features import NAMES, Features
 
@@ -257,14 +257,14 @@ class Reading:
     def export(self, model: Encoder, path: str | os.PathLike) -> Path:
         """Writes one file that needs torch alone: ``torch.export.load(path).module()(pixels)``.
 
-        ``pixels`` are uint8 [B, 3, H, W] of the model's own size, any number of them.
+        ``pixels`` are uint8 [B, C, H, W] of the model's own size, any number of them.
 
         Args:
             model: the encoder that the reading was fitted on; it is copied.
             path: a file that ends in ``.pt2``.
         """
         size = preprocessing_card(model)["preprocessing"]["size"]
-        pixels = torch.zeros(2, 3, *sides(size), dtype=torch.uint8)
+        pixels = torch.zeros(2, channels_of(model), *sides(size), dtype=torch.uint8)
         batch = {"pixels": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(self.module(model), (pixels,), dynamic_shapes=batch)
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -286,7 +286,7 @@ class _Read(nn.Module):
         self.register_buffer("matrix", reading.matrix.cpu())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] of the model's own size → [B, D]."""
+        """uint8 [B, C, H, W] of the model's own size → [B, D]."""
         x_BTD = last_tokens(self.encoder, (pixels.float() / 255 - self.mean) / self.std)
         kinds = self.reading.pooling.split("+")
         narrower = len(self.matrix) // len(kinds) - x_BTD.shape[2]  # of early blocks (Hiera)

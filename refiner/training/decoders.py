@@ -27,6 +27,7 @@ from refiner.models.encoders import (
     Encoder,
     block_numbers,
     borrowed,
+    channels_of,
     check_refinable,
     prefix_tokens,
     preprocess,
@@ -136,7 +137,7 @@ def decode_blocks(
 
     Args:
         model: a VisionTransformer, Beit or Eva; it is neither trained nor changed.
-        train, test: ImageSets or uint8 [N, 3, H, W]; labels are not used.
+        train, test: ImageSets or uint8 [N, C, H, W]; labels are not used.
         blocks: which blocks, counted from 1, negative from the end; default all.
         steps, batch, lr, weight_decay: of AdamW (betas 0.9, 0.95), with warm-up and a cosine.
         decoder_dim, decoder_depth, decoder_heads: the size of each decoder; the width must be a
@@ -219,7 +220,7 @@ class _Frozen:
                 self.model.num_features,
                 tuple(grid),
                 prefix_tokens(self.model),
-                patch**2 * 3,
+                patch**2 * channels_of(self.model),
                 **sizes,
             )
 

@@ -43,9 +43,10 @@ from refiner.base.settings import (
 from refiner.base.tensors import step_generator
 from refiner.images.sets import ImageSet
 from refiner.images.sources import open_source
-from refiner.images.views import View, make_view
+from refiner.images.views import View, make_view, without_colour
 from refiner.models.encoders import (
     Encoder,
+    channels_of,
     final_pooling,
     has_class_token,
     head_features,
@@ -172,7 +173,7 @@ class Classifier(nn.Module):
         """Sets the head to a linear probe of the encoder as it is.
 
         Args:
-            pixels: uint8 [N, 3, H, W].
+            pixels: uint8 [N, C, H, W].
             y_N: places of the labels among the classes.
             seed: of the part that chooses the penalty; with fewer than five images in a class
                 there is no such part, and the penalty is :func:`refiner.low_shot`'s.
@@ -214,7 +215,7 @@ class Finetuned:
 
     @torch.no_grad()
     def predict(self, images: ImageSet | Tensor, *, batch: int = 256) -> Tensor:
-        """Labels, int64 [N] on the CPU, of an ImageSet or uint8 [N, 3, H, W]."""
+        """Labels, int64 [N] on the CPU, of an ImageSet or uint8 [N, C, H, W]."""
         pixels = images.images if isinstance(images, ImageSet) else images
         device = self.model.head.weight.device
         place = _over_batches(
@@ -357,7 +358,8 @@ class Steps:
         )
         self.labels = y_N.to(device)
         self.card = preprocessing_card(model.encoder)
-        self.view = _view(self.card["preprocessing"]["size"], recipe)
+        view = _view(self.card["preprocessing"]["size"], recipe)
+        self.view = view if channels_of(model.encoder) == 3 else without_colour(view)
         self.mix = Mixup(
             recipe.mixup,
             recipe.cutmix,
@@ -376,7 +378,7 @@ class Steps:
         return loss, {"loss": loss}
 
     def mixed(self, step: int) -> tuple[Tensor, Tensor]:
-        """A step's normalised images [B, 3, S, S] and soft targets [B, C]."""
+        """A step's normalised images [B, C, S, S] and soft targets [B, C]."""
         generator = step_generator(self.recipe.seed, step, self.device)
         pixels, ids = self.source.batch(step)
         x = make_view(pixels, self.view, generator)

@@ -21,7 +21,7 @@ from refiner.base.places import amount, duration
 from refiner.base.tensors import sides, step_generator, take
 from refiner.images.sets import pixels_of
 from refiner.images.sources import count, in_words, some
-from refiner.models.encoders import Encoder, freeze_first
+from refiner.models.encoders import Encoder, channels_of, freeze_first
 from refiner.training.groups import check_groups, groups_of
 from refiner.training.keeping import TIMES, Keeper, keeper_of
 from refiner.training.loop import autocast
@@ -116,7 +116,7 @@ def plan(
         ValueError: for data or recipes that do not fit together, as ``refine`` does.
     """
     device = parallel.join(device)
-    recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
+    recipe = complete_recipe(recipe, model, images)
     groups = groups_of(images, groups)
     check_groups(recipe, groups)
     what = (*describe(model, images, recipe), *in_groups(recipe, groups))
@@ -240,7 +240,7 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
     weights = list(run.model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
     t, v, g = len(recipe.blocks), len(recipe.views), recipe.global_views
-    own = recipe.batch // parallel.world()
+    own, channels = recipe.batch // parallel.world(), channels_of(model)
     image, copies = activations(run, images, device)
     if recipe.checkpoint:  # one block at a time is there in full, for views of one size
         plain = replace(run, recipe=replace(run.recipe, checkpoint=False))
@@ -257,7 +257,7 @@ def memory_needed(model: Encoder, images, recipe: Recipe, device: torch.device) 
         "encoder": 4.0 * (2 * sum(p.numel() for p in weights) + 3 * trained),
         "heads": 16.0 * sum(p.numel() for p in run.heads.parameters()),
         "queue": 4.0 * recipe.queue * recipe.out * t,
-        "views": 4.0 * own * sum(3 * view.pixels for view in recipe.views),
+        "views": 4.0 * own * sum(channels * view.pixels for view in recipe.views),
         "activations": own * image + copies,
         "pairs of views": 4.0 * 3 * t * g * v * own * recipe.batch,
         "lookup": 4.0 * t * g * own * recipe.queue,

@@ -18,6 +18,7 @@ from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.settings import checked, settings_from
 from refiner.base.tensors import sides, step_generator
+from refiner.images.channels import measure_channels
 from refiner.images.sets import pixels_of
 from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
@@ -87,7 +88,7 @@ def pretrain(
     """Trains a masked autoencoder.
 
     Args:
-        images: an ImageSet or uint8 [N, 3, H, W]; labels are not used.
+        images: an ImageSet or uint8 [N, C, H, W]; labels are not used.
         recipe: a :class:`MAERecipe`; the default is the embedded checkpoint's.
         start: continue from a copy of this autoencoder instead of fresh weights.
         out: folder for the model, ``history.json`` and the training state, of which the last two
@@ -118,6 +119,7 @@ def pretrain(
     _check_images(pixels, recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     mae = (deepcopy(start) if start else recipe.build()).to(device).train()
+    measure_channels(mae.encoder, pixels)
     if out:
         check_savable(mae.encoder)
     if recipe.compile:
@@ -188,7 +190,7 @@ def loss_of(
 
 
 def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Generator) -> Tensor:
-    """Normalised images [B, 3, H, W], cropped and mirrored as the recipe says."""
+    """Normalised images [B, C, H, W], cropped and mirrored as the recipe says."""
     if recipe.crop is None and not recipe.flip:
         return preprocess(pixels, card)
     whole = recipe.crop is None
@@ -219,6 +221,11 @@ def _check_images(pixels: Tensor, recipe: MAERecipe) -> None:
         raise UserError(
             f"{len(pixels)} images are fewer than one batch of {recipe.batch}; "
             "give more images or a smaller batch"
+        )
+    if pixels.shape[1] != recipe.channels:
+        raise UserError(
+            f"images have {pixels.shape[1]} channels but the recipe is for {recipe.channels}; "
+            "change the recipe's channels"
         )
     height, width = pixels.shape[-2:]
     rows, columns = sides(recipe.size)
@@ -254,7 +261,7 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
     write_json(Path(out) / "history.json", run.history)
 
 
-ENCODER_SIZES = ("size", "patch", "dim", "depth", "heads")
+ENCODER_SIZES = ("size", "patch", "channels", "dim", "depth", "heads")
 
 
 def recipe_for(name: str | Path) -> MAERecipe:
@@ -264,7 +271,7 @@ def recipe_for(name: str | Path) -> MAERecipe:
         FileNotFoundError: for a name that is no checkpoint.
     """
     architecture = _checkpoint(name)[0]["architecture"]
-    return MAERecipe(**{size: architecture[size] for size in ENCODER_SIZES})
+    return MAERecipe(**{k: v for k, v in architecture.items() if k in ENCODER_SIZES})
 
 
 def start_from(name: str | Path, recipe: MAERecipe) -> MaskedAutoencoder:

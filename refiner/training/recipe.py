@@ -33,8 +33,15 @@ from refiner.base.settings import (
 )
 from refiner.base.tensors import as_size, sides
 from refiner.images.sources import come_again, some
-from refiner.images.views import View
-from refiner.models.encoders import Encoder, check_refinable, has_class_token
+from refiner.images.views import View, by_channel, check_colour
+from refiner.models.encoders import (
+    Encoder,
+    channels_of,
+    check_channels,
+    check_refinable,
+    has_class_token,
+    preprocessing_card,
+)
 
 
 def refine_preset(name: str, model, size, images, settings: list[str]):
@@ -53,7 +60,9 @@ def refine_preset(name: str, model, size, images, settings: list[str]):
         recipe = Recipe.fitted(model, images, **batch)  # its steps follow the batch
     else:
         recipe = Recipe.paper(name, images=images, **batch)
-    return changed(recipe, settings)
+    if channels_of(model) != 3:
+        recipe = replace(recipe, views=tuple(map(by_channel, recipe.views)))
+    return _with_views(changed(recipe, settings), model)
 
 
 IMAGENET = 1_281_167  # images of ImageNet-1k's train split
@@ -71,7 +80,9 @@ class Recipe:
             class token where there is one.
         hidden, predictor_hidden, out: widths of the heads; see
             :class:`refiner.training.heads.IDHeads`.
-        views: the random views of each image; the first ``global_views`` are targets too.
+        views: the random views of each image; the first ``global_views`` are targets too. The name
+            "channels" stands for two large and two small views that assume nothing about colour,
+            whatever the number of channels (:func:`refiner.images.views.by_channel`).
         batch: images a step, of all processes together.
         head_steps: steps of stage 2 (heads only).
         steps: steps of stage 3 (encoder and heads).
@@ -116,7 +127,7 @@ class Recipe:
     hidden: Count = 2048
     predictor_hidden: Count = 4096
     out: Count = 256
-    views: Annotated[tuple[View, ...], Entries(2)] = (
+    views: Literal["channels"] | Annotated[tuple[View, ...], Entries(2)] = (
         View(blur=1.0),
         View(blur=0.1, solarize=0.2),
         *(View(size=96, scale=(0.05, 0.25), blur=0.5) for _ in range(10)),
@@ -446,8 +457,10 @@ def _one_higher(blocks):
 # ---------------------------------------------------------------- checks
 
 
-def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
-    """Fills in blocks and pooling and checks the recipe against model and data.
+def complete_recipe(recipe: Recipe | None, model: Encoder, images) -> Recipe:
+    """Fills in blocks, pooling and views and checks the recipe against model and data.
+
+    Without one it is :meth:`Recipe.cpu`, for other than three channels with its views "channels".
 
     A single block may stand without a tuple, and whole numbers may be floats.
 
@@ -455,7 +468,9 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
         ValueError: in one sentence, for what would fail later.
     """
     check_refinable(model)
-    recipe = checked(recipe)
+    if recipe is None:
+        recipe = Recipe.cpu() if channels_of(model) == 3 else Recipe.cpu(views="channels")
+    recipe = _with_views(checked(recipe), model)
     given = _given_blocks(recipe.blocks, len(model.blocks))
     blocks = _checked_blocks(given, recipe, len(model.blocks))
     pooling = _checked_pooling(recipe.pooling, model, len(blocks))
@@ -465,14 +480,21 @@ def complete_recipe(recipe: Recipe, model: Encoder, images) -> Recipe:
     if recipe.cached_views and not come_again(images):
         raise UserError("features of a stream cannot be kept; leave cached_views at 0")
     pixels = some(images, recipe.batch)
+    check_channels(pixels, preprocessing_card(model))
     _check_pixels(pixels)
-    _check_views(recipe, model.patch_embed.patch_size[0], tuple(pixels.shape[2:]))
+    _check_views(recipe, model.patch_embed.patch_size[0], tuple(pixels.shape[1:]))
     if len(pixels) < recipe.batch:
         raise UserError(
             f"{len(pixels)} images are fewer than one batch of {recipe.batch}; "
             "give more images or a smaller batch"
         )
-    batch = 12 * recipe.batch // parallel.world() * sum(view.pixels for view in recipe.views)
+    batch = (
+        4
+        * pixels.shape[1]
+        * recipe.batch
+        // parallel.world()
+        * sum(view.pixels for view in recipe.views)
+    )
     check_memory(batch, "a batch's views together")
     kept = 4 * len(pixels) * len(blocks) * len(recipe.views) * model.embed_dim
     check_memory(recipe.cached_views * kept, "the features of cached views")
@@ -525,10 +547,22 @@ def _check_swap(recipe: Recipe) -> None:
         )
 
 
-def _check_views(recipe: Recipe, patch: int, size: tuple[int, int]) -> None:
+def _with_views(recipe: Recipe, model: Encoder) -> Recipe:
+    """The recipe with its views by name made for the model."""
+    if recipe.views != "channels":
+        return recipe
+    size, patch = model.refiner_card["preprocessing"]["size"], model.patch_embed.patch_size[0]
+    large = View(size=size, scale=(0.5, 1.0))
+    small = View(size=_part(size, 0.5, patch), scale=(0.2, 0.5))
+    return replace(recipe, views=tuple(map(by_channel, (large, large, small, small))))
+
+
+def _check_views(recipe: Recipe, patch: int, shape: tuple[int, int, int]) -> None:
+    channels, *size = shape
     if len(recipe.views) < 2 or not 1 <= recipe.global_views <= len(recipe.views):
         raise UserError("a recipe needs at least two views, and one to all of them global")
     for view in recipe.views:
+        check_colour(view, channels)
         height, width = sides(view.size)
         if height % patch or width % patch:
             raise UserError(

@@ -22,6 +22,7 @@ from refiner.base.errors import UserError
 from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
 from refiner.base.tensors import step_generator
+from refiner.images.channels import fit_channels
 from refiner.images.sources import count, open_source
 from refiner.models.encoders import (
     Encoder,
@@ -124,9 +125,9 @@ def refine(
 
     Args:
         model: an encoder with a ``refiner_card`` (any but a Hiera); it is copied, not changed.
-        images: an ImageSet, uint8 [N, 3, H, W], or an ImageStream (:mod:`refiner.images.streams`).
+        images: an ImageSet, uint8 [N, C, H, W], or an ImageStream (:mod:`refiner.images.streams`).
             Labels are only used to watch the neighbors, and to choose the weights that are kept.
-        recipe: default :meth:`Recipe.cpu`.
+        recipe: default :meth:`Recipe.cpu`; for other than three channels with its views "channels".
         groups: which group (lab, microscope, season) each image comes from, for batches of one
             group: the name of a factor, "class", or N numbers or words; see
             :mod:`refiner.training.groups`.
@@ -165,8 +166,8 @@ def refine(
         raise UserError(
             "evaluate_every needs an evaluate, such as refiner.training.watch.online_knn makes"
         )
-    recipe = complete_recipe(recipe or Recipe.cpu(), model, images)
-    groups = groups_of(images, groups)
+    recipe = complete_recipe(recipe, model, images)
+    model, groups = fit_channels(model, images), groups_of(images, groups)
     check_groups(recipe, groups)
     if not recipe.head_steps + recipe.steps:
         raise UserError("head_steps and steps are both 0: there is nothing to train")

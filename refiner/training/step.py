@@ -97,7 +97,7 @@ def batch_features(
     """Pooled features of the views of one batch, [L, V, b, D].
 
     Args:
-        pixels: uint8 [b, 3, H, W] on the device; with several processes, this one's rows.
+        pixels: uint8 [b, C, H, W] on the device; with several processes, this one's rows.
         stage: 2 keeps the encoder out of the graph.
         total: images of the whole batch.
         generator: of views and dropped patches.
@@ -133,7 +133,7 @@ def refine_step(
     batch's loss is the mean of the processes' losses, its gradient the mean of their gradients.
 
     Args:
-        pixels: uint8 [b, 3, H, W] on the device.
+        pixels: uint8 [b, C, H, W] on the device.
         ids: int64 [B] sample ids on the device; b = B with one process.
         stage: 2 keeps the encoder out of the graph.
         swap_chance: probability that a sample's target is swapped for its neighbor.

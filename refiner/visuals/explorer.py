@@ -41,7 +41,7 @@ def explore(
     """Opens the explorer: maps of two models side by side, block by block, with their neighbors.
 
     Args:
-        images: an ImageSet, uint8 [N, 3, H, W], or a list of [3, H, W]; at most 200,000.
+        images: an ImageSet, uint8 [N, C, H, W], or a list of [C, H, W]; at most 200,000.
         features: by model :class:`refiner.probing.features.Features`, or [L, N, D] or [N, D], such
             as ``{"before": …, "after": …}``. With one model its blocks are compared.
         labels, classes: int64 [N] and their names; default an ImageSet's own. Without labels

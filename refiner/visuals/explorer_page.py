@@ -23,6 +23,7 @@ from PIL import Image
 from refiner.base.errors import MissingPackage, UserError
 from refiner.base.files import replacing
 from refiner.images.decode import resize
+from refiner.images.sets import shown_channels
 from refiner.images.toybox import FACTORS
 from refiner.visuals import maps
 from refiner.visuals.explorer_state import Colour, Exploration, State, Table, View
@@ -137,7 +138,7 @@ def thumbnail(explored: Exploration, i: int) -> str:
 
 
 def png_address(pixels) -> str:
-    """An image, uint8 [3, H, W], as a data address."""
+    """An image, uint8 [C, H, W], as a data address."""
     return address(_png(pixels), "image/png")
 
 
@@ -147,13 +148,14 @@ def address(content: bytes, kind: str) -> str:
 
 
 def _fitting(pixels, size: int) -> torch.Tensor:
-    """An image [3, H, W], made smaller where a side is longer than ``size``."""
+    """An image [C, H, W], made smaller where a side is longer than ``size``."""
     pixels = torch.as_tensor(pixels)
     return resize(pixels[None], size)[0] if max(pixels.shape[1:]) > size else pixels
 
 
 def _picture(pixels) -> Image.Image:
-    return Image.fromarray(torch.as_tensor(pixels).permute(1, 2, 0).cpu().numpy())
+    whole = shown_channels(torch.as_tensor(pixels)[None])[0]
+    return Image.fromarray(whole.permute(1, 2, 0).cpu().numpy())
 
 
 def _png(pixels) -> bytes:

@@ -141,7 +141,7 @@ class Table:
 class Exploration:
     """Images and what every block of every model makes of them. Made by :func:`prepare`."""
 
-    images: object  # uint8 [N, 3, H, W], or read on demand
+    images: object  # uint8 [N, C, H, W], or read on demand
     tables: dict[str, Table]  # by model
     k: int  # neighbors that vote and are shown
     labels: np.ndarray | None  # int64 [N]
@@ -467,10 +467,10 @@ def _votes(indices_Sk: np.ndarray, similarities_Sk: np.ndarray, labels: np.ndarr
 
 
 def _pixels(images):
-    """uint8 [N, 3, H, W], or images that are read on demand."""
+    """uint8 [N, C, H, W], or images that are read on demand."""
     pixels = pixels_of(images)
     if pixels.dtype != torch.uint8:
-        raise UserError(f"images must be uint8 [N, 3, H, W], not {pixels.dtype}")
+        raise UserError(f"images must be uint8 [N, C, H, W], not {pixels.dtype}")
     if len(pixels) < 2:
         raise UserError(f"there is nothing to explore in {len(pixels)} images")
     if len(pixels) > MOST_IMAGES:

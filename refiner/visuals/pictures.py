@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import named_labels
-from refiner.images.sets import ImageSet, pixels_of
+from refiner.images.sets import ImageSet, pixels_of, shown_channels
 from refiner.probing.search import Graph
 from refiner.visuals.style import RIGHT, WRONG, array, axes_for, name_of, named, plain
 
@@ -36,7 +36,7 @@ def contact_sheet(
     """A grid of images.
 
     Args:
-        images: an ImageSet, uint8 [N, 3, H, W], or floats in 0..1.
+        images: an ImageSet, uint8 [N, C, H, W], or floats in 0..1.
         labels: int64 [N], written above the images; default an ImageSet's own.
         classes: names to write instead of numbers.
         columns: images a row.
@@ -69,7 +69,7 @@ def reconstruction(
     """Originals, what the model saw, and what it painted, one column an image.
 
     Args:
-        images, masked, predicted: [B, 3, H, W] each, uint8 or floats in 0..1.
+        images, masked, predicted: [B, C, H, W] each, uint8 or floats in 0..1.
     """
     rows = {"original": images, "masked": masked, "reconstruction": predicted}
     pictures = [_pixels(x) for x in rows.values()]
@@ -161,7 +161,7 @@ def query_maps(
     whose map is farthest from that mean, then each the farthest from those before.
 
     Args:
-        images: [N, 3, H, W] or an ImageSet of N.
+        images: [N, C, H, W] or an ImageSet of N.
         attention: [N, M, T] of one block (``AttentiveProbe.attention``); the last tokens are a
             grid of patches in the shape of the images.
         shown: single queries.
@@ -210,8 +210,8 @@ def _mark(ax: Axes, column: float, row: float, right: bool, size: float) -> None
 
 
 def _pixels(images: ImageSet | Tensor, index=slice(None)) -> np.ndarray:
-    """uint8 or float [B, 3, H, W] or an ImageSet as float [B, H, W, 3] in 0..1."""
-    x = pixels_of(images)[index]
+    """uint8 or float [B, C, H, W] or an ImageSet as float [B, H, W, 3] in 0..1."""
+    x = shown_channels(pixels_of(images)[index], getattr(images, "shown", ImageSet.shown))
     x = x / 255 if x.dtype == torch.uint8 else x.float()
     return x.detach().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from refiner.base.errors import UserError
 from refiner.base.tensors import as_size
-from refiner.images.sets import pixels_of
+from refiner.images.sets import pixels_of, shown_channels
 from refiner.images.views import View, make_view
 from refiner.models.encoders import (
     PostNormBlock,
@@ -118,11 +118,11 @@ def paint(mae: MaskedAutoencoder, image: Tensor, hidden: Tensor) -> dict[str, Te
 
     Args:
         mae: in eval mode, on any device.
-        image: uint8 [3, H, W].
+        image: uint8 [C, H, W].
         hidden: bool [N], row by row; at least one patch hidden and one visible.
 
     Returns:
-        ``original``, ``masked`` and ``painted``, float [3, H, W] in 0…1; ``error``, the mean
+        ``original``, ``masked`` and ``painted``, float [C, H, W] in 0…1; ``error``, the mean
         squared error over hidden patches in the units of the target, a scalar.
     """
     hidden = torch.as_tensor(hidden, dtype=torch.bool).cpu()
@@ -140,7 +140,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
 
     Args:
         mae: of :func:`refiner.models.mae.load_mae`.
-        images: an ImageSet or uint8 [N, 3, H, W].
+        images: an ImageSet or uint8 [N, C, H, W].
         ratio, seed: share of hidden patches, and the random mask, at the start.
 
     Returns:
@@ -190,7 +190,7 @@ def _board(label: str, value: list[bool], image, pixels, *, alone: bool = False)
         label: for those who cannot see it.
         value: which patches are pressed, row by row of a square.
         image: the slider.
-        pixels: uint8 [N, 3, H, W].
+        pixels: uint8 [N, C, H, W].
         alone: at most one patch is pressed.
     """
     import anywidget
@@ -224,7 +224,7 @@ def attention_maps(model: VisionTransformer, image: Tensor) -> Tensor:
 
     Args:
         model: a timm VisionTransformer, in eval mode.
-        image: uint8 [3, H, W].
+        image: uint8 [C, H, W].
 
     Returns:
         float32 [L, A, T, T]: the weight with which a token (row) reads another (column); rows add
@@ -253,7 +253,7 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
     """One token's attention, a panel a head, beside the image.
 
     Args:
-        image: uint8 [3, H, W].
+        image: uint8 [C, H, W].
         maps_AT: [A, T], weights by token.
         prefix: how many tokens stand before the patches.
     """
@@ -262,7 +262,7 @@ def attention_figure(image: Tensor, maps_AT: Tensor, *, prefix: int, title: str 
     heads = len(maps_AT)
     size = (2.2 * (1 + heads) + 0.8, 2.7)
     drawn, axes = plt.subplots(1, 1 + heads, figsize=size, layout="constrained")
-    axes[0].imshow(image.permute(1, 2, 0).cpu().numpy())
+    axes[0].imshow(_picture(image))
     axes[0].set_title("image", fontsize=10)
     look = {"cmap": "cividis", "vmin": 0, "vmax": float(patches_AN.max())}
     for head, ax in enumerate(axes[1:]):
@@ -283,7 +283,7 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
 
     Args:
         model: a timm VisionTransformer, in eval mode.
-        images: an ImageSet or uint8 [N, 3, H, W].
+        images: an ImageSet or uint8 [N, C, H, W].
         block: shown first, counted from 1; default the last.
 
     Returns:
@@ -336,10 +336,10 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
 
 
 def augmented(image: Tensor, view: View, n: int = 12, *, seed: int = 0) -> Tensor:
-    """The image itself, then n random views of it: float [1 + n, 3, S, S] in 0…1.
+    """The image itself, then n random views of it: float [1 + n, C, S, S] in 0…1.
 
     Args:
-        image: uint8 [3, H, W]; the first of the result, resized to S.
+        image: uint8 [C, H, W]; the first of the result, resized to S.
         view: how views are made; S is its size.
     """
     batch = image[None].expand(n, -1, -1, -1)
@@ -353,7 +353,7 @@ def view_explorer(images, view: View | None = None, *, n: int = 15, seed: int = 
     """Turn the strengths of an augmentation, and see what is left of an image.
 
     Args:
-        images: an ImageSet or uint8 [N, 3, H, W].
+        images: an ImageSet or uint8 [N, C, H, W].
         view: what is shown first; default the cpu preset's first view.
         n: views shown.
 
@@ -400,7 +400,7 @@ def project(
 
     Args:
         model, heads, recipe: a refined encoder, and what :func:`refiner.load_heads` gives.
-        images: uint8 [B, 3, H, W].
+        images: uint8 [B, C, H, W].
         view: how to augment; None takes the images as they are.
     """
     from refiner.models.encoders import head_features
@@ -450,7 +450,7 @@ def queue_explorer(model, heads: IDHeads, recipe, images, *, k: int = 20, seed: 
 
     Args:
         model, heads, recipe: a refined encoder, and what :func:`refiner.load_heads` gives.
-        images: an ImageSet or uint8 [N, 3, H, W]; a view of each is put into the queue.
+        images: an ImageSet or uint8 [N, C, H, W]; a view of each is put into the queue.
         k: candidates at the start; the paper draws among 20.
 
     Returns:
@@ -511,9 +511,14 @@ def _label(i: int, labels, classes) -> str:
     return str(i) if labels is None else name_of(int(labels[i]), classes)
 
 
+def _picture(image: Tensor) -> np.ndarray:
+    """An image [C, H, W] as [H, W, 3]."""
+    return shown_channels(image[None])[0].permute(1, 2, 0).cpu().numpy()
+
+
 def _show(ax, picture: Tensor, text: str, *, colour="black", frame=False, size=8) -> None:
     ax.set_axis_on()
-    ax.imshow(np.asarray(picture.permute(1, 2, 0).cpu()))
+    ax.imshow(_picture(picture))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.set_title(text, fontsize=size, color=colour)
