@@ -657,8 +657,8 @@ def test_missing_extra_and_misshapen_keys_are_listed_at_once(tmp_path):
     [
         (lambda w: w.pop("patch_embed.proj.weight"), "missing patch_embed.proj.weight"),
         (
-            lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 1, 8, 8)}),
-            r"is \[24, 1, 8, 8\], expected .*only images of three channels",
+            lambda w: w.update({"patch_embed.proj.weight": torch.zeros(DIM, 3, 8)}),
+            r"is \[24, 3, 8\], expected \[D, C, P, P\]",
         ),
         (
             lambda w: w.update({"pos_embed": torch.zeros(1, 19, DIM)}),

@@ -202,14 +202,12 @@ def quiet_axes(given):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda x: x[:, :1], "\\[12, 1, 4, 4\\]"),
-        (lambda x: torch.cat([x, x[:, :1]], 1), "\\[12, 4, 4, 4\\]"),
         (lambda x: x[0], "\\[3, 4, 4\\]"),
         (lambda x: [x[0], x[0, :, :2]], "different sizes: image 0 is 3×4×4 and image 1 is 3×2×4"),
         (lambda x: "folder", "not str"),
     ],
 )
-def test_what_is_no_colour_image_never_reaches_an_operation(wrong, message):
+def test_what_is_no_image_never_reaches_an_operation(wrong, message):
     given = wrong(small_set().images)
     for door in (pixels_of, ImageSet, contact_sheet, lambda x: corrupt(x, "fog", 1)):
         with pytest.raises(ValueError, match=message):
@@ -235,8 +233,7 @@ def test_numbers_as_classes_are_names():
         ({"labels": [0.0, 1.0]}, "must be words or whole numbers from 0, not float64"),
         ({"labels": [0, None]}, "must be words or whole numbers from 0, not object"),
         ({"labels": [[0], [1]]}, r"do not match labels of shape \[2, 1\]"),
-        ({"images": torch.zeros(2, 1, 2, 2)}, r"\[N, 3, H, W\], not torch.float32 \[2, 1, 2, 2\]"),
-        ({"images": np.zeros((2, 2, 2, 4), np.uint8)}, r"not of 2 channels, \[2, 2, 2, 4\]"),
+        ({"images": torch.zeros(2, 2, 2)}, r"\[N, C, H, W\], not torch.float32 \[2, 2, 2\]"),
     ],
 )
 def test_what_is_no_set_is_refused_in_a_sentence(changed, message):

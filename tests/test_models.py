@@ -259,7 +259,7 @@ def within(*path):
         (
             "card.json",
             within("preprocessing", "mean", [0.5]),
-            "mean is .*; it needs to be 3 values",
+            "mean and deviation of 1 and 3 channels, but its network is for 3",
         ),
         ("card.json", within("preprocessing", "size", "32"), "preprocessing.size is '32'"),
         ("card.json", within("architecture", "depth", 10**9), "depth is 1000000000"),

@@ -86,7 +86,7 @@ def test_contact_sheet_takes_floats_and_given_labels():
     assert texts(ax) == []
     with pytest.raises(ValueError, match="no images"):
         plots.contact_sheet(image_set()[:0])
-    with pytest.raises(ValueError, match="N, 3, H, W"):
+    with pytest.raises(ValueError, match="N, C, H, W"):
         plots.contact_sheet(torch.rand(3, 5, 5))
 
 

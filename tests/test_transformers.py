@@ -292,7 +292,7 @@ def test_a_key_makes_no_endless_model(kind, tmp_path):
         ("layer_norm_eps", 7, "layer_norm_eps is 7; it needs to be above 0"),
         ("hidden_act", "relu", "hidden_act is 'relu'; choose 'gelu'"),
         ("hidden_act", "silu", "hidden_act is 'silu'; timm's network has 'gelu'"),
-        ("num_channels", 4, "num_channels is 4; choose 3"),
+        ("num_channels", 0, "num_channels is 0; it needs to be between 1 and 1,024"),
         ("image_size", [32, 64], "images of 32 × 64 pixels, but has as many"),
     ],
 )
