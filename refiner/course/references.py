@@ -1,7 +1,6 @@
 """What the exercises' checks compare with, out of a learner's sight: plain torch, shape by shape.
 
-Where the library has a function of its own, a notebook hands in that one. ``MISTAKES`` are wrong
-versions that people write; a check that meets one of them says which it is.
+``MISTAKES`` are wrong versions that people write; a check that meets one says which it is.
 """
 
 from __future__ import annotations
