@@ -1,29 +1,42 @@
-"""What a step of the explorer costs in the kernel.
+"""What the explorer costs, in the kernel and in the browser.
 
     python benchmarks/explorer.py [--sizes 10000 100000] [--steps 24]
+    python benchmarks/explorer.py --browser [--sizes 10000 100000] [--steps 24]
 
 Random features of 12 blocks and 2 models, 16 classes, 32×32 images, one thread. A step moves the
 slider by a block with an image selected and 200 images in the group: it computes the view that
 Python sees, coloured by the wrong votes (where only a sample's neighbors are known: by class). The
 page has drawn by then, as it holds all blocks. Also measured: the first view of the embedded
 checkpoints' 1,024 Toybox images, from ``explore`` to the widget, in a process of its own that has
-not imported the widgets yet. Writes ``explorer.json`` into benchmarks/results.
+not imported the widgets yet.
+
+With ``--browser`` the same explorers are shown by JupyterLab in Chromium (as in the tests; pip
+install playwright jupyterlab, apt-get install chromium), at 1440×900, drawn without a graphics
+card. The browser's own clock runs from an event to the frame that answers it: from "Run" to the
+first view, once the kernel has the explorer; from a click on a point to its neighbors on the maps,
+and to their thumbnails, which the kernel sends; from an arrow key to the next block's maps, with an
+image selected. Processor times are the page's process, by the system.
+
+Writes its part of ``explorer.json`` in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "explorer.json"
 sys.path.insert(0, str(ROOT))
 
 import refiner  # noqa: E402
@@ -90,20 +103,140 @@ def first_view() -> dict:
     }
 
 
+# ---------------------------------------------------------------- in the browser
+
+CELLS = (
+    """from benchmarks.explorer import inputs
+import refiner
+explorer = refiner.explore(*inputs({n}), progress=False)
+print("READY")""",
+    "explorer",
+)
+# Milliseconds from the next event of a kind until a condition holds and its frame has been drawn.
+CLOCK = """([kind, condition]) => {
+  const holds = new Function("return " + condition);
+  (window.clocks ??= []).push(new Promise((tell) => addEventListener(kind, (event) => {
+    const began = event.timeStamp, done = () => tell(performance.now() - began);
+    const look = () => requestAnimationFrame(holds() ? () => setTimeout(done) : look);
+    look();
+  }, { capture: true, once: true })));
+}"""
+EXPLORER = "document.querySelector('.refiner-explorer')?.explorer"
+
+
+class Page:
+    """A page of the browser, its clock, and its process."""
+
+    def __init__(self, page):
+        self.page = page
+        system = page.context.browser.new_browser_cdp_session()
+        found = system.send("SystemInfo.getProcessInfo")["processInfo"]
+        self.processes = [Path(f"/proc/{p['id']}") for p in found if p["type"] == "renderer"]
+
+    def time(self, kind: str, act, *conditions: str) -> list[float]:
+        """Milliseconds from the event that ``act`` makes to each condition, and the processor's."""
+        before = self.processor()
+        for condition in conditions:
+            self.page.evaluate(CLOCK, [kind, condition])
+        act()
+        times = self.page.evaluate("Promise.all(window.clocks.splice(0))")
+        return [*times, 1000 * (self.processor() - before)]
+
+    def processor(self) -> float:
+        """Seconds that the page's processes have computed."""
+        fields = [(p / "stat").read_text().rsplit(")", 1)[1].split() for p in self.processes]
+        return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+    def megabytes(self) -> int:
+        """Resident memory of the page's processes."""
+        pages = [int((p / "statm").read_text().split()[1]) for p in self.processes]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+    def heap(self) -> int:
+        """Megabytes of JavaScript's objects, without what typed arrays hold."""
+        return round(self.page.evaluate("performance.memory.usedJSHeapSize") / 2**20)
+
+
+def in_browser(n: int, steps: int) -> dict:
+    """Times and memory of the page that shows n images, in JupyterLab in Chromium."""
+    import nbformat
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from browser import browsing, new_page, serving, wait_for_kernel
+
+    cells = [nbformat.v4.new_code_cell(cell.format(n=n)) for cell in CELLS]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        (home / "work").mkdir()
+        python = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
+        nbformat.write(notebook, home / "work" / "explorer.ipynb")
+        with serving(home) as lab, browsing() as browser:
+            page, url = new_page(browser, []), f"{lab}/lab/tree/explorer.ipynb"
+            page.set_viewport_size({"width": 1440, "height": 900})
+            page.context.set_default_timeout(600_000)
+            page.goto(url)
+            page.locator(".jp-Notebook .jp-Cell").first.click()
+            wait_for_kernel(page, url)
+            page.keyboard.press("Shift+Enter")
+            page.locator(".jp-OutputArea-output pre", has_text="READY").wait_for()
+            return {"images": n} | _used(Page(page), n, steps)
+
+
+def _used(lab: Page, n: int, steps: int) -> dict:
+    """Shows the explorer, clicks points, and steps through blocks."""
+    page, without = lab.page, lab.megabytes()
+    page.emulate_media(reduced_motion="reduce")  # a step else glides for 0.35 s on purpose
+    first, cpu = lab.time("keydown", lambda: page.keyboard.press("Shift+Enter"), EXPLORER)
+    found = {"first_view_seconds": first / 1000, "first_view_cpu_seconds": cpu / 1000}
+    page.locator(".refiner-explorer").scroll_into_view_if_needed()
+    page.wait_for_timeout(5000)  # the figure that stays is drawn meanwhile
+    clicks, presses = [], []
+    ringed = "document.querySelectorAll('.rx-inspector .rx-picture').length > 20"
+    for i in range(steps):
+        before = page.evaluate(f"{EXPLORER}.state.selected")
+        x, y = page.evaluate(f"{EXPLORER}.at({i % 2}, {(i + 1) * n // (steps + 1)})")
+        page.mouse.move(x, y)
+        page.wait_for_timeout(600)  # its picture is there
+        drawn = f"{EXPLORER}.state.selected !== {json.dumps(before)} && {ringed}"
+        shown = f"{drawn} && !document.querySelector('.rx-picture:not([style*=url])')"
+        clicks.append(lab.time("pointerup", lambda: page.mouse.click(x, y), drawn, shown))  # noqa: B023
+    page.get_by_role("slider").focus()
+    for i in range(steps):
+        key, way = ("ArrowLeft", -1) if i // (BLOCKS - 1) % 2 == 0 else ("ArrowRight", 1)
+        block = page.evaluate(f"{EXPLORER}.state.block") + way
+        drawn = f"{EXPLORER}.state.block === {block} && {ringed}"
+        presses.append(lab.time("keydown", lambda: page.keyboard.press(key), drawn))  # noqa: B023
+        page.wait_for_timeout(600)  # its thumbnails are there
+    middle = lambda rows: [statistics.median(x) for x in zip(*rows, strict=True)]  # noqa: E731
+    names = ("click", "thumbnails", "click_cpu", "step", "step_cpu")
+    for name, value in zip(names, middle(clicks) + middle(presses), strict=True):
+        found[f"{name}_milliseconds"] = value
+    found = {name: float(f"{value:.3g}") for name, value in found.items()}
+    memory = {"page_megabytes": lab.megabytes(), "lab_megabytes": without}
+    return found | memory | {"heap_megabytes": lab.heap()}
+
+
 def table(result: dict) -> list[str]:
-    """The table of docs/results.md."""
-    head = (
-        "images × 12 blocks × 2 models",
-        "a step of the slider, processor ms",
-        "opening, s",
-        "peak memory, MB",
-    )
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]
+    """The table of the kernel in docs/results.md."""
+    head = ["images", "a step of the slider, processor ms", "opening, s", "peak memory, MB"]
+    lines = [head, ["---"] * len(head)]
     for row in result["sizes"]:
         cells = [f"{row['images']:,}", f"{row['step_cpu_milliseconds']:.0f}"]
-        cells += [f"{row['open_seconds']:.0f}", str(row["peak_megabytes"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append([*cells, f"{row['open_seconds']:.0f}", str(row["peak_megabytes"])])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def page_table(result: dict) -> list[str]:
+    """The table of the browser there: the clock's times, and those of the page's processor."""
+    head = ["images", "first view, s", "click → neighbors, ms", "click → thumbnails, ms"]
+    head += ["step of the slider, ms", "memory of the page, MB"]
+    lines = [head, ["---"] * len(head)]
+    for row in result["browser"]["sizes"]:
+        cells = [f"{row['images']:,}", f"{row['first_view_seconds']:.1f}"]
+        cells += [f"{row[f'{x}_milliseconds']:.0f}" for x in ("click", "thumbnails", "step")]
+        lines.append([*cells, f"{row['page_megabytes']} (JupyterLab alone {row['lab_megabytes']})"])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def in_fresh_process(*arguments: str) -> dict:
@@ -117,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--browser", action="store_true", help="time the page, not the kernel")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,21 +258,19 @@ def main() -> None:
     if options.one or options.first:
         print(json.dumps(first_view() if options.first else measure(options.one, options.steps)))
         return
-    result = {
-        "command": "python benchmarks/explorer.py",
-        "machine": machine(),
-        "threads": 1,
-        "blocks": BLOCKS,
-        "models": 2,
-        "width": WIDTH,
-    }
-    result["first_view"] = in_fresh_process("--first")
-    print(result["first_view"])
-    result["sizes"] = []
-    for n in options.sizes:
-        result["sizes"].append(in_fresh_process("--one", str(n), "--steps", str(options.steps)))
-        print(result["sizes"][-1], flush=True)
-    write_json(ROOT / "benchmarks" / "results" / "explorer.json", result)
+    result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    if options.browser:
+        rows = [in_browser(n, options.steps) for n in options.sizes]
+        command = "python benchmarks/explorer.py --browser"
+        result["browser"] = {"command": command, "machine": machine(), "sizes": rows}
+    else:
+        result |= {"command": "python benchmarks/explorer.py", "machine": machine(), "threads": 1}
+        result |= {"blocks": BLOCKS, "models": 2, "width": WIDTH}
+        result["first_view"] = in_fresh_process("--first")
+        arguments = [("--one", str(n), "--steps", str(options.steps)) for n in options.sizes]
+        result["sizes"] = [in_fresh_process(*one) for one in arguments]
+    print(json.dumps(result, indent=1))
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

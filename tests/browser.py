@@ -113,14 +113,7 @@ def browsing():
     """A Chromium without a window."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install it")
     SHOTS.mkdir(parents=True, exist_ok=True)
-    # No graphics card is needed: WebGL is drawn in software. Root has no sandbox.
-    flags = [
-        "--no-sandbox",
-        "--use-gl=angle",
-        "--use-angle=swiftshader",
-        "--enable-unsafe-swiftshader",
-        "--ignore-gpu-blocklist",
-    ]
+    flags = ["--no-sandbox", "--disable-gpu"]  # root has no sandbox, and drawings need no card
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=flags)
         try:

@@ -156,5 +156,18 @@ def test_a_patch_is_hidden_by_click_and_by_keyboard(open_lab):
     shoot(open_lab, "7-mask")
 
 
+def test_after_a_restart_a_line_says_so_and_the_pictures_return(open_lab):
+    page = open_lab.page
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_text("Restart Kernel…", exact=True).click()
+    page.locator(".jp-Dialog").get_by_role("button", name="Restart").click()
+    ended = page.get_by_text("The kernel has ended: run this cell again")
+    ended.nth(4).wait_for()
+    for line in ended.all():
+        area = page.locator(".jp-OutputArea", has=line)
+        assert area.locator(".jp-OutputArea-child .jp-RenderedImage").is_visible()
+    shoot(open_lab, "8-restart")
+
+
 def test_nothing_was_asked_of_another_machine(open_lab):
     assert open_lab.blocked == []

@@ -1,11 +1,13 @@
 """The explorer as one file, used in a Chromium that reaches nothing but that file."""
 
+import csv
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from browser import BROWSER, browsing
+from matplotlib.colors import to_rgb
 
 import refiner
 from refiner.images.sets import ImageSet
@@ -26,7 +28,8 @@ def explorer():
         name: torch.randn(L, N, 6, generator=generator) + gain * strength * centres
         for name, gain in (("before", 1), ("after", 2))
     }
-    images = ImageSet(pixels, labels, NAMES, {"hue": np.linspace(0, 1, N)})
+    factors = {"hue": np.linspace(0, 1, N), "tenth": np.arange(N) * 7 % 10}
+    images = ImageSet(pixels, labels, NAMES, factors)
     return refiner.explore(images, features, k=K, progress=False)
 
 
@@ -124,15 +127,61 @@ def test_the_panel_fits_and_a_click_answers_in_view(shown, explorer):
     assert state(page)["selected"] == pictures[1]
     page.get_by_role("button", name="Back").click()
     assert state(page)["selected"] == i
+    page.get_by_label("Find").last.fill("17")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Back").click()
+    assert state(page)["selected"] == i, "back from a search, too"
+
+
+SPY = """() => {
+  window.seen = [];
+  for (const name of ["arc", "rect"]) {
+    const own = CanvasRenderingContext2D.prototype[name];
+    CanvasRenderingContext2D.prototype[name] = function (...numbers) {
+      const side = [...document.querySelectorAll(".rx-map canvas")].indexOf(this.canvas);
+      window.seen.push([side, name, ...numbers]);
+      return own.apply(this, numbers);
+    };
+  }
+}"""
+
+
+def test_neighbors_are_ringed_on_both_maps_and_wrong_ones_have_corners(shown, explorer):
+    page, (before, after, _) = shown.page, rights(explorer, L)
+    i = int(np.minimum(K - before, K - after).argmax())
+    page.evaluate(SPY)
+    page.get_by_label("Find").last.fill(str(i))
+    page.keyboard.press("Enter")
+    seen, labels = page.evaluate("seen"), explorer.exploration.labels
+    for side, near in enumerate(explorer.select(i).near):
+        box = page.locator(".rx-map canvas").nth(side).bounding_box()
+        xy = places(page, side) - [box["x"], box["y"]]
+        found = {"arc": [], "rect": []}
+        for _, name, x, y, r, *_ in (row for row in seen if row[0] == side):
+            if name == "rect":
+                found["rect"].append((x + 7, y + 7))
+            elif r == 7:
+                found["arc"].append((x, y))
+        right = labels[near.indices] == labels[i]
+        assert right.any() and not right.all(), "both kinds are seen"
+        for name, some in (("arc", near.indices[right]), ("rect", near.indices[~right])):
+            assert np.allclose(found[name], xy[some], atol=0.51), (side, name)
 
 
 def test_the_curve_is_the_slider(shown, explorer):
     page, slider = shown.page, shown.page.get_by_role("slider")
+    assert page.get_by_role("button", name="Play through the blocks").is_visible()
     slider.focus()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
     tables = explorer.exploration.tables
     words = [f"{name} {round(100 * t.accuracy[L - 3])} %" for name, t in tables.items()]
+    best = {name: int(t.accuracy.argmax()) for name, t in tables.items()}
+    words += [f"{name} is best in block {b + 1}" for name, b in best.items()]
+    for side, b in enumerate(best.values()):
+        ringed, dots = (page.locator(f".rx-{x}{side}") for x in ("best", "dot"))
+        centre = lambda one: (box := one.bounding_box())["x"] + box["width"] / 2  # noqa: E731
+        assert centre(ringed) == pytest.approx(centre(dots.nth(b)), abs=0.6)
     said = slider.get_attribute("aria-valuetext")
     assert slider.get_attribute("aria-valuenow") == str(L - 2) and all(x in said for x in words)
     common = rights(explorer, L - 2)[2].mean() / K
@@ -211,6 +260,28 @@ def test_clusters_are_ranked_by_what_they_gained(shown, explorer):
         assert " ".join(row.inner_text().split()) == wanted
         shown_image = int(row.locator(".rx-picture").get_attribute("data-image"))
         assert shown_image % 4 == c and common[shown_image] == common[c::4].min()
+    shown.page.get_by_label("Colour by").select_option("tenth")
+    rows = shown.page.locator(".rx-gains tr").all()
+    assert len(rows) == 1 + 4 + 1 + 4
+    rows[5].get_by_role("button", name="2 between").click()
+    assert shown.page.locator(".rx-gains tr").count() == 1 + 10
+
+
+def test_a_file_saves_what_is_chosen(shown, explorer):
+    page = shown.page
+    page.get_by_role("button", name="Save CSV").click()
+    assert "nothing is chosen" in page.get_by_role("alert").inner_text()
+    page.get_by_label("Find").last.fill("<can>")
+    page.keyboard.press("Enter")
+    page.locator(".rx-inspector .rx-picture").first.click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save CSV").click()
+    rows = list(csv.DictReader(download.value.path().open(encoding="utf-8")))
+    asked = {"selected": state(page)["selected"], "group": tuple(range(3, N, 4))}
+    wanted = explorer.exploration.chosen(explorer.set(**asked))
+    assert {int(row["image"]): row["chosen"] for row in rows} == wanted
+    assert all(row["class"] == NAMES[int(row["image"]) % 4] for row in rows)
+    explorer.set(selected=None, group=())
 
 
 def test_reset_undoes_zoom_and_pan_and_a_chip_isolates(shown, explorer):
@@ -226,9 +297,37 @@ def test_reset_undoes_zoom_and_pan_and_a_chip_isolates(shown, explorer):
     assert np.abs(np.subtract(where(page, 5), first)).max() > 20
     page.get_by_role("button", name="Reset view").click()
     assert where(page, 5) == pytest.approx(first)
-    chip = page.get_by_role("button", name="<can> 60")
-    chip.click()
-    assert page.get_by_role("button", name="<can> 60").get_attribute("aria-pressed") == "true"
+    page.locator(".rx-map canvas").first.focus()
+    page.keyboard.press("+")
+    assert np.abs(np.subtract(where(page, 5), first)).max() > 3
+    page.keyboard.press("-")
+    assert where(page, 5) == pytest.approx(first)
+    scrolls = """(by) => !document.querySelector(".rx-map canvas").dispatchEvent(
+      new WheelEvent("wheel", { deltaY: by, cancelable: true }))"""
+    assert not page.evaluate(scrolls, 100), "nothing to zoom out of: the page scrolls"
+    assert page.evaluate(scrolls, -100)
+
+
+def test_points_have_the_colours_of_their_classes_and_a_chip_isolates_one(shown, explorer):
+    page, i = shown.page, alone(shown.page)
+    shades = explorer.widget.tables["colours"][0]["palette"]
+    shade = np.array(to_rgb(shades[i % 4])) * 255
+
+    def pixel():
+        code = """([x, y]) => {
+          const canvas = document.querySelector(".rx-map canvas");
+          const box = canvas.getBoundingClientRect(), g = canvas.getContext("2d");
+          return [...g.getImageData(x - box.left, y - box.top, 1, 1).data].slice(0, 3);
+        }"""
+        return np.array(page.evaluate(code, where(page, i)))
+
+    page.mouse.move(2, 2)
+    assert np.abs(pixel() - (0.9 * shade + 0.1 * 255)).max() <= 2
+    for name, opacity in ((NAMES[i % 4], 0.9), (NAMES[(i + 1) % 4], 0.07)):
+        page.get_by_role("button", name=f"{name} 60").click()
+        chip = page.get_by_role("button", name=f"{name} 60")
+        assert chip.get_attribute("aria-pressed") == "true"
+        assert np.abs(pixel() - (opacity * shade + (1 - opacity) * 255)).max() <= 2
 
 
 @pytest.mark.parametrize("width", [500, 900, 1440])

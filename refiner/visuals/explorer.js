@@ -3,7 +3,7 @@
 
 const GLIDE = 350; // ms that one step of the slider takes; a quicker one jumps
 const REACH = 1.08; // of a map's axes; points lie within -1…1
-const MANY = 20000; // points beyond which they are squares instead of marks
+const MANY = 20000; // points beyond which none glides
 const NS = "http://www.w3.org/2000/svg";
 const MARKS = {
   circle: (p, r) => p.arc(0, 0, r, 0, 7),
@@ -47,6 +47,7 @@ const make = (tag, attributes = {}, ...inside) => {
   one.append(...inside);
   return one;
 };
+const save = (download, href) => make("a", { download, href }).click();
 const drawn = (tag, attributes, text = "") => {
   const one = document.createElementNS(NS, tag);
   for (const key in attributes) one.setAttribute(key, attributes[key]);
@@ -59,7 +60,7 @@ function explorer(el, source) {
   const labels = numbers(t.labels, Int32Array);
   const models = {}, known = new Map();
   let s = { ...source.state }, only = null, hovered = null, lasso = null, back = [], turns = {};
-  let last = 0, playing = null, colour = null;
+  let last = 0, playing = null, colour = null, all = false, held = {};
 
   function read(tables) {
     for (const m of tables.models) {
@@ -122,7 +123,7 @@ function explorer(el, source) {
   const blocks = Array.from({ length: depth }, (_, b) => [`block ${b + 1}`, b + 1]);
   const layouts = [["PCA", "pca"], ["UMAP", "umap"]].filter(
     ([, name]) => source.live || models[names[0]].xy[name]);
-  const find = make("input", { type: "search", placeholder: "17, or 3, 5-9, or a class",
+  const find = make("input", { type: "search", placeholder: "17, or 5-9, or a class",
     "aria-label": "Find", onsearch: () => search(find.value), onkeydown: (e) => {
       e.stopPropagation(); // JupyterLab would take Enter for itself
       if (e.key !== "Enter") return;
@@ -140,8 +141,8 @@ function explorer(el, source) {
     ...look.map(([text, way]) => button(text, "press again for the next", () => extreme(text, way))),
     button("Clear selection", "no image and no group (Escape)", () => clear()),
     button("Reset view", "undo zoom and pan", () => (reset(), paint())),
-    ...(source.live ? [button("Save CSV", "download what is chosen", () => source.ask({ save: "csv" })),
-      button("Save PNG", "download the figure", () => source.ask({ save: "png" }))] : []));
+    button("Save CSV", "download what is chosen", () => source.live ? source.ask({ save: "csv" }) : csv()),
+    ...(source.live ? [button("Save PNG", "download the figure", () => source.ask({ save: "png" }))] : []));
   const maps = [0, 1].map((side) => {
     const canvas = make("canvas", { tabindex: 0, role: "application" });
     const caption = make("figcaption");
@@ -188,9 +189,10 @@ function explorer(el, source) {
     if (told) source.push(s);
     update();
   }
-  const choose = (i) => {
+  const choose = (i, more = {}) => {
     if (s.selected != null && s.selected !== i) back.push(s.selected);
-    change({ selected: i });
+    tip.style.display = "none"; // it may cover neighbors
+    change({ ...more, selected: i });
     tell(`Selected ${called(i)}. ${verdict(i)}`);
   };
   const clear = () => {
@@ -212,8 +214,9 @@ function explorer(el, source) {
     else return tell(`nothing is called '${text.trim()}'; type a position from 0 to ${n - 1}` +
       (labels ? `, or a class: ${classes.slice(0, 20).join(", ")}` : ""), true);
     if (!found.length || Math.max(...found) >= n) return tell(`there are images 0 to ${n - 1}`, true);
-    found.length === 1 ? change({ selected: found[0], group: [] }) : group(found);
-    tell(found.length === 1 ? `Selected ${called(found[0])}. ${verdict(found[0])}` : `${found.length} images`);
+    if (found.length === 1) return choose(found[0], { group: [] });
+    group(found);
+    tell(`${found.length} images`);
   }
   const members = (values, code) => {
     const found = [];
@@ -229,6 +232,17 @@ function explorer(el, source) {
     const order = ranked(way), turn = (turns[way] = ((turns[way] ?? -1) + 1) % Math.min(n, 50));
     choose(order[turn]);
     tell(`${text}, number ${turn + 1}: ${called(order[turn])}. ${verdict(order[turn])}`);
+  }
+  function csv() { // in a file; the kernel's holds places and factors, too
+    const how = new Map(), i = s.selected, named = (x) => `"${x.replaceAll('"', '""')}"`;
+    if (i != null) ["left", "right"].forEach((name, side) => near(side, i).forEach((j) =>
+      how.set(j, how.has(j) ? "near on both sides" : `near on the ${name}`)));
+    s.group.forEach((j) => how.set(j, "group"));
+    if (i != null) how.set(i, "selected");
+    if (!how.size) return tell("nothing is chosen: click a point, lasso some, or search for a class", true);
+    const rows = [...how].map(([j, why]) => [j, labels ? named(classes[labels[j]]) : "", why].join());
+    const text = encodeURIComponent(["image,class,chosen", ...rows, ""].join("\n"));
+    save("explorer.csv", `data:text/csv;charset=utf-8,${text}`);
   }
   function verdict(i) {
     const [a, b] = [near(0, i), near(1, i)];
@@ -251,7 +265,8 @@ function explorer(el, source) {
     const [name, b] = at(m.side), key = `${name} ${b} ${s.layout}`;
     if (key === m.key) return;
     const whole = models[name].xy[s.layout], now = performance.now();
-    const to = Float32Array.from(whole.subarray(2 * b * n, 2 * (b + 1) * n), (x) => x / 32767);
+    const to = new Float32Array(2 * n), start = 2 * b * n;
+    for (let i = 0; i < 2 * n; i++) to[i] = whole[start + i] / 32767;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const glides = m.key && !still && n <= MANY && now - last > GLIDE;
     m.from = glides ? m.xy.slice() : null;
@@ -280,19 +295,41 @@ function explorer(el, source) {
       px[2 * i + 1] = h / 2 + view.y - unit * xy[2 * i + 1];
     }
   }
-  function stamp(c, code, r, ratio) { // a point's mark, drawn once
-    const size = Math.ceil((2.6 * r + 2) * ratio);
-    return once(`stamp ${c.key} ${code} ${r} ${ratio} ${css("--rx-paper")}`, () => {
-      const one = make("canvas", { width: size, height: size }), g = one.getContext("2d");
-      g.setTransform(ratio, 0, 0, ratio, size / 2, size / 2);
-      g.fillStyle = c.palette[code % c.palette.length];
-      g.strokeStyle = css("--rx-paper");
-      g.lineWidth = 0.4;
-      const path = mark(c.marks ? c.marks[code % c.marks.length] : "circle", r);
-      g.fill(path);
-      g.stroke(path);
-      return one;
-    });
+  const rgb = (shade) => once(`rgb ${shade}`, () => {
+    const g = make("canvas", { width: 1, height: 1 }).getContext("2d");
+    g.fillStyle = shade;
+    g.fillRect(0, 0, 1, 1);
+    return [...g.getImageData(0, 0, 1, 1).data];
+  });
+  // A mark's pixels for points of any colour: x, y, share of its fill against its rim, opacity; …
+  const stamp = (name, r, ratio) => once(`stamp ${name} ${r} ${ratio}`, () => {
+    const size = Math.ceil((2.6 * r + 2) * ratio), found = [];
+    const g = make("canvas", { width: size, height: size }).getContext("2d"), path = mark(name, r);
+    g.setTransform(ratio, 0, 0, ratio, size / 2, size / 2);
+    [g.fillStyle, g.strokeStyle, g.lineWidth] = ["#fff", "#000", 0.4];
+    g.fill(path);
+    g.stroke(path);
+    g.getImageData(0, 0, size, size).data.forEach((x, at, all) => at % 4 === 3 && x && found.push(
+      (at >> 2) % size - (size >> 1), Math.floor((at >> 2) / size) - (size >> 1), all[at - 1] / 255, x / 255));
+    return Float32Array.from(found);
+  });
+  // All points, put together by hand: ten thousand calls to a canvas take a second without a graphics card.
+  function points(m, image, c, r, ratio, inside) {
+    const { width, height, data } = image, paper = rgb(css("--rx-paper")), { px } = m;
+    const ink = c.palette.map(rgb), shapes = (c.marks || ["circle"]).map((name) => stamp(name, r, ratio));
+    new Uint32Array(data.buffer).fill(new Uint32Array(Uint8Array.from(paper).buffer)[0]);
+    const edge = Math.ceil((1.3 * r + 2) * ratio);
+    for (let i = 0; i < n; i++) {
+      const x = Math.round(px[2 * i] * ratio), y = Math.round(px[2 * i + 1] * ratio), code = c.codes[i];
+      if (x < edge || y < edge || x >= width - edge || y >= height - edge) continue;
+      const fade = only != null && code !== only ? 0.07 : inside && !inside.has(i) ? 0.55 : 0.9;
+      const shade = ink[code % ink.length], shape = shapes[code % shapes.length];
+      for (let p = 0; p < shape.length; p += 4) {
+        const o = 4 * ((y + shape[p + 1]) * width + x + shape[p]), fill = shape[p + 2], share = shape[p + 3] * fade;
+        for (let q = 0; q < 3; q++)
+          data[o + q] += share * (paper[q] + fill * (shade[q] - paper[q]) - data[o + q]);
+      }
+    }
   }
   function draw(m) {
     const { canvas, px } = m, ratio = devicePixelRatio || 1;
@@ -300,42 +337,26 @@ function explorer(el, source) {
     if (!w) return;
     if (canvas.width !== Math.round(w * ratio)) canvas.width = Math.round(w * ratio);
     if (canvas.height !== Math.round(h * ratio)) canvas.height = Math.round(h * ratio);
-    const g = canvas.getContext("2d");
-    g.setTransform(ratio, 0, 0, ratio, 0, 0);
-    g.clearRect(0, 0, w, h);
-    place(m);
-    const c = coloured(m.side), r = clamp(Math.sqrt(9000 / n), 1.6, 4.5) * Math.sqrt(m.view.z);
-    const inside = s.group.length ? once(`group ${s.group}`, () => new Set(s.group)) : null;
-    const faded = (i) => (only != null && c.codes[i] !== only ? 0.08 : inside && !inside.has(i) ? 0.6 : 1);
-    const stamps = []; // by code
-    if (n > MANY) dots(g, px, c, r, faded, w, h);
-    else for (let i = 0; i < n; i++) {
-      const x = px[2 * i], y = px[2 * i + 1];
-      if (x < -9 || y < -9 || x > w + 9 || y > h + 9) continue;
-      const one = (stamps[c.codes[i]] ??= stamp(c, c.codes[i], r, ratio));
-      g.globalAlpha = 0.9 * faded(i);
-      g.drawImage(one, x - one.width / 2 / ratio, y - one.height / 2 / ratio, one.width / ratio, one.height / ratio);
+    const g = canvas.getContext("2d"), c = coloured(m.side);
+    const r = Math.round(2 * clamp(Math.sqrt(9000 / n), 1.5, 4.5) * Math.sqrt(m.view.z)) / 2;
+    if (held.group !== s.group) held = { group: s.group, inside: s.group.length ? new Set(s.group) : null };
+    const { inside } = held;
+    const looks = [m.xy, inside, c.codes, c.palette, only, canvas.width, canvas.height, css("--rx-paper"),
+      ...Object.values(m.view)];
+    if (!m.looks || looks.some((x, i) => x !== m.looks[i])) { // else what hovers or is ringed has changed
+      m.looks = looks;
+      place(m);
+      if (m.image?.width !== canvas.width || m.image.height !== canvas.height)
+        m.image = g.createImageData(canvas.width, canvas.height);
+      points(m, m.image, c, r, ratio, inside);
     }
-    g.globalAlpha = 1;
+    g.putImageData(m.image, 0, 0);
+    g.setTransform(ratio, 0, 0, ratio, 0, 0);
     if (inside) ringAll(g, px, s.group, r + 1.5);
     if (c.names && c.names.length > 1 && c.names.length <= 24) islands(g, m, c, w, h);
     if (s.selected != null) neighbors(g, m);
     if (hovered != null) ring(g, px, hovered, r + 4, css("--rx-ink"), 2);
     if (lasso?.m === m) outline(g, lasso.path);
-  }
-  function dots(g, px, c, r, faded, w, h) {
-    const byCode = new Map(), side = Math.max(2, r);
-    for (let i = 0; i < n; i++) {
-      const x = px[2 * i], y = px[2 * i + 1];
-      if (x < 0 || y < 0 || x > w || y > h) continue;
-      const key = 4 * c.codes[i] + [0.08, 0.6, 1].indexOf(faded(i));
-      byCode.get(key)?.push(i) ?? byCode.set(key, [i]);
-    }
-    for (const [key, some] of byCode) {
-      g.fillStyle = c.palette[(key >> 2) % c.palette.length];
-      g.globalAlpha = 0.9 * [0.08, 0.6, 1][key & 3];
-      for (const i of some) g.fillRect(px[2 * i] - side / 2, px[2 * i + 1] - side / 2, side, side);
-    }
   }
   function ring(g, px, i, r, ink, width, square = false) {
     g.beginPath();
@@ -395,6 +416,7 @@ function explorer(el, source) {
     if (m.from) return;
     const unit = (Math.min(w, h) / 2 / REACH) * m.view.z, taken = [];
     g.font = "600 12px sans-serif";
+    g.globalAlpha = s.selected == null ? 1 : 0.45; // its neighbors' numbers count more
     for (const { code, x, y } of spots) {
       if (only != null && code !== only) continue;
       const half = g.measureText(c.names[code]).width / 2 + 2;
@@ -403,6 +425,7 @@ function explorer(el, source) {
       taken.push([cx, cy, half]);
       written(g, c.names[code], cx, cy, "600 12px sans-serif");
     }
+    g.globalAlpha = 1;
   }
   function outline(g, path) {
     g.beginPath();
@@ -474,16 +497,22 @@ function explorer(el, source) {
       paint();
     };
     canvas.onpointerleave = () => hover(null);
-    canvas.addEventListener("wheel", (e) => {
-      e.preventDefault();
-      const [x, y] = local(m, e), z = clamp(m.view.z * Math.exp(-e.deltaY / 400), 1, 40);
-      const [cx, cy] = [x - canvas.clientWidth / 2, y - canvas.clientHeight / 2], q = z / m.view.z;
+    const zoom = (by, [x, y]) => {
+      const z = clamp(m.view.z * by, 1, 40), q = z / m.view.z;
+      const [cx, cy] = [x - canvas.clientWidth / 2, y - canvas.clientHeight / 2];
       m.view = z === 1 ? { z, x: 0, y: 0 } : { z, x: cx - q * (cx - m.view.x), y: cy - q * (cy - m.view.y) };
       paint();
+    };
+    canvas.addEventListener("wheel", (e) => {
+      if (m.view.z === 1 && e.deltaY > 0) return; // the page scrolls on
+      e.preventDefault();
+      zoom(Math.exp(-e.deltaY / 400), local(m, e));
     }, { passive: false });
     canvas.onkeydown = (e) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[e.key];
+      const by = { "+": 1.3, "-": 1 / 1.3 }[e.key], i = s.selected;
       if (e.key === "Escape") clear();
+      else if (by) zoom(by, i == null ? [canvas.clientWidth / 2, canvas.clientHeight / 2] : [m.px[2 * i], m.px[2 * i + 1]]);
       else if (step) choose((((s.selected ?? -step) + step) % n + n) % n);
       else return;
       e.preventDefault();
@@ -514,7 +543,7 @@ function explorer(el, source) {
     const shown = lines(), top = Math.min(1, Math.max(...shown.flatMap((l) => l.values)) * 1.1);
     const y = (v) => h - pad.b - (h - pad.t - pad.b) * (v / (top || 1));
     const what = models[s.left].accuracy ? `k-NN accuracy by block (k = ${k})` : "Neighbors kept to the last block, by block";
-    const parts = [drawn("text", { x: pad.l, y: 11, class: "rx-title" }, `${what}: click, drag or use the arrow keys`)];
+    const parts = [drawn("text", { x: pad.l, y: 11, class: "rx-title" }, `${what}, ringed where best: click, drag or use the arrow keys`)];
     for (const share of [0, top / 2, top])
       parts.push(drawn("text", { x: pad.l - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share)));
     for (let b = 1; b <= depth; b++)
@@ -528,16 +557,21 @@ function explorer(el, source) {
       if (!thin) values.forEach((v, b) => parts.push(drawn(i ? "rect" : "circle", i
         ? { x: x(b + 1) - 3, y: y(v) - 3, width: 6, height: 6, class: "rx-dot1" }
         : { cx: x(b + 1), cy: y(v), r: 3.5, class: "rx-dot0" })));
-      beside.push({ name, v: values[Math.min(s.block, values.length) - 1], i: thin ? 2 : i, end: y(values.at(-1)) });
+      const best = values.indexOf(Math.max(...values));
+      if (!thin) parts.push(drawn("circle", { cx: x(best + 1), cy: y(values[best]), r: 7, class: `rx-best${i}` }));
+      beside.push({ name, best, v: values[Math.min(s.block, values.length) - 1], i: thin ? 2 : i, end: y(values.at(-1)) });
     });
     beside.sort((a, b) => a.end - b.end).forEach((one, i, all) => {
       one.end = Math.max(one.end, i ? all[i - 1].end + 13 : 0);
-      const text = `${"●■–"[one.i]} ${one.name} ${percent(one.v)}`;
-      parts.push(drawn("text", { x: w - pad.r + 8, y: one.end + 4, class: `rx-name${one.i}` }, text));
+      const short = one.name.length > 20 ? `${one.name.slice(0, 19)}…` : one.name;
+      const text = drawn("text", { x: w - pad.r + 8, y: one.end + 4, class: `rx-name${one.i}` }, `${"●■–"[one.i]} ${short} ${percent(one.v)}`);
+      text.append(drawn("title", {}, `${one.name}, highest in block ${one.best + 1}`));
+      parts.push(text);
     });
     curve.replaceChildren(...parts);
     curve.setAttribute("aria-valuenow", s.block);
-    curve.setAttribute("aria-valuetext", `block ${s.block}: ` + beside.map((one) => `${one.name} ${percent(one.v)}`).join(", "));
+    curve.setAttribute("aria-valuetext", `block ${s.block}: ` + beside.map((one) => `${one.name} ${percent(one.v)}`).join(", ") +
+      shown.flatMap((one, i) => (one.thin ? [] : `; ${one.name} is best in block ${beside.find((x) => x.i === i).best + 1}`)).join(""));
     curve.blockAt = (px) => clamp(Math.round(1 + ((px - pad.l) * (depth - 1)) / (w - pad.l - pad.r)), 1, depth);
   }
   const dragged = (e) => {
@@ -611,10 +645,12 @@ function explorer(el, source) {
     const row = (r) => make("tr", {}, make("td", {}, picture(r.example, 24)),
       make("td", {}, button(r.name, "choose the group", () => group(r.some))),
       ...(labels ? [make("td", {}, `${percent(r.a)} → ${percent(r.b)}`)] : []), make("td", {}, percent(r.changed)));
-    const few = rows.length <= 8 ? rows : [...rows.slice(0, 4), ...rows.slice(-4)];
-    const head = make("tr", {}, ...["", by.name, ...(labels ? ["right"] : []), "changed"].map((x) => make("th", {}, x)));
+    const few = rows.length <= 8 || all ? [rows] : [rows.slice(0, 4), rows.slice(-4)];
+    const rest = make("tr", {}, make("td", {}), make("td", { colspan: 3 }, button(`${rows.length - 8} between`, "show all",
+      () => ((all = true), inspect()))));
+    const head = make("tr", {}, ...["", by.name, ...(labels ? ["right neighbors"] : []), "changed"].map((x) => make("th", {}, x)));
     return [hint, make("b", {}, labels ? "Gained most, and least" : "Changed most"),
-      make("table", { class: "rx-gains" }, head, ...few.map(row))];
+      make("table", { class: "rx-gains" }, head, ...few[0].map(row), ...(few[1] ? [rest, ...few[1].map(row)] : []))];
   }
   function key() {
     const c = coloured(0);
@@ -624,8 +660,13 @@ function explorer(el, source) {
       bar.style.background = `linear-gradient(90deg,${c.palette.filter((_, i) => i % 32 === 0).join()})`;
       return legend.replaceChildren(make("span", { class: "rx-unit" }, `${c.label}: ${c.limits[0]} `, bar, ` ${c.limits[1]}`), axes);
     }
+    const counts = once(`counts ${c.key}`, () => {
+      const found = new Uint32Array(c.names.length);
+      for (const code of c.codes) found[code]++;
+      return found;
+    });
     const chips = c.names.map((name, code) => {
-      const count = members(c.codes, code).length, icon = drawn("svg", { viewBox: "-6 -6 12 12", width: 13, height: 13 });
+      const count = counts[code], icon = drawn("svg", { viewBox: "-6 -6 12 12", width: 13, height: 13 });
       icon.append(drawn("path", { d: outlineOf(c.marks[code % c.marks.length]), fill: c.palette[code % c.palette.length] }));
       const chip = make("button", { type: "button", class: "rx-chip", title: `show ${name} alone`, "data-code": code,
         "aria-pressed": only === code, onclick: () => ((only = only === code ? null : code), update()) },
@@ -653,7 +694,7 @@ function explorer(el, source) {
       const [name, b] = at(m.side), { accuracy, kept } = models[name];
       m.caption.replaceChildren(make("b", {}, title(m.side)), ` · ${accuracy ? `k-NN accuracy ${percent(accuracy[b])} · ` : ""}` +
         `neighbors kept to the last block ${percent(kept[b])}`);
-      m.canvas.setAttribute("aria-label", `Map of ${title(m.side)}: ${n} images. Arrow keys step through images, Escape clears.`);
+      m.canvas.setAttribute("aria-label", `Map of ${title(m.side)}: ${n} images. Arrow keys step through images, + and - zoom, Escape clears.`);
       moved(m);
     }
     last = performance.now();
@@ -662,11 +703,12 @@ function explorer(el, source) {
 
   source.changed = (state) => (s = { ...state }, update());
   source.more = (tables) => (known.clear(), read(tables));
-  source.found = (asked, ids) => (known.set(`near ${asked.join(" ")}`, ids), update());
+  source.found = (asked, ids) => (known.set(`near ${asked.join(" ")}`, ids), update(), s.selected === asked[2] && tell(verdict(s.selected)));
   source.tell = tell;
   new ResizeObserver(() => (paint(), steps())).observe(root);
   new MutationObserver(paint).observe(document.body, { attributes: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  playOn(false);
   update();
   root.explorer = { get state() { return s; }, at: (side, i) => { // for tests: where on the page an image is
     const box = maps[side].canvas.getBoundingClientRect();
@@ -698,7 +740,7 @@ function render({ model, el }) {
       el.querySelectorAll(`[data-image="${i}"]`).forEach((one) => fill(i, one));
     }
     if (message.near) source.found(message.near, message.ids);
-    if (message.file) make("a", { download: message.file, href: message.address }).click();
+    if (message.file) save(message.file, message.address);
   });
 }
 export default { render };
