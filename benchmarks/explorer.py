@@ -217,28 +217,6 @@ def _used(lab: Page, n: int, steps: int) -> dict:
     return found | memory | {"heap_megabytes": lab.heap()}
 
 
-def table(result: dict) -> list[str]:
-    """The table of the kernel in docs/results.md."""
-    head = ["images", "a step of the slider, processor ms", "opening, s", "peak memory, MB"]
-    lines = [head, ["---"] * len(head)]
-    for row in result["sizes"]:
-        cells = [f"{row['images']:,}", f"{row['step_cpu_milliseconds']:.0f}"]
-        lines.append([*cells, f"{row['open_seconds']:.0f}", str(row["peak_megabytes"])])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def page_table(result: dict) -> list[str]:
-    """The table of the browser there: the clock's times, and those of the page's processor."""
-    head = ["images", "first view, s", "click → neighbors, ms", "click → thumbnails, ms"]
-    head += ["step of the slider, ms", "memory of the page, MB"]
-    lines = [head, ["---"] * len(head)]
-    for row in result["browser"]["sizes"]:
-        cells = [f"{row['images']:,}", f"{row['first_view_seconds']:.1f}"]
-        cells += [f"{row[f'{x}_milliseconds']:.0f}" for x in ("click", "thumbnails", "step")]
-        lines.append([*cells, f"{row['page_megabytes']} (JupyterLab alone {row['lab_megabytes']})"])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def in_fresh_process(*arguments: str) -> dict:
     """Each part in a process of its own, so that peaks of memory are its own."""
     command = [sys.executable, __file__, *arguments]

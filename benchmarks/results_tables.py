@@ -371,7 +371,41 @@ def headline() -> str:
     return table(["Encoder and images", "usual reading", "best reading"], rows)
 
 
+def explorer_kernel() -> str:
+    """What the explorer costs in the kernel."""
+    head = ["images", "a step of the slider, processor ms", "opening, s", "peak memory, MB"]
+    rows = [
+        [
+            f"{row['images']:,}",
+            f"{row['step_cpu_milliseconds']:.0f}",
+            f"{row['open_seconds']:.0f}",
+            f"{row['peak_megabytes']}",
+        ]
+        for row in read(RESULTS / "explorer.json")["sizes"]
+    ]
+    return table(head, rows)
+
+
+def explorer_page() -> str:
+    """How soon it answers in the browser."""
+    head = ["images", "first view, s", "click → neighbors, ms", "click → thumbnails, ms"]
+    head += ["step of the slider, ms", "memory of the page, MB", "of JupyterLab without it, MB"]
+    rows = [
+        [
+            f"{row['images']:,}",
+            f"{row['first_view_seconds']:.1f}",
+            *(f"{row[f'{x}_milliseconds']:.0f}" for x in ("click", "thumbnails", "step")),
+            f"{row['page_megabytes']}",
+            f"{row['lab_megabytes']}",
+        ]
+        for row in read(RESULTS / "explorer.json")["browser"]["sizes"]
+    ]
+    return table(head, rows)
+
+
 TABLES = {
+    "explorer page": explorer_page,
+    "explorer kernel": explorer_kernel,
     "labs": labs,
     "cards": cards,
     "ladder": ladder,

@@ -1,9 +1,10 @@
 """Builds the course's static site: the notebooks as they ran, with search, for offline reading.
 
-    python docs/build.py [--out build/site]
+    python docs/build.py [--out build/site] [--explorer 1024]
 
-Sphinx with MyST-NB does the work; here its sources are put together in a temporary folder. Nothing
-is executed and nothing is fetched, and the pages open from the file system.
+Sphinx with MyST-NB does the work; here its sources are put together in a temporary folder. No
+notebook is executed, nothing is fetched, and the pages open from the file system. The explorer of
+the embedded checkpoints, which needs no kernel, is one of them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPLORER = (  # made after the pages, so Sphinx does not know it
+    'Look around first: <a href="explorer.html">the explorer</a> shows the encoder of the course '
+    "before and after refining, block by block, and needs no installation."
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=ROOT / "build" / "site", type=Path)
     parser.add_argument("--notebooks", default=ROOT / "notebooks", type=Path)
+    parser.add_argument("--explorer", default=1024, type=int, help="its images; 0 leaves it out")
     args = parser.parse_args()
     try:
         from sphinx.cmd.build import build_main
@@ -32,16 +38,34 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
-        collect(source, args.notebooks)
+        collect(source, args.notebooks, EXPLORER if args.explorer else "")
         shutil.rmtree(args.out, ignore_errors=True)
         options = ["-q", "-W", "--keep-going", "-b", "html", "-d", str(Path(folder, "trees"))]
         status = build_main([*options, str(source), str(args.out)])
+    if status == 0 and args.explorer:
+        explorer(args.out / "explorer.html", args.explorer)
     if status == 0:
         print(f"Site: {args.out / 'index.html'}")
     return status
 
 
-def collect(source: Path, notebooks: Path) -> None:
+def explorer(path: Path, n: int) -> None:
+    """Writes the explorer of the embedded checkpoints, before and after refining."""
+    import refiner
+    from refiner.visuals.explorer_page import write_html
+    from refiner.visuals.explorer_state import prepare
+
+    images = refiner.load_images("toybox", split="test", n=n)
+    models = {"before": "mae_toybox", "after": "mae_toybox_refined"}
+    features = {
+        side: refiner.extract(refiner.load_model(name), images, progress=False)
+        for side, name in models.items()
+    }
+    explored = prepare(images, features, progress=False)
+    write_html(explored, explored.start(), path)
+
+
+def collect(source: Path, notebooks: Path, explorer: str = "") -> None:
     """Puts pages, settings, figures and the notebooks into one folder."""
     source.mkdir(parents=True)
     shutil.copytree(ROOT / "benchmarks" / "results", source / "benchmarks" / "results")
@@ -54,6 +78,7 @@ def collect(source: Path, notebooks: Path) -> None:
         nbformat.write(prepared(notebook, names), source / path.name)
     for path in (ROOT / "docs").glob("*.md"):
         text = path.read_text(encoding="utf-8").replace("<!-- times -->", times(paths))
+        text = text.replace("<!-- explorer -->", explorer)
         text = text.replace("{notebooks}", "\n".join(names))
         (source / path.name).write_text(linked(text, names), encoding="utf-8")
 

@@ -160,12 +160,14 @@ def test_after_a_restart_a_line_says_so_and_the_pictures_return(open_lab):
     page = open_lab.page
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Restart Kernel…", exact=True).click()
-    page.locator(".jp-Dialog").get_by_role("button", name="Restart").click()
+    page.locator(".jp-Dialog").get_by_role("button", name="Confirm Kernel Restart").click()
     ended = page.get_by_text("The kernel has ended: run this cell again")
     ended.nth(4).wait_for()
-    for line in ended.all():
-        area = page.locator(".jp-OutputArea", has=line)
+    areas = page.locator(".jp-OutputArea", has=page.get_by_text("The kernel has ended"))
+    assert areas.count() == 5
+    for area in areas.all():
         assert area.locator(".jp-OutputArea-child .jp-RenderedImage").is_visible()
+    assert not open_lab.explorer.is_visible()
     shoot(open_lab, "8-restart")
 
 

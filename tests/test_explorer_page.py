@@ -131,6 +131,7 @@ def test_the_panel_fits_and_a_click_answers_in_view(shown, explorer):
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Back").click()
     assert state(page)["selected"] == i, "back from a search, too"
+    assert f"Selected image {i}," in page.get_by_role("status").inner_text()
 
 
 SPY = """() => {
@@ -247,6 +248,16 @@ def test_look_at_takes_the_images_that_changed_most(shown, explorer):
             page.get_by_role("button", name=f"most {name}").click()
             seen.append(state(page)["selected"])
         assert seen == np.argsort(-value, kind="stable")[:3].tolist()
+    page.get_by_label("Find").last.fill("cone")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="most lost").click()
+    assert state(page)["selected"] == 2 + 4 * (before - after)[2::4].argmax(), "among the group"
+    page.get_by_role("button", name="Back to the group").click()
+    assert state(page)["selected"] is None and len(state(page)["group"]) == N // 4
+    page.get_by_role("button", name="Clear selection").click()
+    page.get_by_role("button", name="ball 60").click()
+    page.get_by_role("button", name="most improved").click()
+    assert state(page)["selected"] == 4 * (after - before)[::4].argmax(), "among what is alone"
 
 
 def test_clusters_are_ranked_by_what_they_gained(shown, explorer):

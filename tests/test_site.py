@@ -24,6 +24,7 @@ def site(tmp_path_factory):
         pytest.skip("needs the extra site")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, str(ROOT / "docs" / "build.py"), "--out", str(out)]
+    command += ["--explorer", "64"]  # all 1,024 take half a minute
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr  # Sphinx's warnings are errors: no broken link
     return out
@@ -48,6 +49,13 @@ def test_nothing_is_loaded_from_a_network(site):
         loaded = re.findall(r"(?:src|href)=\"((?:https?:)?//[^\"]+)", tags)
         loaded += re.findall(r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')]+)", text)
         assert loaded == [], path.name
+
+
+def test_the_explorer_is_a_page_and_is_found(site):
+    """That it works with the network out of reach is seen by test_explorer_page.py."""
+    assert '<a href="explorer.html">' in page(site, "index")
+    assert "openExplorer(" in page(site, "explorer") and "mug" in page(site, "explorer")
+    assert 1024 / 64 * (site / "explorer.html").stat().st_size < 8e6
 
 
 def test_search_works_from_the_file_system(site):

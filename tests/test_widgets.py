@@ -106,7 +106,7 @@ def test_the_attention_explorer_follows_its_controls(model):
 
 def test_a_click_on_a_patch_lets_it_ask(model):
     panel = widgets.attention_explorer(model, images())
-    board = panel.widget.children[1]
+    board = panel.widget.children[-1].children[0]
     board.value = [i == 7 for i in range(16)]
     assert panel.controls["token"].value == 7
     panel.controls["token"].value = 3

@@ -178,7 +178,8 @@ function explorer(el, source) {
 
   // ------------------------------------------------------------ changes
 
-  function change(changes, { told = true } = {}) {
+  function change(changes) {
+    tell(""); // it was about what was shown before
     s = { ...s, ...changes };
     if (changes.layout && !models[names[0]].xy[changes.layout]) {
       source.push(s); // UMAP is made by the kernel; until it comes the old map stays
@@ -186,11 +187,14 @@ function explorer(el, source) {
       return controls();
     }
     s.block = clamp(s.block, 1, Math.max(models[s.left].blocks.length, models[s.right].blocks.length));
-    if (told) source.push(s);
+    source.push(s);
     update();
   }
   const choose = (i, more = {}) => {
     if (s.selected != null && s.selected !== i) back.push(s.selected);
+    show(i, more);
+  };
+  const show = (i, more = {}) => {
     tip.style.display = "none"; // it may cover neighbors
     change({ ...more, selected: i });
     tell(`Selected ${called(i)}. ${verdict(i)}`);
@@ -198,9 +202,8 @@ function explorer(el, source) {
   const clear = () => {
     only = null; back = []; find.value = "";
     change({ selected: null, group: [] });
-    tell("");
   };
-  const group = (indices) => change({ selected: null, group: indices });
+  const group = (indices) => ((back = []), change({ selected: null, group: indices }));
   function search(text) {
     only = null;
     const asked = text.trim().toLowerCase();
@@ -229,9 +232,12 @@ function explorer(el, source) {
     return Array.from({ length: n }, (_, i) => i).sort((i, j) => value(j) - value(i) || i - j);
   });
   function extreme(text, way) {
-    const order = ranked(way), turn = (turns[way] = ((turns[way] ?? -1) + 1) % Math.min(n, 50));
+    const { codes } = coloured(0); // of what is chosen or shown alone
+    const order = ranked(way).filter((i) => (!held.inside || held.inside.has(i)) && (only == null || codes[i] === only));
+    if (turns.way !== way || turns.among !== order.length) turns = { way, among: order.length, turn: -1 };
+    const turn = (turns.turn = (turns.turn + 1) % Math.min(order.length, 50));
     choose(order[turn]);
-    tell(`${text}, number ${turn + 1}: ${called(order[turn])}. ${verdict(order[turn])}`);
+    tell(`${text}, number ${turn + 1} of ${order.length}: ${called(order[turn])}. ${verdict(order[turn])}`);
   }
   function csv() { // in a file; the kernel's holds places and factors, too
     const how = new Map(), i = s.selected, named = (x) => `"${x.replaceAll('"', '""')}"`;
@@ -259,7 +265,14 @@ function explorer(el, source) {
 
   // ------------------------------------------------------------ drawing maps
 
-  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  // Asked once, as an answer makes the browser lay out the page that has just changed.
+  const theme = {};
+  function measure() {
+    const own = getComputedStyle(root);
+    for (const name of ["paper", "ink", "right", "wrong"]) theme[name] = own.getPropertyValue(`--rx-${name}`).trim();
+    for (const m of maps) m.size = [m.canvas.clientWidth, m.canvas.clientHeight];
+    theme.curve = [curve.clientWidth, curve.clientHeight];
+  }
   const reset = () => maps.forEach((m) => (m.view = { z: 1, x: 0, y: 0 }));
   function moved(m) { // the points' places of a state, gliding there where a single step was made
     const [name, b] = at(m.side), key = `${name} ${b} ${s.layout}`;
@@ -288,7 +301,7 @@ function explorer(el, source) {
     if (more) requestAnimationFrame(paint);
   }
   function place(m) {
-    const { canvas, xy, px, view } = m, w = canvas.clientWidth, h = canvas.clientHeight;
+    const { xy, px, view, size: [w, h] } = m;
     const unit = (Math.min(w, h) / 2 / REACH) * view.z;
     for (let i = 0; i < n; i++) {
       px[2 * i] = w / 2 + view.x + unit * xy[2 * i];
@@ -315,7 +328,7 @@ function explorer(el, source) {
   });
   // All points, put together by hand: ten thousand calls to a canvas take a second without a graphics card.
   function points(m, image, c, r, ratio, inside) {
-    const { width, height, data } = image, paper = rgb(css("--rx-paper")), { px } = m;
+    const { width, height, data } = image, paper = rgb(theme.paper), { px } = m;
     const ink = c.palette.map(rgb), shapes = (c.marks || ["circle"]).map((name) => stamp(name, r, ratio));
     new Uint32Array(data.buffer).fill(new Uint32Array(Uint8Array.from(paper).buffer)[0]);
     const edge = Math.ceil((1.3 * r + 2) * ratio);
@@ -323,17 +336,17 @@ function explorer(el, source) {
       const x = Math.round(px[2 * i] * ratio), y = Math.round(px[2 * i + 1] * ratio), code = c.codes[i];
       if (x < edge || y < edge || x >= width - edge || y >= height - edge) continue;
       const fade = only != null && code !== only ? 0.07 : inside && !inside.has(i) ? 0.55 : 0.9;
-      const shade = ink[code % ink.length], shape = shapes[code % shapes.length];
+      const [red, green, blue] = ink[code % ink.length], shape = shapes[code % shapes.length];
       for (let p = 0; p < shape.length; p += 4) {
         const o = 4 * ((y + shape[p + 1]) * width + x + shape[p]), fill = shape[p + 2], share = shape[p + 3] * fade;
-        for (let q = 0; q < 3; q++)
-          data[o + q] += share * (paper[q] + fill * (shade[q] - paper[q]) - data[o + q]);
+        data[o] += share * (paper[0] + fill * (red - paper[0]) - data[o]);
+        data[o + 1] += share * (paper[1] + fill * (green - paper[1]) - data[o + 1]);
+        data[o + 2] += share * (paper[2] + fill * (blue - paper[2]) - data[o + 2]);
       }
     }
   }
   function draw(m) {
-    const { canvas, px } = m, ratio = devicePixelRatio || 1;
-    const w = canvas.clientWidth, h = canvas.clientHeight;
+    const { canvas, px, size: [w, h] } = m, ratio = devicePixelRatio || 1;
     if (!w) return;
     if (canvas.width !== Math.round(w * ratio)) canvas.width = Math.round(w * ratio);
     if (canvas.height !== Math.round(h * ratio)) canvas.height = Math.round(h * ratio);
@@ -341,7 +354,7 @@ function explorer(el, source) {
     const r = Math.round(2 * clamp(Math.sqrt(9000 / n), 1.5, 4.5) * Math.sqrt(m.view.z)) / 2;
     if (held.group !== s.group) held = { group: s.group, inside: s.group.length ? new Set(s.group) : null };
     const { inside } = held;
-    const looks = [m.xy, inside, c.codes, c.palette, only, canvas.width, canvas.height, css("--rx-paper"),
+    const looks = [m.xy, inside, c.codes, c.palette, only, canvas.width, canvas.height, theme.paper,
       ...Object.values(m.view)];
     if (!m.looks || looks.some((x, i) => x !== m.looks[i])) { // else what hovers or is ringed has changed
       m.looks = looks;
@@ -355,14 +368,14 @@ function explorer(el, source) {
     if (inside) ringAll(g, px, s.group, r + 1.5);
     if (c.names && c.names.length > 1 && c.names.length <= 24) islands(g, m, c, w, h);
     if (s.selected != null) neighbors(g, m);
-    if (hovered != null) ring(g, px, hovered, r + 4, css("--rx-ink"), 2);
+    if (hovered != null) ring(g, px, hovered, r + 4, theme.ink, 2);
     if (lasso?.m === m) outline(g, lasso.path);
   }
   function ring(g, px, i, r, ink, width, square = false) {
     g.beginPath();
     const x = px[2 * i], y = px[2 * i + 1];
     square ? g.rect(x - r, y - r, 2 * r, 2 * r) : g.arc(x, y, r, 0, 7);
-    [g.strokeStyle, g.lineWidth] = [css("--rx-paper"), width + 2];
+    [g.strokeStyle, g.lineWidth] = [theme.paper, width + 2];
     g.stroke();
     [g.strokeStyle, g.lineWidth] = [ink, width];
     g.stroke();
@@ -373,12 +386,12 @@ function explorer(el, source) {
       g.moveTo(px[2 * i] + r, px[2 * i + 1]);
       g.arc(px[2 * i], px[2 * i + 1], r, 0, 7);
     }
-    [g.strokeStyle, g.lineWidth] = [css("--rx-ink"), 0.8];
+    [g.strokeStyle, g.lineWidth] = [theme.ink, 0.8];
     g.stroke();
   }
   function neighbors(g, m) { // joined and numbered; round is right, square is wrong
     const i = s.selected, { px } = m, found = near(m.side, i) || [];
-    g.strokeStyle = css("--rx-ink");
+    g.strokeStyle = theme.ink;
     g.lineWidth = 0.7;
     for (const j of found) {
       g.beginPath();
@@ -388,14 +401,14 @@ function explorer(el, source) {
     }
     found.forEach((j, rank) => {
       const right = !labels || labels[j] === labels[i];
-      ring(g, px, j, 7, css(right ? "--rx-right" : "--rx-wrong"), 2.5, !right);
+      ring(g, px, j, 7, right ? theme.right : theme.wrong, 2.5, !right);
       written(g, rank + 1, px[2 * j] + 9, px[2 * j + 1] - 8, "bold 11px sans-serif");
     });
-    ring(g, px, i, 9, css("--rx-ink"), 4);
+    ring(g, px, i, 9, theme.ink, 4);
   }
   function written(g, text, x, y, font) {
     [g.font, g.textAlign, g.textBaseline, g.lineJoin] = [font, "center", "middle", "round"];
-    [g.strokeStyle, g.lineWidth, g.fillStyle] = [css("--rx-paper"), 3, css("--rx-ink")];
+    [g.strokeStyle, g.lineWidth, g.fillStyle] = [theme.paper, 3, theme.ink];
     g.strokeText(text, x, y);
     g.fillText(text, x, y);
   }
@@ -433,7 +446,7 @@ function explorer(el, source) {
     g.closePath();
     g.fillStyle = "rgba(0,114,178,.15)";
     g.fill();
-    [g.strokeStyle, g.lineWidth] = [css("--rx-right"), 1.5];
+    [g.strokeStyle, g.lineWidth] = [theme.right, 1.5];
     g.stroke();
   }
 
@@ -538,7 +551,7 @@ function explorer(el, source) {
     return [...own, { name: "neighbors in common", values: both, thin: true }];
   });
   function steps() {
-    const w = curve.clientWidth || 600, h = curve.clientHeight || 108, pad = { l: 46, r: 178, t: 18, b: 22 };
+    const [w, h] = theme.curve[0] ? theme.curve : [600, 108], pad = { l: 46, r: 178, t: 18, b: 22 };
     const x = (b) => pad.l + ((w - pad.l - pad.r) * (b - 1)) / Math.max(depth - 1, 1);
     const shown = lines(), top = Math.min(1, Math.max(...shown.flatMap((l) => l.values)) * 1.1);
     const y = (v) => h - pad.b - (h - pad.t - pad.b) * (v / (top || 1));
@@ -595,7 +608,8 @@ function explorer(el, source) {
     if (i == null) return inspector.replaceChildren(...(s.group.length ? together() : gains()));
     const head = make("div", { class: "rx-head" }, picture(i, 72, { click: () => {} }), make("div", {},
       make("b", {}, `Image ${i}`), make("div", {}, labels ? classes[labels[i]] : ""),
-      ...(back.length ? [button("Back", "the image before", () => change({ selected: back.pop() }))] : [])));
+      ...(back.length ? [button("Back", "the image before", () => show(back.pop()))]
+        : s.group.length ? [button("Back to the group", "", () => change({ selected: null }))] : [])));
     const [a, b] = [near(0, i), near(1, i)];
     if (!a || !b) return inspector.replaceChildren(head, "Searching its neighbors …");
     const words = make("div", {}, verdict(i));
@@ -627,7 +641,7 @@ function explorer(el, source) {
       parts.push(make("div", {}, `Shared by both models ${percent(mean(some.map((i) => shared()[i])) / k)}`));
     }
     const order = complete ? [...some].sort((i, j) => shared()[i] - shared()[j]) : some;
-    parts.push(make("small", {}, complete ? "Most changed first" : ""),
+    parts.push(make("small", {}, (complete ? "Most changed first" : "") + (some.length > 30 ? ` (30 of ${some.length})` : "")),
       make("div", { class: "rx-pictures" }, ...order.slice(0, 30).map((i) => picture(i, 42))));
     return parts;
   }
@@ -648,7 +662,7 @@ function explorer(el, source) {
     const few = rows.length <= 8 || all ? [rows] : [rows.slice(0, 4), rows.slice(-4)];
     const rest = make("tr", {}, make("td", {}), make("td", { colspan: 3 }, button(`${rows.length - 8} between`, "show all",
       () => ((all = true), inspect()))));
-    const head = make("tr", {}, ...["", by.name, ...(labels ? ["right neighbors"] : []), "changed"].map((x) => make("th", {}, x)));
+    const head = make("tr", {}, ...["", by.name, ...(labels ? ["same class"] : []), "changed"].map((x) => make("th", {}, x)));
     return [hint, make("b", {}, labels ? "Gained most, and least" : "Changed most"),
       make("table", { class: "rx-gains" }, head, ...few[0].map(row), ...(few[1] ? [rest, ...few[1].map(row)] : []))];
   }
@@ -705,10 +719,12 @@ function explorer(el, source) {
   source.more = (tables) => (known.clear(), read(tables));
   source.found = (asked, ids) => (known.set(`near ${asked.join(" ")}`, ids), update(), s.selected === asked[2] && tell(verdict(s.selected)));
   source.tell = tell;
-  new ResizeObserver(() => (paint(), steps())).observe(root);
-  new MutationObserver(paint).observe(document.body, { attributes: true });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  const again = () => (measure(), paint(), steps());
+  new ResizeObserver(again).observe(root);
+  new MutationObserver(again).observe(document.body, { attributes: true });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
   playOn(false);
+  measure();
   update();
   root.explorer = { get state() { return s; }, at: (side, i) => { // for tests: where on the page an image is
     const box = maps[side].canvas.getBoundingClientRect();

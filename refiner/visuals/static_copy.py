@@ -33,6 +33,8 @@ export default { render({ model, el }) {
   model.on("comm_live_update", () => {
     alive = false;
     el.textContent = "The kernel has ended: run this cell again to go on. The picture below stays.";
+    const whole = el.closest(".widget-vbox"), parts = whole ? [...whole.children] : [];
+    parts.forEach((one) => { if (!one.contains(el)) one.style.display = "none"; });  // nobody answers
     hide();
   });
   begin();

@@ -47,15 +47,15 @@ class Panel:
     ``widget`` is everything together, to be put among others.
     """
 
-    def __init__(self, draw: Callable[..., Figure], controls: dict, *, above=None):
+    def __init__(self, draw: Callable[..., Figure], controls: dict, *, beside=None):
         import ipywidgets as w
 
         self.draw, self.controls, self._slow = draw, controls, False
         self._picture, self._message, self._quiet = w.Image(format="png"), w.HTML(), False
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
-        row = w.Box([c for c in controls.values() if c is not above], layout=wrap)
-        apart = [] if above is None else [above]
-        self.widget = w.VBox([row, *apart, self._message, self._picture])
+        row = w.Box([c for c in controls.values() if c is not beside], layout=wrap)
+        shown = w.Box([*([] if beside is None else [beside]), self._picture], layout=wrap)
+        self.widget = w.VBox([row, self._message, shown])
         for control in controls.values():
             control.observe(self._changed, names="value")
         self._changed()
@@ -180,7 +180,7 @@ def mask_explorer(mae: MaskedAutoencoder, images, *, ratio: float = 0.75, seed: 
         drawn.set_label(f"An image, what the autoencoder saw of it, and what it painted; {title}")
         return drawn
 
-    return Panel(draw, controls, above=patches)
+    return Panel(draw, controls, beside=patches)
 
 
 def _board(label: str, value: list[bool], image, pixels, *, alone: bool = False):
@@ -329,7 +329,7 @@ def attention_explorer(model: VisionTransformer, images, *, block: int | None = 
         title = f"block {block}, from the {name}"
         return attention_figure(pixels[int(image)], maps_AT, prefix=prefix, title=title)
 
-    return Panel(draw, controls, above=board)
+    return Panel(draw, controls, beside=board)
 
 
 # ---------------------------------------------------------------- views
