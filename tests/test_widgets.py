@@ -211,7 +211,15 @@ def test_an_error_is_shown_and_raised():
 def test_showing_again_closes_what_the_same_cell_showed_before(monkeypatch):
     import ipywidgets
 
-    runs = iter([("cell", "run 1"), ("cell", "run 1"), ("other", "run 2"), ("cell", "run 3")])
+    runs = iter(
+        [
+            ("cell", "run 1"),
+            ("cell", "run 1"),
+            ("other", "run 2"),
+            ("cell", "run 3"),
+            ("cell", "run 4"),
+        ]
+    )
     monkeypatch.setattr(static_copy, "_cell_and_run", lambda: next(runs))
     monkeypatch.setattr("IPython.display.display", lambda _: None)
     monkeypatch.setattr(static_copy, "_shown", {})
@@ -224,3 +232,6 @@ def test_showing_again_closes_what_the_same_cell_showed_before(monkeypatch):
     assert opened == [False, False, True, True]
     parts = (made[0].widget, made[0]._picture, made[0].controls["x"].layout)
     assert all(part.comm is None for part in parts)
+    made[3]._ipython_display_()
+    parts = (made[3].widget, made[3]._picture, made[3].controls["x"])
+    assert all(part.comm for part in parts), "the same again stays open"

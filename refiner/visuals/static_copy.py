@@ -34,7 +34,7 @@ export default { render({ model, el }) {
     alive = false;
     el.textContent = "The kernel has ended: run this cell again to go on. The picture below stays.";
     const whole = el.closest(".widget-vbox"), parts = whole ? [...whole.children] : [];
-    parts.forEach((one) => { if (!one.contains(el)) one.style.display = "none"; });  // nobody answers
+    for (const one of parts) if (!one.contains(el)) one.style.display = "none"; // nobody answers
     hide();
   });
   begin();
@@ -61,17 +61,24 @@ def show(widget, figure: Figure) -> None:
     if cell:
         before = _shown.get(cell)
         if before and before[0] != run:
-            close(before[1])
+            close(before[1], but=widget)
         _shown[cell] = run, w.VBox([before[1], whole]) if before and before[0] == run else whole
     display(whole)
     display(figure)
     plt.close(figure)
 
 
-def close(widget) -> None:
-    """Closes a widget with all that it is made of: ipywidgets leaves the parts in the kernel."""
+def close(widget, *, but=None) -> None:
+    """Closes a widget with all that it is made of: ipywidgets leaves the parts in the kernel.
+
+    Args:
+        widget: of ipywidgets.
+        but: a part that stays open, as it is shown again.
+    """
+    if widget is but:
+        return
     for part in getattr(widget, "children", ()):
-        close(part)
+        close(part, but=but)
     for name in ("layout", "style"):
         if hasattr(getattr(widget, name, None), "close"):
             getattr(widget, name).close()
