@@ -408,9 +408,9 @@ def write_back(path: Path, executed: NotebookNode, measured: dict[str, object]) 
     """
     notebook = read_notebook(path)
     notebook.metadata.setdefault("refiner", {})["measured"] = measured
-    for cell, done in zip(notebook.cells, executed.cells, strict=True):
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    code = ([c for c in n.cells if c.cell_type == "code"] for n in (notebook, executed))
+    for cell, done in zip(*code, strict=True):  # a text added during a run harms nobody
+        cell.outputs, cell.execution_count = done.outputs, done.execution_count
     save_notebook(path, clean(notebook))
 
 
