@@ -48,6 +48,8 @@ def test_the_released_encoders_and_their_originals_are_there():
         "CrossMAE": "crossmae_l16",
         "Scale-MAE": "scalemae_l16",
         "RETFound": "retfound_cfp_l16 retfound_oct_l16",
+        "MAE SSL4EO-S12": "ssl4eo_s2_b16 ssl4eo_s1_s16",
+        "Bird-MAE": "bird_mae_b16",
         "I-JEPA": "ijepa_h14 ijepa_h16_448",
     }.items():
         assert {find(name).method for name in names.split()} == {method}

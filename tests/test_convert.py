@@ -10,6 +10,7 @@ import argparse
 import os
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny
 
-from refiner.models.catalogue import CATALOGUE
+from refiner.base.tensors import sides
+from refiner.models.catalogue import CATALOGUE, find
 from refiner.models.convert import _heads, convert, read_file
 from refiner.models.encoders import allow_any_size, preprocess
 from refiner.models.load import load_model
@@ -52,8 +54,8 @@ class Weights(dict):
         self.add(f"{name}.weight", dim)
         self.add(f"{name}.bias", dim)
 
-    def patch_embedding(self, name):
-        self.add(f"{name}.weight", DIM, 3, PATCH, PATCH)
+    def patch_embedding(self, name, channels=3):
+        self.add(f"{name}.weight", DIM, channels, PATCH, PATCH)
         self.add(f"{name}.bias", DIM)
 
     def block(self, name, dim=DIM):
@@ -172,10 +174,10 @@ def refiner_reference(x, w):
 # ---------------------------------------------------------------- the files
 
 
-def encoder_weights(seed=0, class_token=True, final=True):
+def encoder_weights(seed=0, class_token=True, final=True, channels=3):
     """MAE's encoder; its kin have the same names."""
     w = Weights(seed)
-    w.patch_embedding("patch_embed.proj")
+    w.patch_embedding("patch_embed.proj", channels)
     w.add("pos_embed", 1, GRID**2 + int(class_token), DIM)
     if class_token:
         w.add("cls_token", 1, 1, DIM)
@@ -478,6 +480,49 @@ def test_scale_mae_is_made_for_the_distance_of_the_images(size, tmp_path):
     torch.testing.assert_close(found, norm(tokens, w, "norm"), atol=1e-5, rtol=1e-5)
     left_out = set(model.refiner_card["left_out"])
     assert {"fpn", "fcn_high", "fcn_low", "mask_token_decoder"} < left_out
+
+
+@pytest.mark.parametrize("channels", [2, 13])
+def test_files_of_ssl4eo_are_those_of_mae_with_more_channels(channels, tmp_path, monkeypatch):
+    w = encoder_weights(14, channels=channels)
+    decoder = decoder_weights("decoder_pred", PATCH**2 * channels)
+    torch.save({"model": w | decoder, "epoch": 99}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="fit_channels"):
+        model = load_model(tmp_path / "w.pth", num_heads=HEADS)
+    x = torch.randn(2, channels, SIZE, SIZE)
+    with torch.no_grad():
+        found = model.forward_features(x)
+    torch.testing.assert_close(found, mae_reference(x, w), atol=1e-5, rtol=1e-5)
+    # By its name in the catalogue it knows how its images were scaled.
+    entry = replace(find("ssl4eo_s1_s16"), channels=channels, size=SIZE, shape=(DIM, DEPTH, HEADS))
+    monkeypatch.setattr("refiner.models.load.find", lambda name: entry)
+    monkeypatch.setattr("refiner.models.load._located", lambda name: tmp_path / "w.pth")
+    how = load_model(entry.name).refiner_card["preprocessing"]
+    assert (how["mean"], how["std"]) == ([0.0] * channels, [1.0] * channels)
+    assert "assumed" not in how
+
+
+def test_bird_mae_has_time_from_top_to_bottom(tmp_path):
+    """Its 2-D sines and cosines are those of the turned grid, taken row by row."""
+    w = encoder_weights(15, channels=1)
+    w["pos_embed"] = fixed_positions(rows=2, columns=8)
+    w.norm("fc_norm")
+    save_file(dict(w), tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=r"images of 64 × 16 pixels, with time from top"):
+        model = load_model(tmp_path / "w.safetensors", num_heads=HEADS)
+    assert model.refiner_card["left_out"] == ["fc_norm"]
+    x = torch.randn(2, 1, 64, 16)
+    tokens = patches(x, w, "patch_embed.proj") + w["pos_embed"][:, 1:]
+    tokens = with_class_token(tokens, w["cls_token"])
+    for i in range(DEPTH):
+        tokens = pre_norm_block(tokens, w, f"blocks.{i}")
+    with torch.no_grad():
+        found = model.forward_features(x)
+    torch.testing.assert_close(found, norm(tokens, w, "norm"), atol=1e-5, rtol=1e-5)
+    known = convert(dict(w), num_heads=HEADS, known=[(64, 16)])
+    assert (known.architecture["size"], known.assumed) == ((64, 16), "")
+    asked = convert(dict(w), num_heads=HEADS, size=(16, 64))
+    assert asked.architecture["size"] == (16, 64)
 
 
 def test_a_distance_is_for_positions_that_have_one(tmp_path):
@@ -799,7 +844,8 @@ def test_settings_and_numbers_beside_the_weights_are_let_through(tmp_path):
 def original_keys(entry):
     """The tensors of a catalogue entry's file, by its format, on the meta device."""
     dim, depth, _ = entry.shape
-    grid, patch = entry.size // entry.patch, entry.patch
+    rows, columns = (side // entry.patch for side in sides(entry.size))
+    patch, channels, n = entry.patch, entry.channels, rows * columns
     shape = lambda *s: torch.empty(*s, device="meta")  # noqa: E731
     mlp = 6144 if dim == 1408 else 4 * dim
 
@@ -822,7 +868,7 @@ def original_keys(entry):
         return {f"{name}.weight": shape(dim), f"{name}.bias": shape(dim)}
 
     def conv(name):
-        return {f"{name}.weight": shape(dim, 3, patch, patch), f"{name}.bias": shape(dim)}
+        return {f"{name}.weight": shape(dim, channels, patch, patch), f"{name}.bias": shape(dim)}
 
     blocks = {}
     image = "modality_encoders.IMAGE."
@@ -836,7 +882,7 @@ def original_keys(entry):
             | vector(f"{image}context_encoder.norm")
             | {
                 f"{image}extra_tokens": shape(1, 1, dim),
-                f"{image}fixed_positional_encoder.positions": shape(1, grid**2, dim),
+                f"{image}fixed_positional_encoder.positions": shape(1, n, dim),
             }
             | blocks
         }
@@ -846,12 +892,15 @@ def original_keys(entry):
         return {
             "state_dict": common
             | last
-            | {"pos_embed.embed": shape(1, grid, grid, dim), "cls_tokens.tokens": shape(1, 1, dim)}
+            | {
+                "pos_embed.embed": shape(1, rows, columns, dim),
+                "cls_tokens.tokens": shape(1, 1, dim),
+            }
         }
     if entry.name.startswith("ijepa"):
-        state = common | vector("norm") | {"pos_embed": shape(1, grid**2, dim)}
+        state = common | vector("norm") | {"pos_embed": shape(1, n, dim)}
         return {"target_encoder": {f"module.{k}": v for k, v in state.items()}}
-    state = common | {"cls_token": shape(1, 1, dim), "pos_embed": shape(1, 1 + grid**2, dim)}
+    state = common | {"cls_token": shape(1, 1, dim), "pos_embed": shape(1, 1 + n, dim)}
     if entry.name.startswith("crossmae"):
         return {"model": state | {"decoder_blocks.0.cross_attn.q.bias": shape(8)}}
     state |= vector("norm")
@@ -862,9 +911,10 @@ def original_keys(entry):
 
 @pytest.mark.parametrize("entry", [e for e in CATALOGUE if e.address], ids=lambda e: e.name)
 def test_a_full_size_file_of_every_entry_would_load(entry):
-    found = convert(original_keys(entry), name=entry.name)
+    found = convert(original_keys(entry), name=entry.name, known=[entry.size])
     architecture = found.architecture
     assert architecture["size"] == entry.size and architecture["patch"] == entry.patch
+    assert architecture.get("channels", 3) == entry.channels
     assert tuple(architecture[k] for k in ("dim", "depth", "heads")) == entry.shape
     assert architecture.get("post_norm", False) == entry.post_norm
     assert ("cls" in entry.pooling) == architecture.get("class_token", True)

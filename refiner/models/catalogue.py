@@ -23,7 +23,8 @@ class Entry:
         method: how it was trained.
         paper: arXiv number, or DOI.
         parameters: of the encoder, millions.
-        patch, size: height and width of a patch and of the images it was trained on, pixels.
+        patch, size: height and width of a patch and of the images it was trained on, pixels; a
+            number for squares.
         shape: width (of the last block in a Hiera), blocks, attention heads (0 where they vary).
         pooling: which features carry what it knows, the better first: class token ("cls"), mean of
             the patches ("patch").
@@ -36,6 +37,9 @@ class Entry:
         post_norm: data2vec 2.0's architecture.
         labels: it was also trained with labels, so that a probe does not measure masking alone.
         md5: how that of the file begins; None where nobody published it.
+        channels: of the images.
+        scale: mean and deviation of each channel of images from 0 to 1, where they are not
+            ImageNet's; None where nobody published any that fit images from 0 to 1.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Entry:
     paper: str
     parameters: float
     patch: int
-    size: int
+    size: int | tuple[int, int]
     shape: tuple[int, int, int]
     pooling: str
     licence: str
@@ -54,6 +58,14 @@ class Entry:
     post_norm: bool = False
     labels: bool = False
     md5: str | None = None
+    channels: int = 3
+    scale: tuple[float, float] | None = None
+
+    @property
+    def images(self) -> str:
+        """Their size, after the number of channels where that is not 3."""
+        size = "×".join(map(str, (self.size,) if isinstance(self.size, int) else self.size))
+        return size if self.channels == 3 else f"{self.channels}×{size}"
 
     @property
     def reference(self) -> str:
@@ -87,9 +99,15 @@ def _entries() -> tuple[Entry, ...]:
 def _entry(row: dict[str, str]) -> Entry:
     """A row of the file, where empty cells stand for what an entry has by default."""
     shape = tuple(int(row.pop(name)) for name in ("width", "blocks", "heads"))
-    kinds = {"parameters": float, "patch": int, "size": int, "labels": bool, "post_norm": bool}
+    kinds = {"parameters": float, "patch": int, "labels": bool, "post_norm": bool, "channels": int}
+    kinds |= {"size": _size, "scale": lambda cell: tuple(map(float, cell.split()))}
     given = {name: kinds.get(name, str)(cell) for name, cell in row.items() if cell}
     return Entry(shape=shape, **given)
+
+
+def _size(cell: str) -> int | tuple[int, int]:
+    height, _, width = cell.partition("x")
+    return (int(height), int(width)) if width else int(height)
 
 
 CATALOGUE = _entries()
@@ -143,7 +161,7 @@ def table(entries: list[Entry]) -> str:
                 parameters,
                 f"{e.gigabytes:.1f}",
                 str(e.patch),
-                str(e.size),
+                e.images,
                 e.pooling,
                 labels,
                 e.reference,

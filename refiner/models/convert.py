@@ -7,6 +7,8 @@ Formats, told apart by their keys (facts from the named repositories; nothing is
 - *dBOT* (liuxingbin/dbot): MAE's, with ``decoder_predp``, which predicts features, not pixels.
 - *Scale-MAE* (bair-climate-initiative/scale-mae): MAE's, with ``fpn`` and ``fcn_*`` behind its
   decoder; positions are multiplied with the images' ground sample distance.
+- *Bird-MAE* (DBD-research-group/Bird-MAE): MAE's, for spectrograms of one channel, time from top to
+  bottom; its sines and cosines are for the turned grid.
 - *CrossMAE* (TonyLianLong/CrossMAE): MAE's encoder without final norm, a cross-attention decoder.
 - *I-JEPA* (facebookresearch/ijepa): ``target_encoder`` under ``module.``, no class token.
 - *data2vec 2.0* (facebookresearch/fairseq, examples/data2vec): ``modality_encoders.IMAGE.*``;
@@ -55,6 +57,10 @@ ASSUMED = (
 DISTANCE = (
     "images of a ground sample distance of 1, as its repository evaluates it; give another as in "
     "load_model(path, gsd=0.3)"
+)
+TURNED = (
+    "images of {0} × {1} pixels, with time from top to bottom, as in Bird-MAE, whose sines are for "
+    "the turned grid; if yours are not turned, say so as in load_model(path, size=({1}, {0}))"
 )
 HEAD = re.compile(
     r"(\w*heads?(_\w+)?|fc_norm|classifier|projector|predictor|fpn|fcn(_\w+)?|pos_emb_projection)\."
@@ -177,6 +183,7 @@ def convert(
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
     gsd: float | None = None,
+    known: Sequence = (),
 ) -> Converted:
     """Renames a checkpoint's tensors and works out its architecture.
 
@@ -188,6 +195,7 @@ def convert(
         size: of the images, where the file has no positions (they are then sine-cosine, by default
             of 224 pixels), or as many as more than one grid has.
         gsd: ground sample distance of the images, for Scale-MAE's positions.
+        known: sizes of images that the file is known to be for.
 
     Raises:
         ValueError: for an unknown format, or listing what is missing, extra or of wrong shape.
@@ -197,7 +205,7 @@ def convert(
         kind = _format(state, name)
         state, decoder, dropped = _renamed(state, kind)
         found = Converted(kind, {}, state, decoder, shortened(left_out + dropped))
-        told = _told_sizes(content)
+        told = [*known, *_told_sizes(content)]
         return finished(found, name, num_heads=num_heads, told=told, asked=size, gsd=gsd)
 
 
@@ -230,6 +238,15 @@ def finished(
     known = num_heads or architecture["dim"] in HEADS
     assumed = [] if known else [ASSUMED.format(**architecture)]
     assumed += _size_assumed(architecture["size"], told, asked, name)
+    if (
+        architecture.get("channels") == 1
+        and not sizes
+        and not isinstance(architecture["size"], int)
+    ):
+        # A grid that sines told: those of Bird-MAE are for the turned one (util/patch_embed.py).
+        width, height = architecture["size"]
+        architecture["size"] = height, width
+        assumed += [TURNED.format(height, width)]
     state = with_positions(state, architecture, name)
     if gsd is not None:
         state, architecture = at_distance(state, architecture, gsd, asked, name)

@@ -229,8 +229,13 @@ def _load(name: str, num_heads: int | None, size=None, gsd=None) -> Encoder:
         return _load_carded(path)
     if entry is None or path == Path(name):
         return _load_file(path, num_heads, name=path.stem, size=size, gsd=gsd)
-    model = _load_file(path, num_heads or entry.shape[2], name=name, size=size, gsd=gsd)
+    heads = num_heads or entry.shape[2]
+    model = _load_file(path, heads, name=name, size=size, gsd=gsd, known=[entry.size])
     model.refiner_card |= {"origin": entry.address, **_told(entry)}
+    if entry.scale:
+        how = model.refiner_card["preprocessing"]
+        how |= channel_statistics(entry.channels, *([x] * entry.channels for x in entry.scale))
+        how.pop("assumed", None)
     return model
 
 
@@ -353,10 +358,11 @@ def _built(architecture: dict, state: dict, name: str) -> VisionTransformer:
 
 
 def _load_file(
-    path: Path, num_heads: int | None, *, name: str, size=None, gsd=None
+    path: Path, num_heads: int | None, *, name: str, size=None, gsd=None, known=()
 ) -> VisionTransformer:
     """A checkpoint in another repository's format."""
-    found = convert(read_file(path), name=str(path), num_heads=num_heads, size=size, gsd=gsd)
+    how = {"num_heads": num_heads, "size": size, "gsd": gsd, "known": known}
+    found = convert(read_file(path), name=str(path), **how)
     if found.assumed:
         warnings.warn(f"{path}: assumed are {found.assumed}", stacklevel=4)
     model = _built(found.architecture, found.encoder, str(path))
