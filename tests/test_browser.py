@@ -135,6 +135,13 @@ def test_dropdowns_are_ways_without_a_mouse(open_lab):
     shoot(open_lab, "6-keyboard")
 
 
+def test_the_figure_is_downloaded(open_lab):
+    with open_lab.page.expect_download() as download:
+        open_lab.explorer.get_by_role("button", name="Save PNG").click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+    says(open_lab, "Saved as explorer.png")
+
+
 def test_a_patch_is_hidden_by_click_and_by_keyboard(open_lab):
     page = open_lab.page
     board = page.locator(".refiner-patches[aria-label^='Patches to hide']").first

@@ -142,7 +142,10 @@ function explorer(el, source) {
     button("Clear selection", "no image and no group (Escape)", () => clear()),
     button("Reset view", "undo zoom and pan", () => (reset(), paint())),
     button("Save CSV", "download what is chosen", () => source.live ? source.ask({ save: "csv" }) : csv()),
-    ...(source.live ? [button("Save PNG", "download the figure", () => source.ask({ save: "png" }))] : []));
+    ...(source.live ? [button("Save PNG", "download the figure", () => {
+      tell("The figure is being drawn …");
+      source.ask({ save: "png" });
+    })] : []));
   const maps = [0, 1].map((side) => {
     const canvas = make("canvas", { tabindex: 0, role: "application" });
     const caption = make("figcaption");
@@ -576,7 +579,7 @@ function explorer(el, source) {
     });
     beside.sort((a, b) => a.end - b.end).forEach((one, i, all) => {
       one.end = Math.max(one.end, i ? all[i - 1].end + 13 : 0);
-      const short = one.name.length > 20 ? `${one.name.slice(0, 19)}…` : one.name;
+      const short = one.name.length > 19 ? `${one.name.slice(0, 17)}…` : one.name;
       const text = drawn("text", { x: w - pad.r + 8, y: one.end + 4, class: `rx-name${one.i}` }, `${"●■–"[one.i]} ${short} ${percent(one.v)}`);
       text.append(drawn("title", {}, `${one.name}, highest in block ${one.best + 1}`));
       parts.push(text);
@@ -756,7 +759,7 @@ function render({ model, el }) {
       el.querySelectorAll(`[data-image="${i}"]`).forEach((one) => fill(i, one));
     }
     if (message.near) source.found(message.near, message.ids);
-    if (message.file) save(message.file, message.address);
+    if (message.file) save(message.file, message.address), source.tell(`Saved as ${message.file}`);
   });
 }
 export default { render };
