@@ -185,6 +185,9 @@ def test_the_curve_is_the_slider(shown, explorer):
         assert centre(ringed) == pytest.approx(centre(dots.nth(b)), abs=0.6)
     said = slider.get_attribute("aria-valuetext")
     assert slider.get_attribute("aria-valuenow") == str(L - 2) and all(x in said for x in words)
+    kept = tables["before"].kept[L - 3]
+    caption = page.locator(".rx-map figcaption").first.inner_text()
+    assert caption.endswith(f"{words[0][7:]} · neighbors kept to the last block {kept * 100:.0f} %")
     common = rights(explorer, L - 2)[2].mean() / K
     assert f"neighbors in common {round(100 * common)} %" in said
     xy = places(page)

@@ -709,8 +709,9 @@ function explorer(el, source) {
     controls();
     for (const m of maps) {
       const [name, b] = at(m.side), { accuracy, kept } = models[name];
-      m.caption.replaceChildren(make("b", {}, title(m.side)), ` · ${accuracy ? `k-NN accuracy ${percent(accuracy[b])} · ` : ""}` +
-        `neighbors kept to the last block ${percent(kept[b])}`);
+      const about = [title(m.side), accuracy && `k-NN accuracy ${percent(accuracy[b])}`,
+        b + 1 < kept.length && `neighbors kept to the last block ${percent(kept[b])}`].filter(Boolean);
+      m.caption.replaceChildren(make("b", {}, about[0]), ...about.slice(1).map((text) => ` · ${text}`));
       m.canvas.setAttribute("aria-label", `Map of ${title(m.side)}: ${n} images. Arrow keys step through images, + and - zoom, Escape clears.`);
       moved(m);
     }
