@@ -18,6 +18,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent.parent))  # refiner need not be installed
 
 from refiner.probing import choosing
+from refiner.training.planning import NOT_COUNTED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -276,6 +277,28 @@ def memory() -> str:
     return table(["GB, planned / simulated", *ways], rows)
 
 
+def card() -> str:
+    """The largest batch that a card of 80 GB holds by the plan, a multiple of 16."""
+    cells = read(RESULTS / "memory.json")["cells"]
+    found = {(c["model"], c["way"]): str(largest_batch(c, 80)) for c in cells}
+    ways = list(dict.fromkeys(way for _, way in found))
+    models = dict.fromkeys(model for model, _ in found)
+    rows = [[f"ViT-{m}/16", *(found[m, way] for way in ways)] for m in models]
+    return table(["images in a batch", *ways], rows)
+
+
+def largest_batch(cell: dict, room: float) -> int:
+    """Of a cell of ``memory.json``, in so many GB: pairs of views grow with the batch's square."""
+    parts, known = cell["parts_GB"], cell["batch"]
+    always = sum(parts[name] for name in ("encoder", "heads", "queue"))
+    each = sum(parts[name] for name in ("views", "activations", "lookup")) / known
+    pairs = parts["pairs of views"] / known**2
+    batch = 0
+    while NOT_COUNTED * (always + each * (batch + 16) + pairs * (batch + 16) ** 2) <= room:
+        batch += 16
+    return batch
+
+
 def verdicts() -> str:
     """What refining said at its end, and what the test images say."""
     rows = []
@@ -415,6 +438,7 @@ TABLES = {
     "no decoder": no_decoder,
     "attentive": attentive,
     "memory": memory,
+    "card": card,
     "readings": readings,
     "fair": fair,
     "label free": label_free,

@@ -175,9 +175,9 @@ def trust(points_N2: Tensor, indices_Nk: Tensor, m: int, *, itself: bool = False
     return (near_Nm[:, :, None] == indices_Nk[:, None]).any(-1).float().mean()
 
 
-def positions(grid_RCD: Tensor) -> Tensor:
-    """Position vectors row by row, after one of zeros for the class token [1, 1 + R * C, D]."""
-    return F.pad(grid_RCD.flatten(0, 1), (0, 0, 1, 0))[None]
+def apart(joined: Tensor, *, in_turn: bool = False) -> Tensor:
+    """Rows of queries, keys and values [3, D, ...], one below the other in [3 * D, ...]."""
+    return joined.unflatten(0, (-1, 3)).transpose(0, 1) if in_turn else joined.unflatten(0, (3, -1))
 
 
 def normalised(images_B3HW: Tensor, mean_3: Tensor, std_3: Tensor) -> Tensor:
@@ -326,6 +326,7 @@ MISTAKES: dict[Callable, dict[str, Callable]] = {
         "the norm in the numerator is not squared": partial(cka, squared=False),
     },
     trust: {"every point has found itself on the map": partial(trust, itself=True)},
+    apart: {"the first D rows are the queries, not every third": partial(apart, in_turn=True)},
     normalised: {
         "the pixels still go from 0 to 255": lambda x, *scale: normalised(255 * x.float(), *scale)
     },
