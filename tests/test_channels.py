@@ -14,7 +14,10 @@ from PIL import Image
 from tiny import tiny
 
 from refiner import fit_channels
+from refiner.cli import main
+from refiner.evaluation.compare import evaluate
 from refiner.evaluation.probe import Settings, probe
+from refiner.evaluation.protocols import EvaluationSettings
 from refiner.images import load as load_module
 from refiner.images.corruptions import corrupt
 from refiner.images.load import load_images
@@ -127,6 +130,35 @@ def test_a_probe_adapts_a_model_to_the_folder(tmp_path):
             progress=False,
         )
     assert "block" in report["models"][str(tmp_path / "model")]["reading"]["sentence"]
+
+
+def test_the_command_line_reads_pictures_as_a_gray_model_needs_them(tmp_path):
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        for i, x in enumerate(pixels(6, 3, seed=len(part))):
+            picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+            picture.save(tmp_path / "set" / part / f"{i}.png")
+    save_model(vit(1), tmp_path / "model")
+    changes = {"batch": 4, "head_steps": 1, "steps": 1, "queue": 12, "blocks": (1, 2)}
+    changes |= {"frozen_blocks": 0, "hidden": 8, "predictor_hidden": 8, "keep": "last"}
+    options = [f"--set={name}={value}" for name, value in changes.items()]
+    places = {"model": tmp_path / "model", "data": tmp_path / "set", "out": tmp_path / "refined"}
+    assert main(["refine", *(f"--{k}={v}" for k, v in places.items()), *options]) == 0
+    refined = load_model(places["out"])
+    assert refined.patch_embed.proj.in_channels == 1
+    gray = quiet(places["data"], channels=1).images / 255
+    mean = refined.refiner_card["preprocessing"]["mean"]
+    assert mean == pytest.approx([float(gray.double().mean())], abs=1e-5)
+    report = evaluate(
+        str(places["model"]),
+        data=places["data"],
+        out=tmp_path / "report",
+        rows=("knn", "corruptions"),
+        settings=replace(EvaluationSettings.cpu(), n=12, n_test=12),
+        progress=False,
+    )
+    assert not report["failed"] and set(report["rows"]) == {"knn"}
+    assert "photographs" in report["left_out"]["corruptions"]
 
 
 # ---------------------------------------------------------------- files
