@@ -128,6 +128,7 @@ def draw(found: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=1024, help="train images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = onnx_file()
@@ -135,8 +136,8 @@ def main() -> None:
     apart = difference(model, path)
     print(f"from onnxruntime's tokens: {apart}", flush=True)
     train, test = (
-        refiner.load_images(str(args.data), split=split, size=SIZE, progress=False)
-        for split in ("train", "test")
+        refiner.load_images(str(args.data), split=split, n=n, size=SIZE, progress=False)
+        for split, n in (("train", args.n), ("test", None))
     )
     began = time.process_time()
     found = {
