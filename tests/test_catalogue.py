@@ -88,6 +88,7 @@ def test_a_model_of_timm_is_what_its_entry_says(entry, shapes):
     assert has_class_token(model) or "cls" not in entry.pooling
     licences = {"cc-by-nc-4.0": "CC-BY-NC 4.0", "apache-2.0": "Apache 2.0", "mit": "MIT"}
     licences |= {"dinov3-license": "DINOv3", "apple-ascl": "Apple ASCL"}
+    licences |= {"fair-noncommercial-research-license": "FAIR noncommercial"}
     pooled = entry.training == "masked-image" or has_class_token(model) == ("cls" in entry.pooling)
     assert pooled
     assert licences[config.license] == entry.licence
@@ -123,6 +124,7 @@ def test_each_says_how_it_was_trained():
     distilled = {e.method for e in search("self-distilled")}
     assert {"DINO", "DINOv2", "DINOv2 with registers", "DINOv3", "DINOv3, satellite"} == distilled
     text = {"PE core", "PE spatial", "PE lang", "AIMv2", "SigLIP 2", "MetaCLIP 2"}
+    text |= {"TIPSv2", "EUPE"}  # EUPE's teachers were trained with text
     assert {e.method for e in search("with text")} == text
 
 
