@@ -75,7 +75,10 @@ def test_every_direct_dependency_is_pinned_within_its_own_bound():
 
 def test_every_import_of_the_library_is_a_declared_dependency():
     imported = {"pillow": "PIL", "scikit-learn": "sklearn", "umap-learn": "umap"}
-    declared = [split(r)[0] for r in PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["stream"]]
+    declared = [
+        split(r)[0]
+        for r in PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["stream"] + EXTRAS["bands"]
+    ]
     declared = {imported.get(name, name.replace("-", "_")) for name in declared}
     brought_along = {"jupyter_client", "jupyter_core", "traitlets", "zmq", "IPython"}
     brought_along |= {"matplotlib_inline"}

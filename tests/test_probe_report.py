@@ -189,7 +189,7 @@ def test_a_class_missing_in_the_test_part_shifts_no_label(tmp_path):
 
 
 def test_sets_of_different_classes_are_not_compared(tmp_path, monkeypatch):
-    def load(data, *, split, n, size):
+    def load(data, *, split, n, size, channels):
         classes = ("a", "b") if split == "train" else ("a", "c")
         pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
         return refiner.ImageSet(pixels, torch.tensor([0, 1]), classes)
