@@ -17,6 +17,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # refiner need not be installed
 
+from utilisation import largest
+
 from refiner.probing import choosing
 from refiner.training.planning import NOT_COUNTED
 
@@ -306,10 +308,7 @@ def largest_batch(cell: dict, room: float) -> int:
     always = sum(parts[name] for name in ("encoder", "heads", "queue"))
     each = sum(parts[name] for name in ("views", "activations", "lookup")) / known
     pairs = parts["pairs of views"] / known**2
-    batch = 0
-    while NOT_COUNTED * (always + each * (batch + 16) + pairs * (batch + 16) ** 2) <= room:
-        batch += 16
-    return batch
+    return largest(lambda n: NOT_COUNTED * (always + each * n + pairs * n**2) <= room)
 
 
 def verdicts() -> str:

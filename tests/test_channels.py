@@ -286,6 +286,8 @@ def test_a_mean_that_is_known_is_not_measured_again():
     assert fit_channels(model, pixels(6, 4, seed=1)) is model
     own = vit(3)
     assert fit_channels(own, pixels(6, 3)) is own
+    floats = fit_channels(vit(4), pixels(6, 4).double() / 255)
+    assert floats.refiner_card["preprocessing"] == model.refiner_card["preprocessing"]
     flat = fit_channels(vit(2), torch.full((3, 2, 16, 16), 7, dtype=torch.uint8))
     assert features(flat, pixels(2, 2)).isfinite().all()
 

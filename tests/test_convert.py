@@ -523,6 +523,9 @@ def test_bird_mae_has_time_from_top_to_bottom(tmp_path):
     assert (known.architecture["size"], known.assumed) == ((64, 16), "")
     asked = convert(dict(w), num_heads=HEADS, size=(16, 64))
     assert asked.architecture["size"] == (16, 64)
+    w["pos_embed"] = fixed_positions(rows=8, columns=2)  # sines as the patches lie
+    assert (tall := convert(dict(w), num_heads=HEADS)).architecture["size"] == (64, 16)
+    assert not tall.assumed
 
 
 def test_a_distance_is_for_positions_that_have_one(tmp_path):

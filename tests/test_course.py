@@ -1,5 +1,6 @@
 """The course runner finds what fails, names it, and writes nothing half; exercises never raise."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,11 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+import zmq
+import zmq.asyncio
+from jupyter_client.session import Session
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import refiner
@@ -446,7 +451,7 @@ def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     assert [c.source for c in after.cells] == [c.source for c in before.cells]
     measured = after.metadata["refiner"].pop("measured")
     assert after.metadata == before.metadata
-    assert 0 < measured["seconds"] < 600 and measured["cores"] == os.cpu_count()
+    assert 0 < measured["seconds"] and measured["cores"] == os.cpu_count()
     assert sys.platform != "linux" or 0 < measured["processor_seconds"]
     assert [c.metadata for c in after.cells] == [c.metadata for c in before.cells]
     assert streams(after.cells[2]) == "cpu\n"
@@ -460,6 +465,33 @@ def test_write_back_stores_outputs_and_nothing_of_the_run(tmp_path, capsys):
     nbformat.write(before, books / "00_a.ipynb")
     runner.run_course(books, out, only="00", resume=True, write_back=True)
     assert (books / "00_a.ipynb").read_bytes() == stored
+
+
+@pytest.mark.parametrize("timeout", [600, None])
+def test_a_message_is_found_although_its_notice_was_lost(timeout, monkeypatch):
+    """A notice is lost on purpose: a poll sleeps until its end, whatever comes meanwhile."""
+
+    async def asks():
+        context = zmq.asyncio.Context.instance()
+        with context.socket(zmq.PAIR) as sender, context.socket(zmq.PAIR) as receiver:
+            sender.connect(f"tcp://127.0.0.1:{receiver.bind_to_random_port('tcp://127.0.0.1')}")
+            session, poll = Session(), receiver.poll
+            channel = execute._Channel(receiver, session)
+            with pytest.raises(Empty):
+                await channel.get_msg(timeout=0.01)
+
+            async def deaf(timeout=None, flags=zmq.POLLIN):
+                await asyncio.sleep(3600 if timeout is None else timeout / 1000)
+                return await poll(0)
+
+            monkeypatch.setattr(receiver, "poll", deaf)
+            waiting = asyncio.ensure_future(channel.get_msg(timeout=timeout))
+            await asyncio.sleep(0)
+            await sender.send_multipart(session.serialize(session.msg("execute_reply")))
+            return await asyncio.wait_for(waiting, 60)
+
+    monkeypatch.setattr(execute, "LOOK_MS", 20)
+    assert asyncio.run(asks())["msg_type"] == "execute_reply"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Readings: their transforms against closed forms, and a choice that train images alone make."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -166,7 +168,11 @@ def test_the_choice_finds_what_was_planted(by):
     low, high = tested.interval()
     assert low < tested.accuracy() < high and tested.real("usual")
     assert str(tested).startswith("Use block 2, patch mean, ")
-    assert f"has {100 * tested.accuracy('usual'):.1f} %." in str(tested)
+    assert str(tested).endswith(f"has {100 * tested.accuracy('usual'):.1f} %.")
+    same = replace(tested, right={name: tested.right["usual"] for name in tested.right})
+    assert str(same).endswith("With 120 test images that may be chance.")
+    usual = replace(same, readings=tested.readings | {"best": tested.readings["usual"]})
+    assert ", which is the usual reading: " in str(usual) and "chance" not in str(usual)
     everywhere = choice.on_test(z, t)
     assert everywhere.keys() == choice.scores.keys()
     for place, name in enumerate(("best", "runner_up")):

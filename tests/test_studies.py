@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("toybox_ladder", "cifar10", "utilisation", "no_decoder")
+    names = ("toybox_ladder", "cifar10", "utilisation", "no_decoder", "length")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
@@ -116,6 +117,35 @@ def test_a_result_keeps_the_rungs_that_were_not_asked_for(scripts, tmp_path):
     assert [c["x"] for c in merged(out, {**same, "cells": list(new)})["cells"]] == [2, 3, 4]
     asked_of_others = {**same, "split": "test", "cells": list(new)}
     assert [c["x"] for c in merged(out, asked_of_others)["cells"]] == [3, 4]
+
+
+def test_a_long_training_in_pieces_is_the_whole_one(scripts, tmp_path, monkeypatch):
+    """Stopped after every second step, with an encoder kept each time, and gone on with."""
+    from safetensors.torch import load_file
+    from tiny import tiny
+
+    import refiner
+    from refiner.models.load import build_vit
+
+    length, recipe = scripts["length"], tiny(head_steps=1, steps=4)
+    images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
+    start = build_vit(size=8, patch=4, dim=8, depth=2, heads=2, seed=0)
+    refiner.save_model(start, tmp_path / "start")
+    monkeypatch.setattr(length, "RUNS", tmp_path)
+    monkeypatch.setattr(length, "EMBEDDED", tmp_path / "start")
+    monkeypatch.setattr(length, "EVERY", {"refined": 2})
+    monkeypatch.setattr(length, "recipe_of", lambda rung, steps: recipe)
+    length.train("refined", images, None, time.monotonic() - 1)  # no time left: nothing is done
+    assert not (tmp_path / "refined").exists()
+    length.train("refined", images, None, time.monotonic() + 60)
+    kept = length.points("refined")
+    assert [steps for steps, _, _ in kept] == [2, 4, 5]
+    assert [s for _, s, _ in kept] == sorted(s for _, s, _ in kept)
+    assert not list(tmp_path.glob("refined/at*/*state*"))
+    loaded = refiner.load_model(tmp_path / "start")
+    whole = refiner.refine(loaded, images, recipe=recipe, progress=False).model.state_dict()
+    last = load_file(kept[-1][2] / "model.safetensors")
+    assert all(torch.equal(last[name], whole[name]) for name in last)
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])

@@ -20,11 +20,14 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import papermill
 import psutil
 import zmq
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
@@ -34,7 +37,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import ERROR_MARKER_TAG
-from traitlets import default
+from traitlets import Type, default
 
 from refiner.base.errors import UserError
 from refiner.base.files import write_text
@@ -42,6 +45,7 @@ from refiner.base.files import write_text
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _ERROR = ("ename", "evalue")  # the two parts of an error message
 TRACEBACK = "Traceback (most recent call last)"
+LOOK_MS = 1000  # how often a channel looks for messages without having been told of one
 
 _log = logging.getLogger("refiner.course.execute")
 _log.addHandler(logging.NullHandler())  # what nbclient would log here is reported as a problem
@@ -166,9 +170,31 @@ class _Watch:
             self.stderr[cell_index] = self.stderr.get(cell_index, "") + content["text"]
 
 
+class _Channel(AsyncZMQSocketChannel):
+    """Looks for messages itself every second.
+
+    ZeroMQ's notice of a new message is now and then lost, and pyzmq then finds the message only
+    when its wait ends (its issue 1558): a cell that had long finished took the whole timeout.
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict:
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not await self.socket.poll(LOOK_MS):
+            if time.monotonic() > end:
+                raise Empty
+        return await super().get_msg(timeout=0)
+
+
+class _KernelClient(AsyncKernelClient):
+    shell_channel_class = Type(_Channel)
+    iopub_channel_class = Type(_Channel)
+
+
 class _Kernel(AsyncKernelManager):
     """This very interpreter, whatever kernels are installed: without folders to search, Jupyter
     falls back to ``sys.executable -m ipykernel_launcher``."""
+
+    client_factory = Type(_KernelClient)
 
     @default("transport_encryption")
     def _transport_encryption_default(self) -> str:

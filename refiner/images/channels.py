@@ -52,12 +52,13 @@ def measure_channels(model: Encoder, pixels) -> None:
 
 
 def channel_means(pixels) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel of uint8 [N, C, H, W], in brightness from 0 to 1."""
+    """Mean and deviation of each channel of [N, C, H, W], uint8 or float, in 0 to 1."""
     n = len(pixels)
     chosen = torch.linspace(0, n - 1, min(n, MEASURED)).long().unique()
     total = squares = torch.zeros(pixels.shape[1], dtype=torch.float64)
     for part in chosen.split(64):
-        x: Tensor = pixels[part].double().cpu() / 255
+        x: Tensor = pixels[part].cpu()
+        x = x.double() / (255 if x.dtype == torch.uint8 else 1)
         total, squares = total + x.mean((2, 3)).sum(0), squares + x.square().mean((2, 3)).sum(0)
     mean = total / len(chosen)
     std = (squares / len(chosen) - mean.square()).clamp(min=0).sqrt()

@@ -238,14 +238,10 @@ def finished(
     known = num_heads or architecture["dim"] in HEADS
     assumed = [] if known else [ASSUMED.format(**architecture)]
     assumed += _size_assumed(architecture["size"], told, asked, name)
-    if (
-        architecture.get("channels") == 1
-        and not sizes
-        and not isinstance(architecture["size"], int)
-    ):
-        # A grid that sines told: those of Bird-MAE are for the turned one (util/patch_embed.py).
-        width, height = architecture["size"]
-        architecture["size"] = height, width
+    rows, columns = sides(architecture["size"])
+    if architecture.get("channels") == 1 and not sizes and rows < columns:
+        # Sines told a wide grid: those of Bird-MAE are for the turned one (util/patch_embed.py).
+        height, width = architecture["size"] = columns, rows
         assumed += [TURNED.format(height, width)]
     state = with_positions(state, architecture, name)
     if gsd is not None:

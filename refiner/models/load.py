@@ -234,7 +234,7 @@ def _load(name: str, num_heads: int | None, size=None, gsd=None) -> Encoder:
     model.refiner_card |= {"origin": entry.address, **_told(entry)}
     if entry.scale:
         how = model.refiner_card["preprocessing"]
-        how |= channel_statistics(entry.channels, *([x] * entry.channels for x in entry.scale))
+        how["mean"], how["std"] = ([x] * entry.channels for x in entry.scale)
         how.pop("assumed", None)
     return model
 

@@ -248,10 +248,12 @@ class Tested:
     def __str__(self) -> str:
         low, high = (f"{100 * end:.1f}" for end in self.interval())
         best, usual = self.readings["best"], self.readings["usual"]
+        own = f"{100 * self.accuracy():.1f} % ({low}–{high}) by {self.words}."
+        if str(best) == str(usual):
+            return f"Use {best}, which is the usual reading: {own}"
         told = (
-            f"Use {best}: {100 * self.accuracy():.1f} % ({low}–{high}) by {self.words}. The usual "
-            f"reading, the last block's {pooling_words(usual.pooling)}, has "
-            f"{100 * self.accuracy('usual'):.1f} %."
+            f"Use {best}: {own} The usual reading, the last block's "
+            f"{pooling_words(usual.pooling)}, has {100 * self.accuracy('usual'):.1f} %."
         )
         if self.real(than="usual"):
             return told

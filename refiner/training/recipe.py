@@ -488,14 +488,8 @@ def complete_recipe(recipe: Recipe | None, model: Encoder, images) -> Recipe:
             f"{len(pixels)} images are fewer than one batch of {recipe.batch}; "
             "give more images or a smaller batch"
         )
-    batch = (
-        4
-        * pixels.shape[1]
-        * recipe.batch
-        // parallel.world()
-        * sum(view.pixels for view in recipe.views)
-    )
-    check_memory(batch, "a batch's views together")
+    values = pixels.shape[1] * sum(view.pixels for view in recipe.views)  # of one image's views
+    check_memory(4 * recipe.batch // parallel.world() * values, "a batch's views together")
     kept = 4 * len(pixels) * len(blocks) * len(recipe.views) * model.embed_dim
     check_memory(recipe.cached_views * kept, "the features of cached views")
     return replace(recipe, blocks=blocks, pooling=pooling)
