@@ -4,7 +4,9 @@ import struct
 import sys
 import types
 import warnings
+import zlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -246,6 +248,81 @@ def test_one_range_for_all_channels_and_files_and_never_black(kind, tmp_path):
     found = np.stack(sorted(images.numpy(), key=lambda x: -int(x.max())))
     assert np.abs(found - expected).max() <= 0.51
     assert found.max() >= 25
+
+
+def png_of_16_bits(x_HWC: np.ndarray) -> bytes:
+    """Pillow writes none with colours."""
+    height, width, channels = x_HWC.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]  # gray and alpha, colours, colours and alpha
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x_HWC)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_of_16_bits(x_HW3: np.ndarray, order: str = "<", packed: bool = False) -> bytes:
+    """One strip, plain or deflated; the bits of each colour lie behind it, then the tags."""
+    height, width, _ = x_HW3.shape
+    strip = x_HW3.astype(f"{order}u2").tobytes()
+    strip = zlib.compress(strip) if packed else strip
+    strip += bytes(len(strip) % 2)
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 8 + len(strip))]
+    tags += [(259, 4, 1, 8 if packed else 1), (262, 4, 1, 2), (273, 4, 1, 8), (277, 4, 1, 3)]
+    tags += [(278, 4, 1, height), (279, 4, 1, len(strip))]
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 14 + len(strip))
+    ends = struct.pack(f"{order}4H", 16, 16, 16, len(tags))
+    return start + strip + ends + b"".join(struct.pack(f"{order}HHII", *t) for t in tags) + bytes(4)
+
+
+DEEP_FILES = {
+    "0.png": png_of_16_bits,
+    "0.tif": tiff_of_16_bits,
+    "1.tif": partial(tiff_of_16_bits, order=">"),
+    "2.tif": partial(tiff_of_16_bits, packed=True),
+    "3.tif": partial(tiff_of_16_bits, order=">", packed=True),
+}
+
+
+@pytest.mark.parametrize(("name", "channels"), [("0.png", 4), *((x, 3) for x in DEEP_FILES)])
+def test_colours_of_12_bits_in_16_are_not_black(name, channels, tmp_path):
+    """Pillow drops the lower byte of colours, and so 12 bits would reach a value of 15."""
+    x = np.random.default_rng(0).integers(0, 4096, (9, 7, channels)).astype(np.uint16)
+    x[..., 3:] = 65535  # nothing is transparent
+    x[0, 0, 0], x[1, 1, 1] = 0, 4095
+    (tmp_path / name).write_bytes(DEEP_FILES[name](x))
+    with Image.open(tmp_path / name) as cut_by_pillow:
+        assert np.array_equal(np.asarray(cut_by_pillow), x >> 8)
+    expected = x[..., :3].transpose(2, 0, 1) * (255 / 4095)
+    with pytest.warns(UserWarning, match="values from 0 to 4095 become 0 to 255"):
+        images = load_images(tmp_path, size=(9, 7), progress=False).images
+    assert np.abs(images[0].numpy() - expected).max() <= 0.51
+    x[2, 2], x[2, 2, 3:] = 0, 0  # transparent, if that is told: white
+    (tmp_path / name).write_bytes(DEEP_FILES[name](x))
+    found = quiet(tmp_path, size=(9, 7), value_range=(0, 4095)).images[0]
+    assert found[:, 2, 2].tolist() == [255 * (channels == 4)] * 3
+
+
+def test_a_picture_of_16_bits_a_colour_is_turned_as_its_camera_said(tmp_path):
+    x = np.random.default_rng(0).integers(0, 4096, (4, 6, 3)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    content, tag = png_of_16_bits(x), exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = (
+        struct.pack(">I", len(tag)) + b"eXIf" + tag + struct.pack(">I", zlib.crc32(b"eXIf" + tag))
+    )
+    (tmp_path / "0.png").write_bytes(content[:33] + chunk + content[33:])
+    found = quiet(tmp_path, size=(6, 4), value_range=(0, 4095)).images[0].numpy()
+    assert np.abs(found - np.rot90(x, -1).transpose(2, 0, 1) * (255 / 4095)).max() <= 0.51
 
 
 def test_a_hole_is_black_and_does_not_move_the_range(tmp_path):

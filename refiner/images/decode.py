@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ FORM = "images must be uint8 or float [B, C, H, W]"
 ValueRange = tuple[float, float] | None  # the gray values that become 0 and 255
 DEEP = ("I", "F")  # how Pillow's modes of more than 8 bits begin
 DEPTHS = (1, 4, 8, 10, 12, 14, 16)  # bits that cameras and scanners give, and masks
+ORIENTATION = 274  # the EXIF tag
 EXTRA_SAMPLES = 338  # the TIFF tag that says what bands beyond colours are; 0 is unknown
 SAMPLE = 32  # files that a set's range is measured on
 LONGEST = 16  # of a longer picture, in shorter sides, only the middle is resized
@@ -190,8 +192,9 @@ def read_image(
         # A large JPEG is decoded at an eighth to a half of its size, but at twice ours or more.
         image.draft("RGB", (2 * max(sides(size)), 2 * max(sides(size))))
         with _one_large if image.width * image.height > LARGE else nullcontext():
-            ImageOps.exif_transpose(image, in_place=True)
-            whole = to_rgb(image, value_range, channels)
+            whole = _of_8_bits(image, value_range)
+            ImageOps.exif_transpose(whole, in_place=True)
+            whole = to_rgb(whole, channels=channels)
             x = np.asarray(cut(whole, size, Image.Resampling.BICUBIC))
             return x.transpose(2, 0, 1) if channels > 1 else x[None]
 
@@ -200,13 +203,51 @@ def to_rgb(image: Image.Image, value_range: ValueRange = None, channels: int = 3
     """A picture of any mode as RGB or gray, transparency onto white; with 4 channels as RGBA."""
     if channels not in COLOURS:
         raise UserError(f"it is a picture, which has 1, 3 or 4 channels, not {channels}")
-    if image.mode.startswith(DEEP):  # a plain convert would clip at 255
-        image = Image.fromarray(scaled(np.asarray(image), value_range))
+    image = _of_8_bits(image, value_range)
     if image.has_transparency_data and channels < 4:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert(COLOURS[channels])
+
+
+def _of_8_bits(image: Image.Image, value_range: ValueRange) -> Image.Image:
+    """A picture whose values of more than 8 bits are scaled: a plain convert would clip at 255."""
+    values, alpha = _deep_values(image)
+    if values is None:
+        return image
+    x = scaled(values, value_range)
+    result = Image.fromarray(x if alpha is None else np.dstack([x, alpha]))
+    result.getexif().update({ORIENTATION: image.getexif().get(ORIENTATION, 1)})
+    return result
+
+
+def _deep_values(image: Image.Image) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Values [H, W] or [H, W, 3] of more than 8 bits, None if there are none; and uint8 alpha."""
+    if image.mode.startswith(DEEP):
+        return np.asarray(image), None
+    if not _deep_colours(image):
+        return None, None
+    # Pillow keeps the upper byte of a colour; told the other order of bytes, it keeps the lower.
+    upper, lower = Image.open(image.fp), Image.open(image.fp)
+    lower.tile = [tile._replace(args=_swapped(tile.args)) for tile in lower.tile]
+    upper, lower = np.asarray(upper), np.asarray(lower)
+    alpha = upper[..., 3] if upper.shape[2] == 4 else None
+    return upper[..., :3].astype(np.uint16) << 8 | lower[..., :3], alpha
+
+
+def _deep_colours(image: Image.Image) -> bool:
+    """Whether its colours have 16 bits, of which Pillow drops the lower: 12 bits would be black."""
+    tile = next(iter(getattr(image, "tile", ())), None)
+    return image.mode in ("RGB", "RGBA") and ";16" in str(tile and tile.args)
+
+
+def _swapped(args: str | tuple) -> str | tuple:
+    """A decoder's arguments with the other order of bytes; N is this machine's."""
+    if not isinstance(args, str):
+        return _swapped(args[0]), *args[1:]
+    order = args[-1] if args[-1] != "N" else "BL"[sys.byteorder == "little"]
+    return args[:-1] + {"B": "L", "L": "B"}[order]
 
 
 # ---------------------------------------------------------------- files of bands
@@ -272,7 +313,7 @@ def header(path: Path) -> tuple[tuple[int, int], bool, int | None]:
     if bands is not None:
         return bands.shape[:0:-1], bands.dtype != np.uint8, len(bands)
     with Image.open(path) as image:  # reads the header only
-        return image.size, image.mode.startswith(DEEP), None
+        return image.size, image.mode.startswith(DEEP) or _deep_colours(image), None
 
 
 # ---------------------------------------------------------------- more than 8 bits
@@ -320,8 +361,8 @@ def measured_range(files: Iterable[Path | IO[bytes]], name: str) -> ValueRange:
         try:
             bands = read_bands(file)
             if bands is None:
-                with Image.open(file) as image:  # reads the header only
-                    bands = np.asarray(image) if image.mode.startswith(DEEP) else None
+                with Image.open(file) as image:  # reads the header only, of 8 bits
+                    bands, _ = _deep_values(image)
             if bands is not None and bands.dtype != np.uint8:
                 found.append(_extremes(bands))
         except Exception:  # read_files names them, with the other broken ones
