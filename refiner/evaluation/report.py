@@ -129,7 +129,7 @@ def findings(report: dict) -> list[str]:
         return []
     counts = {v: sum(e["verdict"] == v for e in entries) for v in MARKS}
     said = [
-        f"Of {len(entries)} figures {counts['better']} are better, {counts['worse']} worse, and "
+        f"Of {len(entries)} scores {counts['better']} are better, {counts['worse']} worse, and "
         f"{counts['unclear']} moved by no more than twice their spread."
     ]
     most = max(entries, key=lambda e: e["difference"])
@@ -198,7 +198,7 @@ _PAGE = """
 outside of what the train images show. Segmentation: a linear classifier on patch features.
 Spread: one standard deviation over what the last column names; of test images, the standard
 error. “Better” and “worse” need a difference of more than two spreads, the models' spreads taken as
-independent. With that many figures one or two cross that line by chance.</p>
+independent. With that many scores one or two cross that line by chance.</p>
 {{ shown[1:] | join }}
 <h2>What was chosen</h2>
 <p>Blocks, poolings and penalties were chosen on held-out train images; no test label was used.</p>
@@ -223,7 +223,7 @@ def write_page(out: Path, report: dict) -> None:
 
 
 def _lines(report: dict, row: str) -> list[dict]:
-    """A row's figures as texts: each model's with its spread, and what changed."""
+    """A row's scores as texts: each model's with its spread, and what changed."""
     found, lines = report["rows"][row], []
     changes = {e["name"]: e for e in comparison({**report, "rows": {row: found}})}
     for name in (x["name"] for x in next(iter(found.values()))["scores"]):
