@@ -100,6 +100,11 @@ def number(metavar: str) -> dict:
     return {"type": int, "metavar": metavar}
 
 
+def named(args: argparse.Namespace, *names: str) -> dict:
+    """Some arguments, by name."""
+    return {name: getattr(args, name) for name in names}
+
+
 def say(text: str) -> None:
     """To standard error, beside the results."""
     print(readable(text), file=sys.stderr)
@@ -155,16 +160,9 @@ def course_command(args: argparse.Namespace) -> int:
         print(status(args.notebooks))
         return 0
     try:
-        summary = run_course(
-            args.notebooks,
-            args.out,
-            preset=args.preset,
-            only=args.only,
-            parameters=dict(map(parse_setting, args.parameters or ())),
-            resume=args.resume,
-            timeout=args.timeout,
-            write_back=args.write_back,
-        )
+        options = named(args, "preset", "only", "resume", "timeout", "write_back")
+        parameters = dict(map(parse_setting, args.parameters or ()))
+        summary = run_course(args.notebooks, args.out, parameters=parameters, **options)
     except KeyboardInterrupt:
         say("\nFinished notebooks are kept; go on with the same command and --resume.")
         raise
@@ -392,18 +390,9 @@ def probe_command(args: argparse.Namespace) -> int:
         usual = settings_for(args.minutes).parts
         given["parts"] = tuple(dict.fromkeys((*given.get("parts", usual), "attentive")))
     check_out(args.out)
-    report = resumable(
-        probe,
-        args.models or ["mae_toybox"],
-        args.data,
-        out=args.out,
-        n=args.n,
-        n_test=args.n_test,
-        minutes=args.minutes,
-        settings=settings_for(args.minutes, **given),
-        resume=args.resume,
-        device=args.device,
-    )
+    options = named(args, "data", "out", "n", "n_test", "minutes", "resume", "device")
+    settings = settings_for(args.minutes, **given)
+    report = resumable(probe, args.models or ["mae_toybox"], **options, settings=settings)
     for name, found in report["models"].items():
         if "sentence" in (told := found.get("reading", {})):
             name = f"{name}: " if len(report["models"]) > 1 else ""
@@ -460,19 +449,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
     preset = getattr(EvaluationSettings, args.preset or ("gpu" if on_gpu else "cpu"))()
     settings = changed(preset, args.settings or [])
     check_out(args.out)
-    report = resumable(
-        evaluate,
-        args.before,
-        args.after,
-        args.data,
-        out=args.out,
-        transfers=args.transfer or [],
-        dense=args.dense,
-        rows=args.rows,
-        settings=settings,
-        resume=args.resume,
-        device=args.device,
-    )
+    names = ("before", "after", "data", "out", "dense", "rows", "resume", "device")
+    options = named(args, *names) | {"transfers": args.transfer or [], "settings": settings}
+    report = resumable(evaluate, **options)
     for name, reason in report["left_out"].items():
         print(readable(f"left out: {name}: {reason}"))
     for name, sides in report["failed"].items():
@@ -544,7 +523,7 @@ def training_options(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: for a number of steps below 1.
     """
-    options = {"out": args.out, "resume": args.resume, "device": args.device}
+    options = named(args, "out", "resume", "device")
     in_range("--knn-every", getattr(args, "knn_every", None), Whole | None)
     options["save_every"] = in_range("--save-every", args.save_every, Count | None)
     return options

@@ -147,7 +147,7 @@ def test_a_comparison_asks_for_more_than_two_spreads():
         (entry,) = comparison({"rows": rows})
         assert entry["spread"] == pytest.approx(0.05) and entry["verdict"] == verdict
     report = {"rows": rows, "titles": {}, "models": {}}
-    assert findings(report)[0].startswith("Of 1 figures 0 are better, 0 worse, and 1 moved")
+    assert findings(report)[0].startswith("Of 1 scores 0 are better, 0 worse, and 1 moved")
     assert findings({"rows": {"knn": {"before": row(0.5, 0.0)}}}) == []
 
 
@@ -493,7 +493,7 @@ def test_the_command(models, tmp_path, capsys):
         ]
     )
     said = capsys.readouterr().out
-    assert code == 0 and "Of 6 figures" in said and str(out / "index.html") in said
+    assert code == 0 and "Of 6 scores" in said and str(out / "index.html") in said
     (tmp_path / "empty").mkdir()
     assert (
         main(

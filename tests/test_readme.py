@@ -203,7 +203,7 @@ def test_the_evaluation_in_words_is_its_report():
     assert report["command"] in text
     verdicts = [entry["verdict"] for entry in comparison(report)]
     better, worse = verdicts.count("better"), verdicts.count("worse")
-    assert f"Of {len(verdicts)} figures {better} are better" in text
+    assert f"Of {len(verdicts)} scores {better} are better" in text
     assert worse == 0 and "none is worse" in text
     seconds = sum(e["cpu_seconds"] for row in report["rows"].values() for e in row.values())
     assert seconds < 600 and f"{seconds / 60:.1f} minutes of processor time" in text

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tiny import tiny
 
+from refiner.base import parallel
 from refiner.cli import main
 from refiner.images import streams
 from refiner.images.load import load_images
@@ -78,7 +79,7 @@ def model():
 def take(stream, steps, *, batch=3, **options):
     """(id, pixels) of every image of some steps."""
     batches = StreamBatches(stream, batch, CPU, steps=steps, **options)
-    found = [pair for s in range(steps) for pair in zip(*batches[s][::-1], strict=True)]
+    found = [pair for s in range(steps) for pair in zip(*batches.batch(s)[::-1], strict=True)]
     batches.close()
     return [(int(i), pixels) for i, pixels in found]
 
@@ -116,17 +117,23 @@ def test_an_epoch_is_every_image_once_in_another_order(stream):
     assert ids != [i for i, _ in take(stream, 14, seed=1)]
 
 
-def test_processes_have_their_own_shards(stream):
-    ids = [{i for i, _ in take(stream, 20, rank=r, world=2)} for r in range(2)]
+def test_processes_have_their_own_shards(stream, monkeypatch):
+    def ids_of(rank, world):
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        monkeypatch.setattr(parallel, "world", lambda: world)
+        return {i for i, _ in take(stream, 20)}
+
+    monkeypatch.setattr(parallel, "gather", lambda x: x)
+    ids = [ids_of(rank, 2) for rank in range(2)]
     assert {i // SHARD for i in ids[0]} == {0, 2} and {i // SHARD for i in ids[1]} == {1}
     with pytest.raises(ValueError, match="3 shards .* cannot be shared by 4 processes"):
-        StreamBatches(stream, 3, CPU, world=4, steps=1)
+        ids_of(0, 4)
 
 
 def test_a_closed_stream_leaves_no_batches_behind(stream):
     """Not even without the garbage collector: they would lie on a GPU."""
     batches = StreamBatches(stream, 3, CPU, steps=16)
-    there = [weakref.ref(batches), weakref.ref(batches[0][0])]
+    there = [weakref.ref(batches), weakref.ref(batches.batch(0)[0])]
     gc.collect()
     gc.disable()
     try:
@@ -142,13 +149,13 @@ def test_reading_goes_on_where_it_was(stream, done):
     whole = take(stream, 16)
     batches = StreamBatches(stream, 3, CPU, steps=16)
     for step in range(done):
-        batches[step]
-    position = batches.position(done)
+        batches.batch(step)
+    state = batches.state(done)
     batches.close()
-    assert position[0] > done * 3 - 3 - stream.block, "little is read twice"
+    assert state[0][0] > done * 3 - 3 - stream.block, "little is read twice"
     again = StreamBatches(stream, 3, CPU, steps=16)
-    again.resume(position)
-    rest = [int(i) for step in range(done, 16) for i in again[step][1]]
+    again.restore(state)
+    rest = [int(i) for step in range(done, 16) for i in again.batch(step)[1]]
     again.close()
     assert rest == [i for i, _ in whole[3 * done :]]
 

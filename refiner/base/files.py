@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -156,6 +157,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Writes JSON atomically, with a newline at the end; NaN and infinity are refused."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def keep_in_cache(path: Path, what: str, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file of a cache. Where that cannot be, it warns: what is kept is made again."""
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            write(file)
+    except OSError as error:
+        warnings.warn(
+            f"{what} cannot be kept in {path.parent} ({error.strerror or error}) and will be made "
+            "again next time. Set REFINER_CACHE to a writable folder.",
+            stacklevel=5,
+        )
 
 
 def read_json(path: str | Path, kind: Any = object) -> Any:

@@ -240,16 +240,9 @@ class _Engine(NBClientEngine):
     def execute_managed_notebook(
         cls, nb_man, kernel_name, *, watch, timeout, cwd_of_kernel, env, **unused
     ):
-        client = _Client(
-            nb_man,
-            watch=watch,
-            kernel_name=kernel_name,
-            kernel_manager_class=_Kernel,
-            timeout=math.ceil(timeout),
-            startup_timeout=120,
-            log=_log,
-            on_cell_execute=watch.start,
-        )
+        kernel = {"kernel_name": kernel_name, "kernel_manager_class": _Kernel, "log": _log}
+        limits = {"timeout": math.ceil(timeout), "startup_timeout": 120}
+        client = _Client(nb_man, watch=watch, on_cell_execute=watch.start, **kernel, **limits)
 
         def measure(cell, cell_index, execute_reply):
             pid = client.km.provisioner.pid
@@ -289,18 +282,11 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="refiner-") as folder:
         saved, recorded = Path(folder, "executed.ipynb"), Path(folder, "recorded.json")
         try:
+            how = {"kernel_name": "python3", "language": "python", "progress_bar": False}
+            own = {"watch": watch, "timeout": timeout, "cwd_of_kernel": cwd}  # for _Engine
+            own["env"] = _environment(Path(folder), recorded)
             papermill.execute_notebook(
-                notebook,
-                str(saved),
-                parameters=parameters,
-                engine_name="refiner",
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                watch=watch,
-                timeout=timeout,
-                cwd_of_kernel=cwd,
-                env=_environment(Path(folder), recorded),
+                notebook, str(saved), parameters=parameters, engine_name="refiner", **how, **own
             )
         except Exception as error:  # a dead kernel, a timeout; or an error seen in the messages
             if not (isinstance(error, PapermillExecutionError) and watch.errors):

@@ -199,8 +199,6 @@ def _known_mistake(answer, reference, args: tuple, tolerance) -> str:
 
 def _difference(given, wanted, tolerance: tuple[float, float], what: str) -> str | None:
     """Compares numbers, arrays, tensors, and tuples or lists of them."""
-    import numpy as np
-
     if isinstance(wanted, tuple | list):
         if not isinstance(given, tuple | list) or len(given) != len(wanted):
             return f"{what} should hold {len(wanted)} values"

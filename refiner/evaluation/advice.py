@@ -120,9 +120,7 @@ def figure(name: str, found: dict, chance: float) -> plt.Figure:
     if "curves" in found:
         curves = {pooling_words(p): values for p, values in found["curves"].items()}
         title = f"{name}, {transform}: accuracy by {found['by']}"
-        ax = plots.block_curve(
-            curves, ylabel="accuracy", chance=chance, best=False, blocks=found["blocks"]
-        )
+        ax = plots.block_curve(curves, chance=chance, best=False, blocks=found["blocks"])
         at = found["curves"][pooling][found["blocks"].index(block)]
         told = f"chosen: block {block}, {at:.1%}"
     else:
@@ -132,9 +130,8 @@ def figure(name: str, found: dict, chance: float) -> plt.Figure:
         measure = choosing.MEASURES[choosing.TRUSTED].name
         curves = {pooling_words(p): v for p, v in split.items()}
         title = f"{name}: {measure}, which needs no labels"
-        ax = plots.block_curve(
-            curves, ylabel=measure, best=False, percent=False, blocks=found["blocks"]
-        )
+        how = {"ylabel": measure, "best": False, "percent": False}
+        ax = plots.block_curve(curves, blocks=found["blocks"], **how)
         at = split[pooling][found["blocks"].index(block)]
         told = f"first: block {block}, {pooling_words(pooling)}"
     ax.plot(block, at, "o", markersize=15, fillstyle="none", color="0", label=told)
@@ -155,7 +152,5 @@ def neighbors(images: ImageSet, z: Features, reading: Reading) -> plt.Figure:
 def worths(found: dict) -> Iterator[tuple[str, str]]:
     """What each measure without labels is worth here: a rank correlation, or what it puts first."""
     for measure, worth in (found.get("agreement") or found["firsts"]).items():
-        yield (
-            measure,
-            worth if isinstance(worth, str) else "–" if worth is None else f"{worth:+.2f}",
-        )
+        number = "–" if worth is None else worth if isinstance(worth, str) else f"{worth:+.2f}"
+        yield measure, number

@@ -79,13 +79,10 @@ def benchmark_row(
     kind, size = type(model).__name__, card["preprocessing"]["size"]
     kind = "ViT" if kind == "VisionTransformer" else kind
     patch = round((math.prod(sides(size)) / patch_count(model)) ** 0.5)
-    known = {
-        "family": family,
-        "method": card.get("method", card["name"]),
+    told = {"family": family, "pretrain": pretrain, "notes": NOTES, "eval": train.name}
+    told |= {"method": card.get("method", card["name"]), "model": card["name"], "image_size": size}
+    known = told | {
         "arch": f"{kind}-{SIZES.get(width, width)}/{patch}",
-        "pretrain": pretrain,
-        "eval": train.name,
-        "image_size": size,
         "lp": round(100 * float(linear.accuracy), 2),
         "lp_gap": "yes" if mean else "no",
         "gap_reason": "no_cls" if mean else "",
@@ -93,8 +90,6 @@ def benchmark_row(
         "ep": round(100 * float(attentive.accuracy[-1]), 2),
         "ep_queries": attentive.queries.shape[1],
         "ep_variant": "ep_all" if attentive.class_token else "ep",
-        "model": card["name"],
-        "notes": NOTES,
         "knn": round(100 * float(nearest.accuracy), 2),
         "knn_k": int(nearest.k),
         "knn_T": round(float(nearest.temperature), 4),

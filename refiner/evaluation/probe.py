@@ -11,7 +11,7 @@ import base64
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict, get_args
@@ -192,12 +192,8 @@ def probe(
         report["left_out"] = _left_out(report)
         write_json(out / "report.json", report)
         write_page(out, report)
-        rows = [
-            m["attentive"]["row"]
-            for m in report["models"].values()
-            if "row" in m.get("attentive", ())
-        ]
-        write_rows(out / "benchmark.csv", rows)
+        found = [m.get("attentive", {}) for m in report["models"].values()]
+        write_rows(out / "benchmark.csv", [told["row"] for told in found if "row" in told])
     return report
 
 
@@ -245,7 +241,7 @@ def _probe_model(
         if part in _WHOLE:
             sides = keys, train, queries, test
             how = {"device": device, "progress": not bar.disable}
-            found[part] = _WHOLE[part](model, sides, settings, file, **how)
+            found[part] = _or_left_out(_WHOLE[part], model, sides, settings, file, **how)
         for pooling in (p for p in NAMES if p in keys and part not in _WHOLE):
             if pooling in ("cls", "patch") or part in ("knn", "linear"):
                 sides = _Sides(keys[pooling], train, queries[pooling], test, settings, device)
@@ -258,10 +254,7 @@ def _probe_model(
 def _reading(model, sides: tuple, settings: Settings, file: Path, *, device, **_) -> dict:
     """Which reading to use; it is saved, and without labels its neighbors are drawn."""
     how = {"by": settings.by, "seed": settings.seed, "device": device}
-    try:
-        found, reading = advice.advise(model, *sides, **how)
-    except UserError as error:
-        return {"left_out": str(error)}
+    found, reading = advice.advise(model, *sides, **how)
     reading.save(file)
     if "firsts" in found:
         name = f"neighbors_{file.stem}"
@@ -274,20 +267,21 @@ def _reading(model, sides: tuple, settings: Settings, file: Path, *, device, **_
 def _attentive(model, sides: tuple, settings: Settings, file: Path, **how) -> dict:
     """Every block's attentive probe, and the model's row for the public benchmark."""
     _, train, _, test = sides
-    try:
-        probe = attentive_probe(model, train, test, seed=settings.seed, **how)
-        row = benchmark_row(model, train, test, attentive=probe, seed=settings.seed, **how)
-    except UserError as error:
-        return {"left_out": str(error)}
-    return json_ready({"accuracy": probe.accuracy, "rate": probe.rate, "row": row})
+    probe = attentive_probe(model, train, test, seed=settings.seed, **how)
+    row = benchmark_row(model, train, test, attentive=probe, seed=settings.seed, **how)
+    return {"accuracy": probe.accuracy, "rate": probe.rate, "row": row}
 
 
 def _tried(part: str, sides: _Sides) -> dict:
-    """A part's numbers, or why the data do not allow it."""
     if part != "measures" and (sides.train.labels is None or sides.test.labels is None):
         return {"left_out": "the images have no labels"}
+    return _or_left_out(_DO[part], sides)
+
+
+def _or_left_out(measure: Callable, *args, **how) -> dict:
+    """A part's numbers, or why the data do not allow it."""
     try:
-        return json_ready(_DO[part](sides))
+        return json_ready(measure(*args, **how))
     except UserError as error:
         return {"left_out": str(error)}
 
@@ -338,10 +332,7 @@ def _factors(s: _Sides) -> dict:
 
 _DO = {"knn": _knn, "linear": _linear, "low_shot": _low_shot, "clustering": _clustering}
 _DO |= {"measures": _measures, "factors": _factors}
-_WHOLE = {
-    "reading": _reading,
-    "attentive": _attentive,
-}  # what is told of a whole model, not of each pooling
+_WHOLE = {"reading": _reading, "attentive": _attentive}  # told of a whole model, not of a pooling
 
 
 def _left_out(report: dict) -> list[str]:
@@ -375,11 +366,8 @@ def figures(report: dict) -> Iterator[tuple[str, str, plt.Figure]]:
     whole = {name: m.get("attentive", {}) for name, m in report["models"].items()}
     if curves := {name: p["accuracy"] for name, p in whole.items() if "accuracy" in p}:
         ax = plots.block_curve(curves, ylabel="attentive probe, accuracy", chance=chance)
-        yield (
-            "attentive",
-            "Attentive probe (EP): can the class be read from the patches?",
-            ax.figure,
-        )
+        caption = "Attentive probe (EP): can the class be read from the patches?"
+        yield "attentive", caption, ax.figure
     for pooling in ("cls", "patch"):
         where = NAMES[pooling]
         if found := _per_model(report, pooling, "knn"):

@@ -91,22 +91,15 @@ def spokes_of(report: dict) -> dict[str, dict[str, float]]:
 
 def _corruptions(report: dict) -> plt.Figure:
     """Mean over corruptions by severity, and mean over severities by corruption."""
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(11.5, 4.4), layout="constrained", width_ratios=(1, 1.25)
-    )
+    how = {"figsize": (11.5, 4.4), "layout": "constrained", "width_ratios": (1, 1.25)}
+    fig, (left, right) = plt.subplots(1, 2, **how)
     for i, (side, entry) in enumerate(report["rows"]["corruptions"].items()):
         detail = entry["scores"][0]["detail"]
         table, look = np.array(detail["accuracy"]), plots.curve_style(i)
         severity = [0, *detail["severities"]]
-        left.plot(
-            severity, [detail["clean"], *table.mean(0)], label=plain(_label(report, side)), **look
-        )
-        right.plot(
-            table.mean(1),
-            range(len(table)),
-            **look | {"linestyle": ""},
-            label=plain(_label(report, side)),
-        )
+        look["label"] = plain(_label(report, side))
+        left.plot(severity, [detail["clean"], *table.mean(0)], **look)
+        right.plot(table.mean(1), range(len(table)), **look | {"linestyle": ""})
     left.set(xlabel="severity, 0 = clean", ylabel="accuracy", title="Mean of all corruptions")
     left.set_xticks(severity)
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

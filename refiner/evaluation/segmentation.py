@@ -277,13 +277,7 @@ def _scores(numbers, fits: list[_Head], counts: list[Tensor], test: DenseSet) ->
         both = drawn[:, :-2].nanmean(-1), drawn[:, -1]
         spread.append(torch.stack(both).std(1, correction=0))
     spread, objects = torch.stack(spread, dim=1).float()
-    return Segmentation(
-        numbers,
-        iou[:, :-2].nanmean(-1).float(),
-        spread,
-        right.float(),
-        iou[:, -1].float(),
-        objects,
-        iou[:, :-2].float(),
-        *(torch.tensor([getattr(f, name) for f in fits]) for name in ("penalty", "validation")),
-    )
+    right, each, merged = right.float(), iou[:, :-2].float(), iou[:, -1].float()
+    miou = iou[:, :-2].nanmean(-1).float()
+    told = (torch.tensor([getattr(f, name) for f in fits]) for name in ("penalty", "validation"))
+    return Segmentation(numbers, miou, spread, right, merged, objects, each, *told)

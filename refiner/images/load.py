@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from refiner.base.errors import TooFew, UserError
-from refiner.base.files import replacing
+from refiner.base.files import keep_in_cache, replacing
 from refiner.base.places import cache_folder
 from refiner.base.tensors import as_size, sides
 from refiner.images import labs as labs_module
@@ -245,7 +246,7 @@ def _load_toybox(variant: str, n: int | None, labs: tuple, options, cache, progr
         new = _arrays(toybox.render(range(have, n), **options, progress=progress))
         arrays = {k: np.concatenate([arrays[k], v]) if arrays else v for k, v in new.items()}
         if cache:
-            _write_cache(path, arrays)
+            keep_in_cache(path, "the rendered images", partial(np.savez, **arrays))
     factors = {k.removeprefix("factor/"): v[:n] for k, v in arrays.items() if "factor/" in k}
     images, labels, masks = (torch.from_numpy(arrays[k][:n]) for k in ("images", "labels", "masks"))
     toys, name = toybox.VARIANTS[variant].toys, f"{variant} {split}"
@@ -285,19 +286,6 @@ def _fits(cached: np.ndarray, last: np.ndarray, n: int) -> bool:
     if cached.dtype != last.dtype or cached.shape != (n, *last.shape[1:]):
         return False
     return np.abs(cached[-1:].astype(float) - last).mean() <= 0.01 * (1.0 + np.abs(last).max())
-
-
-def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    # Written beside and renamed: a second process sees no file or a whole one.
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        warnings.warn(
-            f"the rendered images cannot be kept in {path.parent} ({error.strerror or error}); "
-            "they will be rendered again next time. Set REFINER_CACHE to a writable folder.",
-            stacklevel=4,
-        )
 
 
 # ---------------------------------------------------------------- small known sets

@@ -17,7 +17,7 @@ from torch import Tensor
 from refiner.base import parallel
 from refiner.base.tensors import sides, take
 from refiner.images.sets import pixels_of
-from refiner.images.streams import ImageStream, StreamBatches
+from refiner.images.streams import AHEAD, ImageStream, StreamBatches
 
 
 class Source(Protocol):
@@ -112,29 +112,19 @@ def in_words(images) -> str:
 class Batches:
     """Images that can be indexed: a tensor, or files that are decoded ahead of their step."""
 
-    def __init__(
-        self,
-        pixels,
-        order: Callable[[int], Tensor],
-        batch: int,
-        device: torch.device,
-        *,
-        steps: int,
-        ahead: int = 2,
-    ):
+    def __init__(self, pixels, order: Callable, batch: int, device: torch.device, *, steps: int):
         parallel.check_same(len(pixels), "the number of images")
         first, own = parallel.rows(batch)
         self.mine = slice(first, first + own)
         self.pixels, self.order, self.device, self.steps = pixels, order, device, steps
-        self.ahead = 0 if isinstance(pixels, Tensor) else ahead
-        self.pool = ThreadPoolExecutor(1) if self.ahead else None
+        self.pool = None if isinstance(pixels, Tensor) else ThreadPoolExecutor(1)
         self.coming: dict[int, Future] = {}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         ids = self.order(step)
         if self.pool is None:
             return self._take(ids), ids.to(self.device, non_blocking=True)
-        for soon in range(step, min(step + 1 + self.ahead, self.steps)):
+        for soon in range(step, min(step + 1 + AHEAD, self.steps)):
             if soon not in self.coming:
                 self.coming[soon] = self.pool.submit(self._take, self.order(soon))
         return self.coming.pop(step).result(), ids.to(self.device, non_blocking=True)

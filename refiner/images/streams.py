@@ -49,6 +49,7 @@ from refiner.images.decode import (
 SHARD = 2**32  # ids from one shard's first image to the next one's
 MOST_SHARDS = 10**6
 MOST_BYTES = 2**28  # of an encoded image; what is larger counts as broken
+AHEAD = 2  # batches that are prepared while a step runs
 MOST_KEYS = 64  # images of a sample that are held to choose among
 PREFERRED = ("image", "img", "jpg", "jpeg", "png", "webp")  # keys and columns, best first
 Reader = Callable[[int, int], Iterator[bytes]]
@@ -335,28 +336,16 @@ class StreamBatches:
         batch: images a step that this process takes.
         device: where they shall be.
         seed: of the order.
-        rank, world: which process this is, of how many; by default as it is.
         steps: no batch is prepared from this step on.
-        ahead: batches that are prepared while a step runs.
 
     Raises:
         ValueError: for fewer shards than processes.
     """
 
     def __init__(
-        self,
-        stream: ImageStream,
-        batch: int,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        rank: int | None = None,
-        world: int | None = None,
-        steps: int,
-        ahead: int = 2,
+        self, stream: ImageStream, batch: int, device: torch.device, *, seed: int = 0, steps: int
     ):
-        rank = parallel.rank() if rank is None else rank
-        world = world or parallel.world()
+        rank, world = parallel.rank(), parallel.world()
         if stream.shards < world:
             raise UserError(
                 f"{stream.shards} shards of {stream.name} cannot be shared by {world} processes; "
@@ -364,7 +353,7 @@ class StreamBatches:
             )
         self.stream, self.share, self.device, self.seed = stream, batch, device, seed
         self.rank, self.own = rank, np.arange(rank, stream.shards, world)
-        self.steps, self.ahead, self.next = steps, ahead, 0
+        self.steps, self.next = steps, 0
         # Number of a block's first image → block, epoch, shard and image from which to read on.
         self.starts: dict[int, tuple[int, int, int, int]] = {0: (0, 0, 0, 0)}
         self.reader, self.decoders = ThreadPoolExecutor(1), None
@@ -372,26 +361,28 @@ class StreamBatches:
         self.samples: Iterator[tuple[int, bytes]] | None = None
         self.warned = False
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 [B, 3, S, S] and ids int64 [B] of a step; steps come one after another."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images of a step, uint8 [b, 3, S, S], and the ids of the whole batch.
+
+        Steps come one after another.
+        """
         if self.samples is None:
             self.next = step
             (first,) = self.starts
             self.samples = islice(self._shuffled(first), step * self.share - first, None)
             self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        for soon in range(self.next, min(step + 1 + self.ahead, self.steps)):
+        for soon in range(self.next, min(step + 1 + AHEAD, self.steps)):
             self.coming[soon] = self.reader.submit(self._take)
             self.next = soon + 1
-        return self.coming.pop(step).result()
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's images of a step, and the ids of the whole batch."""
-        pixels, own = self[step]
+        pixels, own = self.coming.pop(step).result()
         return pixels, parallel.gather(own.to(self.device, non_blocking=True))
 
     def state(self, done: int) -> list[list[int]]:
-        """Where each process reads on after so many steps."""
-        own = torch.tensor([self.position(done)], device=self.device)
+        """Where each process reads on after so many steps: the start of a block, five numbers."""
+        first = max(b for b in list(self.starts) if b <= done * self.share)
+        for earlier in [b for b in list(self.starts) if b < first]:
+            del self.starts[earlier]
+        own = torch.tensor([[first, *self.starts[first]]], device=self.device)
         return parallel.gather(own).tolist()
 
     def restore(self, state: list[list[int]] | None) -> None:
@@ -406,18 +397,7 @@ class StreamBatches:
                 f"cannot resume: {found or 'no'} processes read the stream then, "
                 f"{parallel.world()} now; start as many"
             )
-        self.resume(state[parallel.rank()])
-
-    def position(self, done: int) -> list[int]:
-        """Where a run reads on after so many steps: the start of a block, in five numbers."""
-        first = max(b for b in list(self.starts) if b <= done * self.share)
-        for earlier in [b for b in list(self.starts) if b < first]:
-            del self.starts[earlier]
-        return [first, *self.starts[first]]
-
-    def resume(self, position: Sequence[int]) -> None:
-        """Reads on where :meth:`position` was."""
-        first, *start = position
+        first, *start = state[parallel.rank()]
         self.starts = {first: tuple(start)}
 
     def close(self) -> None:

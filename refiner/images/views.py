@@ -265,11 +265,7 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
 
 
 def make_view(
-    images: Tensor,
-    view: View,
-    generator: Generator = None,
-    *,
-    rows: tuple[int, int] | None = None,
+    images: Tensor, view: View, generator: Generator = None, *, rows: tuple[int, int] | None = None
 ) -> Tensor:
     """One random view of each image.
 

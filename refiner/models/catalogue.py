@@ -133,10 +133,13 @@ def nearest(name: str, others: list[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(name, dict.fromkeys(known), n=n, cutoff=0.4)
 
 
+COLUMNS = "name method training params GB patch size pooling labels paper licence from"
+
+
 def table(entries: list[Entry]) -> str:
     """Entries as lines of text in columns."""
     rows = [
-        (
+        [
             "name",
             "method",
             "training",
@@ -149,26 +152,12 @@ def table(entries: list[Entry]) -> str:
             "paper",
             "licence",
             "from",
-        )
+        ]
     ]
     for e in entries:
-        parameters, labels = f"{e.parameters:,.0f}M", "yes" if e.labels else "no"
-        rows.append(
-            (
-                e.name,
-                e.method,
-                e.training,
-                parameters,
-                f"{e.gigabytes:.1f}",
-                str(e.patch),
-                e.images,
-                e.pooling,
-                labels,
-                e.reference,
-                e.licence,
-                e.source,
-            )
-        )
+        sizes = [f"{e.parameters:,.0f}M", f"{e.gigabytes:.1f}", str(e.patch), e.images]
+        rest = [e.pooling, "yes" if e.labels else "no", e.reference, e.licence, e.source]
+        rows.append([e.name, e.method, e.training, *sizes, *rest])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)

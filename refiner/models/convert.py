@@ -25,6 +25,7 @@ Positions get one row for each prefix token; it is zero where the original adds 
 from __future__ import annotations
 
 import argparse
+import inspect
 import pickle
 import re
 import zipfile
@@ -42,7 +43,7 @@ from refiner.base.files import fitting, naming
 from refiner.base.settings import in_range
 from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Architecture
-from refiner.models.encoders import EPSILON, plain_vit
+from refiner.models.encoders import EPSILON, plain_vit, timm_arguments
 from refiner.models.positions import at_distance, grid_of, with_positions
 
 DECODER_PREFIXES = ("decoder_", "mask_token")
@@ -82,6 +83,7 @@ REFINER_NAMES = (
     ("embed_norm.", "norm_pre."),
 )
 PLAIN_NAMES = (("register_tokens", "reg_token"),)
+USUAL = inspect.signature(timm_arguments).parameters | inspect.signature(plain_vit).parameters
 
 
 @dataclass(frozen=True)
@@ -469,17 +471,6 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, 
     }
     if details["post_norm"]:
         del details["final_norm"]
-    usual = {
-        "channels": 3,
-        "mlp": None,
-        "class_token": True,
-        "registers": 0,
-        "qkv_bias": True,
-        "layer_scale": False,
-        "final_norm": True,
-        "fc_norm": False,
-        "post_norm": False,
-    }
     height, width = told[0] if told else (224, 224)
     if "pos_embed" in state:
         rows, columns = grid_of(state["pos_embed"], details, kind, told, patch, name)
@@ -490,7 +481,7 @@ def _architecture(state: Mapping, kind: str, num_heads: int | None, told: list, 
         "dim": dim,
         "depth": depth_of(state),
         "heads": _heads(dim, num_heads, name),
-    } | {k: v for k, v in details.items() if v != usual[k]}
+    } | {k: v for k, v in details.items() if v != USUAL[k].default}
 
 
 def depth_of(state: Mapping) -> int:

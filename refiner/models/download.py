@@ -59,14 +59,7 @@ def cache_path(address: str, file: str | None = None) -> Path:
     return checkpoints / "refiner" / key[:16] / name
 
 
-def download(
-    address: str,
-    *,
-    file: str | None = None,
-    sha256: str | None = None,
-    md5: str | None = None,
-    progress: bool = True,
-) -> Path:
+def download(address: str, *, file: str | None = None, md5: str | None = None) -> Path:
     """A checkpoint's place on this machine, fetched first if it is not there yet.
 
     A download grows in ``<name>.part`` beside its place, goes on there if it was interrupted, and
@@ -76,9 +69,8 @@ def download(
         address: http(s); addresses of the Hugging Face hub go through its own cache.
         file: name in the cache, for an address that is known to be the only one with it; by
             default the address has a folder of its own there.
-        sha256, md5: expected checksum in hex, or how it begins. A name such as
-            ``resnet-11ad3fa6.pth`` carries the beginning of its SHA-256, as in torch.hub.
-        progress: show a bar.
+        md5: expected checksum in hex, or how it begins. A name such as ``resnet-11ad3fa6.pth``
+            carries the beginning of its SHA-256, as in torch.hub.
 
     Raises:
         FileNotFoundError: when it cannot be fetched, saying which file to put where.
@@ -88,9 +80,8 @@ def download(
     if address.startswith(HUB) and "/resolve/" in address:
         return _from_hub(address)
     target = cache_path(address, file)
-    if sha256 is None and (named := re.search(r"-([0-9a-f]{8,64})\.\w+$", target.name)):
-        sha256 = named.group(1)
-    expected = {kind: begin for kind, begin in (("sha256", sha256), ("md5", md5)) if begin}
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", target.name)
+    expected = ({"sha256": named[1]} if named else {}) | ({"md5": md5} if md5 else {})
     if target.is_file():
         _check_cached(target, expected)
         return target
@@ -102,7 +93,7 @@ def download(
         if target.is_file():  # another process was faster
             return target
         try:
-            _fetch(address, part, bool(expected), progress)
+            _fetch(address, part, bool(expected))
             _check_fetched(part, address, expected)
             part.replace(target)
         except UserError:
@@ -137,10 +128,10 @@ def check_network(address: str, advice: str) -> None:
 # ---------------------------------------------------------------- the transfer
 
 
-def _fetch(address: str, part: Path, checked: bool, progress: bool) -> None:
+def _fetch(address: str, part: Path, checked: bool) -> None:
     """Appends to ``part`` until it is complete; ``checked`` is whether a checksum will tell."""
     attempts, total = 0, None
-    with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(desc=part.stem, unit="B", unit_scale=True) as bar:
         while total is None or part.stat().st_size < total:
             before = part.stat().st_size if part.exists() else 0
             try:

@@ -15,10 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    Attention,
-    Format,
-)
+from timm.layers import Attention, Format
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
@@ -332,8 +329,7 @@ def class_token_of(block: nn.Module, x_BTD: Tensor, context: dict) -> Tensor:
         [B, 1, D], or [B, T, D] where everything ran.
     """
     attn = getattr(block, "attn", None)
-    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention
-    plain = plain and getattr(attn, "gate", None) is None  # timm knows gates from 1.0.28 on
+    plain = type(block) in (Block, PostNormBlock) and type(attn) is Attention and attn.gate is None
     if not plain or context:
         return run_block(block, x_BTD, context)
     first_B1D = x_BTD[:, :1]

@@ -29,13 +29,7 @@ from refiner.base.tensors import as_size, sides
 from refiner.models.adapt import resized, with_channels
 from refiner.models.cards import Architecture, Card, Config
 from refiner.models.catalogue import Entry, find, nearest
-from refiner.models.convert import (
-    DECODER_PREFIXES,
-    Converted,
-    check_shapes,
-    convert,
-    read_file,
-)
+from refiner.models.convert import DECODER_PREFIXES, Converted, check_shapes, convert, read_file
 from refiner.models.download import download, file_name, from_hub
 from refiner.models.encoders import (
     Encoder,

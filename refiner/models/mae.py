@@ -217,6 +217,8 @@ class MAERecipe:
     ema: Share = 0.999
     compile: bool = False
     seed: Whole = 0
+    ENCODER = ("size", "patch", "channels", "dim", "depth", "heads")  # no settings: their names
+    DECODER = ("decoder_dim", "decoder_depth", "decoder_heads", "normalize_targets")
 
     def build(self) -> MaskedAutoencoder:
         """A fresh autoencoder; the same seed gives the same weights.
@@ -228,21 +230,9 @@ class MAERecipe:
         check_memory(48 * depth * dim**2, f"a decoder of {depth} blocks, {dim} wide,")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            encoder = build_vit(
-                size=self.size,
-                patch=self.patch,
-                channels=self.channels,
-                dim=self.dim,
-                depth=self.depth,
-                heads=self.heads,
-            )
-            return MaskedAutoencoder(
-                encoder,
-                decoder_dim=self.decoder_dim,
-                decoder_depth=self.decoder_depth,
-                decoder_heads=self.decoder_heads,
-                normalize_targets=self.normalize_targets,
-            )
+            encoder = build_vit(**{name: getattr(self, name) for name in self.ENCODER})
+            decoder = {name: getattr(self, name) for name in self.DECODER}
+            return MaskedAutoencoder(encoder, **decoder)
 
 
 def decoder_state(mae: MaskedAutoencoder) -> dict[str, Tensor]:

@@ -13,11 +13,6 @@ from refiner.base.errors import UserError
 from refiner.base.tensors import as_size, sides
 
 
-def _positions_3d(positions: Tensor) -> Tensor:
-    """[1, K, D]; MIM-Refiner's are [1, rows, columns, D]."""
-    return positions.flatten(1, 2) if positions.ndim == 4 else positions
-
-
 def grid_of(
     positions: Tensor, details: Mapping, kind: str, told: list, patch: int, name: str
 ) -> tuple[int, int]:
@@ -77,7 +72,7 @@ def with_positions(state: dict, architecture: Mapping, name: str) -> dict:
     if "pos_embed" not in state:
         dim = architecture["dim"]
         return state | {"pos_embed": sincos_positions((rows, columns), dim, prefix)}
-    positions = _positions_3d(state["pos_embed"])
+    positions = state["pos_embed"].flatten(1, -2)  # MIM-Refiner's are [1, rows, columns, D]
     # Rows of the class token, and maybe of the registers.
     have = positions.shape[1] - rows * columns
     if have < prefix:

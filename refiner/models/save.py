@@ -15,6 +15,9 @@ from refiner.base.files import replacing, write_json, write_text
 from refiner.base.tensors import as_size, sides
 from refiner.models.encoders import Encoder, PostNormBlock, channels_of, timm_arguments
 
+TAGS = "tags: [masked-image-modeling, image-feature-extraction]"
+HEADER = ("---", "library_name: timm", TAGS, "---")  # of a README on the Hugging Face hub
+
 
 def save_model(
     model: Encoder, folder: str | os.PathLike, *, extra: dict[str, torch.Tensor] | None = None
@@ -88,14 +91,10 @@ def _timm_config(model: Encoder) -> dict | None:
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [channels_of(model), *sides(how["size"])],
-            "mean": how["mean"],
-            "std": how["std"],
-            "interpolation": how["interpolation"],
+            **{name: how[name] for name in ("mean", "std", "interpolation")},
             "crop_pct": how.get("crop_pct", 1.0),
-            "num_classes": 0,
-            "pool_size": None,
-            "classifier": "head",
-            "first_conv": "patch_embed.proj",
+            **{"num_classes": 0, "pool_size": None},
+            **{"classifier": "head", "first_conv": "patch_embed.proj"},
         },
     }
 
@@ -131,15 +130,7 @@ def model_card(card: dict, *, timm_opens: bool = True) -> str:
         timm_opens: whether timm can build the model.
     """
     how = card["preprocessing"]
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [masked-image-modeling, image-feature-extraction]",
-        "---",
-        "",
-        f"# {card['name']}",
-        "",
-    ]
+    lines = [*HEADER, "", f"# {card['name']}", ""]
     told = {
         "method": "Method",
         "refined_from": "Refined from",

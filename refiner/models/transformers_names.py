@@ -21,15 +21,7 @@ from refiner.base.files import fitting, naming, read_json
 from refiner.base.settings import Range, in_range
 from refiner.base.tensors import as_size, sides
 from refiner.models.cards import Channels, Deviations, Heads, Made, Means, Norm, Sides
-from refiner.models.convert import (
-    Converted,
-    depth_of,
-    finished,
-    joined,
-    need,
-    read_file,
-    shortened,
-)
+from refiner.models.convert import Converted, depth_of, finished, joined, need, read_file, shortened
 from refiner.models.encoders import nearest_to
 from refiner.models.positions import with_positions
 

@@ -301,11 +301,6 @@ class PenaltyChoice:
             right_GR = (logits.argmax(-1) == self.y_N[self.held]).float().mean(-1).T
             best = right_GR.argmax(1)
             start = tried.weights[best, torch.arange(groups, device=best.device)]
-        solved = fit_logistic(
-            x_GNE,
-            self.y_N.expand(groups, -1),
-            self.grid_R.double()[best][None],
-            start=start,
-            **self.options,
-        )
+        y_GN, penalty_1G = self.y_N.expand(groups, -1), self.grid_R.double()[best][None]
+        solved = fit_logistic(x_GNE, y_GN, penalty_1G, start=start, **self.options)
         return self.grid_R[best], right_GR, solved

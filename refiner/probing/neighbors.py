@@ -168,18 +168,9 @@ def knn_accuracy(
     Raises:
         ValueError: as :func:`knn_report`.
     """
-    return knn_report(
-        train_x,
-        train_y,
-        test_x,
-        test_y,
-        k=k,
-        temperature=temperature,
-        standardize=standardize,
-        keep_votes=False,
-        device=device,
-        progress=progress,
-    ).accuracy
+    how = {"k": k, "temperature": temperature, "standardize": standardize, "device": device}
+    data = train_x, train_y, test_x, test_y
+    return knn_report(*data, **how, keep_votes=False, progress=progress).accuracy
 
 
 @in_kind

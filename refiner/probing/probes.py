@@ -193,13 +193,9 @@ def linear_probe(
     classes, y, t = labels_to_probe(train_y, test_y, x_LND, z_LMD)
     grid, device = penalty_grid(penalties), device_for(device, x_LND)
     fit, held = held_out(y, validation, seed, "penalty" if len(grid) > 1 else "")
-    problem = PenaltyChoice(
-        y.to(device),
-        fit.to(device),
-        held.to(device),
-        torch.tensor(grid).to(device),
-        {"classes": len(classes), "tolerance": tolerance, "max_steps": max_steps},
-    )
+    options = {"classes": len(classes), "tolerance": tolerance, "max_steps": max_steps}
+    data = (part.to(device) for part in (y, fit, held, torch.tensor(grid)))
+    problem = PenaltyChoice(*data, options)
     columns = []
     with (
         full_precision(device),
@@ -296,15 +292,9 @@ def low_shot(
     wanted += [[max(1, round(f * n)) for n in counts] for f in fractions]
     orders = [shuffled_by_class(y, np.random.default_rng([seed, d])) for d in range(draws)]
     right = torch.empty(len(wanted), draws, len(x_LND), len(t), dtype=torch.bool)
-    with (
-        full_precision(device),
-        tqdm(
-            total=len(wanted) * draws * len(x_LND),
-            desc="low-shot probes",
-            unit="fit",
-            disable=not progress,
-        ) as bar,
-    ):
+    total = right[..., 0].numel()
+    bar = tqdm(total=total, desc="low-shot probes", unit="fit", disable=not progress)
+    with full_precision(device), bar:
         scaling = Scaling.of(x_LND, standardize, device)
         for size, numbers in enumerate(wanted):
             few = _FewLabels(x_LND, y, scaling, _drawn(orders, numbers), penalty, len(classes))
@@ -315,14 +305,9 @@ def low_shot(
                 right[size, :, block] = label == t
     right = right if axes_of(train_x) == 3 else right[:, :, 0]
     accuracy = right.float().mean(-1)
-    return LowShot(
-        (*shots, *fractions),
-        tuple(map(sum, wanted)),
-        accuracy.mean(1),
-        accuracy.std(1, correction=0),
-        accuracy,
-        right,
-    )
+    sizes, images = (*shots, *fractions), tuple(map(sum, wanted))
+    mean, spread = accuracy.mean(1), accuracy.std(1, correction=0)
+    return LowShot(sizes, images, mean, spread, accuracy, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -452,13 +437,8 @@ def factor_probe(
         fit, held = held_out(torch.zeros(x_LND.shape[1], dtype=torch.int64), validation, seed)
         rows = []
         with full_precision(device):
-            for x_ND, z_MD in tqdm(
-                zip(x_LND, z_LMD, strict=True),
-                total=len(x_LND),
-                desc="factors",
-                unit="block",
-                disable=not progress,
-            ):
+            blocks = list(zip(x_LND, z_LMD, strict=True))
+            for x_ND, z_MD in tqdm(blocks, desc="factors", unit="block", disable=not progress):
                 x_ND, z_MD = x_ND.to(device), z_MD.to(device)
                 scaling = Scaling.of(x_ND[None], standardize, device)
                 x_NE, z_ME = scaling(x_ND[None])[0].double(), scaling(z_MD[None])[0].double()

@@ -29,13 +29,7 @@ from torch import Tensor, nn
 from refiner.base.errors import UserError
 from refiner.base.files import replacing
 from refiner.base.settings import Range, Share, Whole, checked, settings_from
-from refiner.base.tensors import (
-    as_features,
-    feature_pair,
-    group_numbers,
-    mean_and_scale,
-    sides,
-)
+from refiner.base.tensors import as_features, feature_pair, group_numbers, mean_and_scale, sides
 from refiner.models.encoders import Encoder, channels_of, last_tokens, pool, preprocessing_card
 from refiner.models.load import copy_model
 from refiner.probing.features import NAMES, Features

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.tensors import step_generator, take
 from refiner.images.sets import pixels_of
-from refiner.images.sources import open_source
 from refiner.models.encoders import (
     Encoder,
     block_numbers,
@@ -35,7 +33,7 @@ from refiner.models.encoders import (
     walk,
 )
 from refiner.models.mae import patchify, random_masking
-from refiner.training.loop import Loop, Stage, autocast, batch_indices
+from refiner.training.loop import Loop, Stage, autocast, shuffled
 from refiner.training.pretraining import parameter_groups
 
 WARMUP = 0.1  # share of the steps
@@ -176,13 +174,7 @@ def decode_blocks(
     optimizer = torch.optim.AdamW(
         parameter_groups(decoders, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True
     )
-    batches = open_source(
-        train,
-        partial(batch_indices, len(train), batch, seed=seed),
-        batch=batch,
-        steps=steps,
-        device=device,
-    )
+    batches = shuffled(train, batch, steps, device, seed)
 
     def step(number: int) -> tuple[None, dict[str, Tensor]]:
         """Leaves the gradients of one decoder after the other: none of them holds two graphs."""
@@ -216,13 +208,8 @@ class _Frozen:
         patch, grid = self.model.patch_embed.patch_size[0], self.model.patch_embed.grid_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Decoder(
-                self.model.num_features,
-                tuple(grid),
-                prefix_tokens(self.model),
-                patch**2 * channels_of(self.model),
-                **sizes,
-            )
+            values, prefix = patch**2 * channels_of(self.model), prefix_tokens(self.model)
+            return Decoder(self.model.num_features, tuple(grid), prefix, values, **sizes)
 
     def target(self, x: Tensor) -> Tensor:
         """What is painted, [B, N, P]."""

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,11 +37,9 @@ from refiner.base.settings import (
     Share,
     Whole,
     checked,
-    settings_from,
 )
 from refiner.base.tensors import step_generator
 from refiner.images.sets import ImageSet
-from refiner.images.sources import open_source
 from refiner.images.views import View, make_view, without_colour
 from refiner.models.encoders import (
     Encoder,
@@ -57,7 +54,7 @@ from refiner.models.encoders import (
 from refiner.models.load import copy_model
 from refiner.probing.logistic import PENALTIES
 from refiner.probing.probes import linear_probe, shuffled_by_class
-from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, batch_indices, layer_groups
+from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, layer_groups, shuffled
 from refiner.training.states import origin
 
 
@@ -112,20 +109,9 @@ class FinetuneRecipe:
     @classmethod
     def cpu(cls, **changes) -> FinetuneRecipe:
         """A run of seconds to minutes on two cores: small steps, little augmentation."""
-        small = cls(
-            epochs=2,
-            batch=32,
-            lr=2e-3,
-            mixup=0.0,
-            cutmix=0.0,
-            drop_path=0.0,
-            ema=0.99,
-            crop=(1.0, 1.0),
-            ratio=(1.0, 1.0),
-            jitter=0.1,
-            head="probe",
-        )
-        return replace(small, **changes)
+        plain = dict(mixup=0.0, cutmix=0.0, drop_path=0.0, crop=(1.0, 1.0), ratio=(1.0, 1.0))
+        short = dict(epochs=2, batch=32, lr=2e-3, ema=0.99, jitter=0.1, head="probe")
+        return replace(cls(**plain, **short), **changes)
 
     @classmethod
     def gpu(cls, **changes) -> FinetuneRecipe:
@@ -273,13 +259,10 @@ def finetune(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = recipe or getattr(FinetuneRecipe, "cpu" if device.type == "cpu" else "gpu")()
-    loop = loop_of(
-        begin(model, images, recipe, device),
-        file=Path(out) / "finetune.pt" if out else None,
-        origin=origin(images, model) if out or resume else None,
-        save_every=save_every,
-        stop=stop,
-    )
+    options = {"file": Path(out) / "finetune.pt" if out else None}
+    options["origin"] = origin(images, model) if out or resume else None
+    steps = begin(model, images, recipe, device)
+    loop = loop_of(steps, **options, save_every=save_every, stop=stop)
     loop.run("fine-tuning", resume=resume, progress=progress)
     tuned = loop.ema.module if loop.ema else loop.parts["model"]
     return Finetuned(tuned.eval(), loop.history, recipe)
@@ -301,25 +284,12 @@ def begin(model: Encoder, images: ImageSet, recipe: FinetuneRecipe, device: torc
 def loop_of(steps: Steps, **options) -> Loop:
     """The loop that fine-tunes; the options are others of :class:`refiner.training.loop.Loop`."""
     model, recipe = steps.model, steps.recipe
-    stage = Stage(
-        steps.count,
-        steps.take,
-        torch.optim.AdamW(
-            parameter_groups(model, recipe), lr=recipe.lr, fused=steps.device.type == "cuda"
-        ),
-        peak=recipe.lr * steps.batch / 256,
-        warmup=math.ceil(recipe.warmup * steps.count),
-    )
-    return Loop(
-        {"model": model},
-        {1: stage},
-        steps.source,
-        steps.device,
-        recipe,
-        read_recipe=partial(settings_from, FinetuneRecipe),
-        ema=EMA(model, recipe.ema, warmup=_warmup) if recipe.ema else None,
-        **options,
-    )
+    groups, fused = parameter_groups(model, recipe), steps.device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+    peak, warmup = recipe.lr * steps.batch / 256, math.ceil(recipe.warmup * steps.count)
+    stages = {1: Stage(steps.count, steps.take, optimizer, peak, warmup)}
+    options["ema"] = EMA(model, recipe.ema, warmup=_warmup) if recipe.ema else None
+    return Loop({"model": model}, stages, steps.source, steps.device, recipe, **options)
 
 
 def _warmup(t: int) -> float:
@@ -349,23 +319,13 @@ class Steps:
         self.batch = min(recipe.batch, len(images)) // 2 * 2
         per_epoch = len(images) // self.batch
         self.count = max(1, round(recipe.epochs * per_epoch), recipe.least_steps)
-        self.source = open_source(
-            images,
-            partial(batch_indices, len(images), self.batch, seed=recipe.seed),
-            batch=self.batch,
-            steps=self.count,
-            device=device,
-        )
+        self.source = shuffled(images, self.batch, self.count, device, recipe.seed)
         self.labels = y_N.to(device)
         self.card = preprocessing_card(model.encoder)
         view = _view(self.card["preprocessing"]["size"], recipe)
         self.view = view if channels_of(model.encoder) == 3 else without_colour(view)
-        self.mix = Mixup(
-            recipe.mixup,
-            recipe.cutmix,
-            label_smoothing=recipe.smoothing,
-            num_classes=len(model.classes),
-        )
+        how = {"label_smoothing": recipe.smoothing, "num_classes": len(model.classes)}
+        self.mix = Mixup(recipe.mixup, recipe.cutmix, **how)
         self.mix.mixup_enabled = recipe.mixup > 0 or recipe.cutmix > 0
         self.loss = SoftTargetCrossEntropy()
 
@@ -403,19 +363,9 @@ def _pooling(model: Encoder, recipe: FinetuneRecipe) -> str:
 
 
 def _view(size: int, recipe: FinetuneRecipe) -> View:
-    strength = recipe.jitter
-    return View(
-        size=size,
-        scale=recipe.crop,
-        ratio=recipe.ratio,
-        flip=recipe.flip,
-        jitter=float(strength > 0),
-        brightness=strength,
-        contrast=strength,
-        saturation=strength,
-        hue=0.0,
-        gray=0.0,
-    )
+    light = dict.fromkeys(("brightness", "contrast", "saturation"), recipe.jitter)
+    crop = dict(size=size, scale=recipe.crop, ratio=recipe.ratio, flip=recipe.flip)
+    return View(**crop, **light, jitter=float(recipe.jitter > 0), hue=0.0, gray=0.0)
 
 
 @contextmanager

@@ -354,14 +354,8 @@ def fresh_heads(recipe: Recipe, dim: int) -> tuple[IDHeads, NeighborQueue]:
     out = recipe.out
     weights = l * (dim * hidden + hidden**2 + hidden * out + 2 * out * predictor)
     check_memory(4 * (weights + l * recipe.queue * out), "the heads and their queue together")
-    heads = IDHeads(
-        len(recipe.blocks),
-        dim,
-        hidden=recipe.hidden,
-        predictor_hidden=recipe.predictor_hidden,
-        out=recipe.out,
-    )
-    return heads, NeighborQueue(recipe.queue, recipe.out, heads=len(recipe.blocks))
+    heads = IDHeads(l, dim, hidden=hidden, predictor_hidden=predictor, out=out)
+    return heads, NeighborQueue(recipe.queue, out, heads=l)
 
 
 def copy_weights(name: str, given: nn.Module, new: nn.Module) -> None:

@@ -148,16 +148,9 @@ def verdict_of(measured: Sequence[Measured], images: int, seed: int = 0) -> Verd
         return Verdict(best.name, images, name, refined.score, before.score, readings)
     right_M = cross_fitted(torch.stack([m.right_M for m in others]), seed)
     gain = bootstrap((right_M - before.right_M.double())[None], seed=seed)
-    return Verdict(
-        kept="before" if gain[1] < 0 else best.name,
-        images=images,
-        by=by_knn().words,
-        refined=float(right_M.mean()),
-        before=before.score,
-        readings=readings,
-        interval=bootstrap(right_M[None], seed=seed),
-        gain=gain,
-    )
+    kept, name = "before" if gain[1] < 0 else best.name, by_knn().words
+    interval, score = bootstrap(right_M[None], seed=seed), float(right_M.mean())
+    return Verdict(kept, images, name, score, before.score, readings, interval, gain)
 
 
 def cross_fitted(right_CM: Tensor, seed: int = 0) -> Tensor:

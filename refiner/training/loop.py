@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.files import fitting, naming
-from refiner.base.settings import Count, Range, Whole, in_range
-from refiner.images.sources import Source
+from refiner.base.settings import Count, Range, Whole, in_range, settings_from
+from refiner.images.sources import Source, open_source
 from refiner.training.keeping import Keeper
 from refiner.training.states import (
     as_now,
@@ -71,6 +71,12 @@ def batch_indices(n: int, batch: int, step: int, *, seed: int) -> Tensor:
     return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
 
 
+def shuffled(images, batch: int, steps: int, device: torch.device, seed: int) -> Source:
+    """A source that gives the batches of :func:`batch_indices`."""
+    order = partial(batch_indices, len(images), batch, seed=seed)
+    return open_source(images, order, batch=batch, steps=steps, device=device)
+
+
 def repeated_indices(n: int, batch: int, *, seed: int, step: int, epochs: int) -> Tensor:
     """Like :func:`batch_indices`, but epoch e holds the images of epoch e modulo ``epochs``.
 
@@ -110,12 +116,8 @@ def layer_groups(
         decay_last: the last block's is below the final norm's. MIM-Refiner's authors count the norm
             as a layer (``LayerwiseLrDecayModifier``, after BEiT), timm counts it to that block.
     """
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
-        no_weight_decay_list=model.no_weight_decay(),
-    )
+    how = {"weight_decay": weight_decay, "layer_decay": layer_decay}
+    groups = param_groups_layer_decay(model, no_weight_decay_list=model.no_weight_decay(), **how)
     kept = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
     return _below_the_norm(model, kept, layer_decay) if decay_last else kept
 
@@ -258,7 +260,8 @@ class Loop:
         source: of the images; the place where it reads on is saved.
         device: of everything.
         recipe: a dataclass that is saved; a resumed run's may differ in ``changeable`` only.
-        write_recipe, read_recipe: to plain values and back; older ones get defaults.
+        write_recipe, read_recipe: to plain values and back; older ones get defaults. None checks
+            them against the recipe's kind.
         origin: what the run starts from, see :func:`origin`.
         ema: the average.
         keeper: measures it at moments of its own.
@@ -324,15 +327,8 @@ class Loop:
         hidden = not progress or parallel.rank() > 0
         try:
             self.begin(resume)
-            with tqdm(
-                total=self.total,
-                initial=self.done,
-                desc=name,
-                unit="step",
-                mininterval=1.0,
-                leave=None,
-                disable=hidden,
-            ) as bar:
+            how = {"total": self.total, "initial": self.done, "unit": "step", "disable": hidden}
+            with tqdm(desc=name, mininterval=1.0, leave=None, **how) as bar:
                 all(self.run_stage(number, bar) for number in self.stages)
         finally:
             self.source.close()
@@ -453,7 +449,8 @@ class Loop:
             state = as_now(state)
             if missing := [name for name in self.parts if name not in state]:
                 raise UserError(f"it holds no {', '.join(missing)}: it is of another command")
-            saved = self.read_recipe(state["recipe"])
+            read = self.read_recipe or partial(settings_from, type(self.recipe))
+            saved = read(state["recipe"])
         check_recipe(saved, self.recipe, self.changeable, file.parent)
         with fitting(file):
             check_origin(state.get("origin"), self.origin, file.parent)

@@ -142,16 +142,8 @@ def plan(
     if too_large:
         changes = {how: needed(x) for how, x in smaller(recipe, len(model.blocks)).items()}
     seconds = _step_seconds(model, images, recipe, device, fits=fits)
-    return Plan(
-        recipe=recipe,
-        images=n,
-        step_seconds=seconds,
-        memory=memory,
-        available=available,
-        changes=changes,
-        what=what,
-        measuring=_measuring(keeper, seconds[0]) if keeper else 0.0,
-    )
+    measuring = _measuring(keeper, seconds[0]) if keeper else 0.0
+    return Plan(recipe, n, seconds, memory, available, changes, what, measuring)
 
 
 def smaller(recipe: Recipe, depth: int) -> dict[str, Recipe]:
@@ -319,17 +311,8 @@ def saved_bytes(run: Refined, images, device: torch.device, n: int) -> float:
     pixels = take(pixels, torch.arange(n) % len(pixels), device)
     ids = torch.arange(n * parallel.world(), device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device):
-        refine_step(
-            run.model.train(),
-            run.heads,
-            run.queue,
-            pixels,
-            ids,
-            run.recipe,
-            stage=3,
-            swap_chance=1.0,
-            generator=step_generator(0, 0, device),
-        )
+        how = {"stage": 3, "swap_chance": 1.0, "generator": step_generator(0, 0, device)}
+        refine_step(run.model.train(), run.heads, run.queue, pixels, ids, run.recipe, **how)
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,25 +15,16 @@ from refiner.base import parallel
 from refiner.base.errors import UserError
 from refiner.base.files import one_run_a_folder, write_json
 from refiner.base.places import machine
-from refiner.base.settings import checked, settings_from
+from refiner.base.settings import checked
 from refiner.base.tensors import sides, step_generator
 from refiner.images.channels import measure_channels
 from refiner.images.sets import pixels_of
-from refiner.images.sources import open_source
 from refiner.images.views import View, make_view
 from refiner.models.encoders import normalize, preprocess
 from refiner.models.load import read_checkpoint
 from refiner.models.mae import MAERecipe, MaskedAutoencoder, decoder_state, random_masking
 from refiner.models.save import check_savable, save_model
-from refiner.training.loop import (
-    EMA,
-    Loop,
-    Stage,
-    Stop,
-    autocast,
-    batch_indices,
-    compile_blocks,
-)
+from refiner.training.loop import EMA, Loop, Stage, Stop, autocast, compile_blocks, shuffled
 from refiner.training.states import origin
 
 
@@ -124,17 +114,10 @@ def pretrain(
         check_savable(mae.encoder)
     if recipe.compile:
         compile_blocks([*mae.encoder.blocks, *mae.decoder_blocks])
-    loop = loop_of(
-        mae,
-        pixels,
-        recipe,
-        device,
-        origin=origin(images, start=mae.encoder.refiner_card.get("started_from")),
-        file=Path(out) / "state.pt" if out else None,
-        save_every=save_every,
-        log_every=log_every,
-        stop=stop,
-    )
+    options = {"save_every": save_every, "log_every": log_every, "stop": stop}
+    options["origin"] = origin(images, start=mae.encoder.refiner_card.get("started_from"))
+    options["file"] = Path(out) / "state.pt" if out else None
+    loop = loop_of(mae, pixels, recipe, device, **options)
     loop.run("pretraining", resume=resume, progress=progress)
     run = Pretrained(loop.ema.module, loop.history, loop.done)
     if out:
@@ -146,33 +129,17 @@ def loop_of(
     mae: MaskedAutoencoder, pixels, recipe: MAERecipe, device: torch.device, **options
 ) -> Loop:
     """The loop that trains an autoencoder; the options are others of :class:`Loop`."""
-    source = open_source(
-        pixels,
-        partial(batch_indices, len(pixels), recipe.batch, seed=recipe.seed),
-        batch=recipe.batch,
-        steps=recipe.steps,
-        device=device,
-    )
-    stage = Stage(
-        recipe.steps,
-        lambda step: loss_of(mae, source.batch(step)[0], recipe, step),
-        torch.optim.AdamW(
-            parameter_groups(mae, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.95), fused=True
-        ),
-        peak=recipe.lr,
-        warmup=int(recipe.warmup * recipe.steps),
-    )
-    return Loop(
-        {"mae": mae},
-        {1: stage},
-        source,
-        device,
-        recipe,
-        read_recipe=partial(settings_from, MAERecipe),
-        ema=EMA(mae, recipe.ema),
-        mean=True,
-        **options,
-    )
+    source = shuffled(pixels, recipe.batch, recipe.steps, device, recipe.seed)
+    groups = parameter_groups(mae, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    rates = {"peak": recipe.lr, "warmup": int(recipe.warmup * recipe.steps)}
+
+    def step(number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_of(mae, source.batch(number)[0], recipe, number)
+
+    stages = {1: Stage(recipe.steps, step, optimizer, **rates)}
+    options |= {"ema": EMA(mae, recipe.ema), "mean": True}
+    return Loop({"mae": mae}, stages, source, device, recipe, **options)
 
 
 def loss_of(
@@ -193,15 +160,9 @@ def _views(pixels: Tensor, recipe: MAERecipe, card: dict, generator: torch.Gener
     """Normalised images [B, C, H, W], cropped and mirrored as the recipe says."""
     if recipe.crop is None and not recipe.flip:
         return preprocess(pixels, card)
-    whole = recipe.crop is None
-    view = View(
-        size=recipe.size,
-        scale=(1.0, 1.0) if whole else recipe.crop,
-        ratio=(1.0, 1.0) if whole else View.ratio,
-        flip=0.5 if recipe.flip else 0.0,
-        jitter=0.0,
-        gray=0.0,
-    )
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    crop = whole if recipe.crop is None else {"scale": recipe.crop}
+    view = View(size=recipe.size, **crop, flip=0.5 if recipe.flip else 0.0, jitter=0.0, gray=0.0)
     return normalize(make_view(pixels, view, generator), card)
 
 
@@ -261,9 +222,6 @@ def save_pretrained(run: Pretrained, out: str | Path, *, recipe: MAERecipe) -> N
     write_json(Path(out) / "history.json", run.history)
 
 
-ENCODER_SIZES = ("size", "patch", "channels", "dim", "depth", "heads")
-
-
 def recipe_for(name: str | Path) -> MAERecipe:
     """The default recipe with the encoder of a checkpoint, to train that one on.
 
@@ -271,7 +229,7 @@ def recipe_for(name: str | Path) -> MAERecipe:
         FileNotFoundError: for a name that is no checkpoint.
     """
     architecture = _checkpoint(name)[0]["architecture"]
-    return MAERecipe(**{k: v for k, v in architecture.items() if k in ENCODER_SIZES})
+    return MAERecipe(**{k: v for k, v in architecture.items() if k in MAERecipe.ENCODER})
 
 
 def start_from(name: str | Path, recipe: MAERecipe) -> MaskedAutoencoder:
@@ -295,7 +253,7 @@ def start_from(name: str | Path, recipe: MAERecipe) -> MaskedAutoencoder:
     if theirs != {k: v.shape for k, v in mae.encoder.state_dict().items()}:
         raise UserError(
             f"{name} is not the recipe's encoder, a plain ViT with class token and "
-            f"{', '.join(f'{size}={getattr(recipe, size)}' for size in ENCODER_SIZES)}; "
+            f"{', '.join(f'{size}={getattr(recipe, size)}' for size in recipe.ENCODER)}; "
             f"it has {card['architecture']}"
         )
     mae.encoder.load_state_dict(encoder)

@@ -174,25 +174,10 @@ class Recipe:
             size: the model's image size; the small views have half of it.
             **changes: other values for any attribute.
         """
-        base = cls(
-            blocks=(9, 10, 11, 12),
-            hidden=256,
-            predictor_hidden=512,
-            out=128,
-            views=_toy_views(size, keep=0.5),
-            batch=128,
-            head_steps=20,
-            steps=160,
-            head_lr=4e-3,
-            lr=6e-3,
-            layer_decay=0.75,
-            frozen_blocks=6,
-            queue=4096,
-            top_k=5,
-            ema=0.98,
-            keep="best",
-            warmup=0.1,
-        )
+        heads = dict(blocks=(9, 10, 11, 12), hidden=256, predictor_hidden=512, out=128)
+        rates = dict(head_lr=4e-3, lr=6e-3, layer_decay=0.75, warmup=0.1, ema=0.98)
+        run = dict(batch=128, head_steps=20, steps=160, frozen_blocks=6, queue=4096, top_k=5)
+        base = cls(**heads, **rates, **run, views=_toy_views(size, keep=0.5), keep="best")
         return replace(base, **changes)
 
     @classmethod
@@ -210,16 +195,8 @@ class Recipe:
         colour = {"saturation": 0.8, "hue": 0.5, "gray": 0.2, "blur": 0.5, "noise": 0.06}
         large = View(size=size, scale=(0.6, 1.0), keep=0.5, **light, **colour)
         small = View(size=_part(size, 0.5), scale=(0.3, 0.6), **light, **colour)
-        base = cls.cpu(
-            size=size,
-            views=(large, large, small, small),
-            batch=64,
-            steps=600,
-            frozen_blocks=0,
-            swap="none",
-            keep="last",
-        )
-        return replace(base, **changes)
+        run = dict(batch=64, steps=600, frozen_blocks=0, swap="none", keep="last")
+        return replace(cls.cpu(views=(large, large, small, small), **run), **changes)
 
     @classmethod
     def gpu(cls, *, size: int | tuple[int, int] = 32, patch: int = 16, **changes) -> Recipe:
@@ -232,18 +209,9 @@ class Recipe:
             patch: and its patch size, which small views are a multiple of.
             **changes: other values for any attribute.
         """
-        base = cls(
-            hidden=1024,
-            predictor_hidden=2048,
-            batch=512,
-            head_steps=500,
-            steps=6000,
-            head_lr=1e-3,
-            lr=1e-3,
-            queue=8192,
-            ema=0.999,
-            keep="best",
-        )
+        heads = dict(hidden=1024, predictor_hidden=2048, queue=8192)
+        run = dict(batch=512, head_steps=500, steps=6000, head_lr=1e-3, lr=1e-3, ema=0.999)
+        base = cls(**heads, **run, keep="best")
         if max(sides(size)) <= 64:
             base = replace(base, views=_toy_views(size), swap_from=0.3, swap_full=0.9)
         else:
@@ -275,16 +243,8 @@ class Recipe:
             raise UserError(f"{_count(images)} images are fewer than one batch of {batch}")
         local = 96 if name.endswith("/16") else 98  # a multiple of the patch
         views = tuple(replace(v, size=local) if v.size == 96 else v for v in cls().views)
-        base = cls(
-            views=views,
-            head_steps=20 * per_epoch,
-            steps=epochs * per_epoch,
-            head_warmup=4 / 20,
-            warmup=4 / epochs,
-            decay_last=True,
-            **facts,
-        )
-        return replace(base, **changes)
+        facts |= _epochs(epochs, per_epoch)
+        return replace(cls(views=views, **facts), **changes)
 
     @classmethod
     def fitted(cls, model: Encoder, images, **changes) -> Recipe:
@@ -315,37 +275,27 @@ class Recipe:
         batch = changes.get("batch", min(_power(n / 32), 1024 if width < 1280 else 512))
         queue = min(_power(n / 4), 65_536)
         per_epoch = max(1, n // batch)
-        base = cls(
-            blocks=_last_third(depth),
-            hidden=min(2048, 2 * width),
-            predictor_hidden=min(4096, 4 * width),
-            views=_fitted_views(size, model.patch_embed.patch_size[0]),
-            batch=batch,
-            queue=queue,
-            head_steps=20 * per_epoch,
-            steps=30 * per_epoch,
-            head_warmup=4 / 20,
-            warmup=4 / 30,
-            top_k=max(1, round(20 * math.sqrt(queue / 65_536))),
-            temperature=_temperature(width),
-            ema=min(0.9999, 1 - 4 / (30 * per_epoch)),
-            decay_last=True,
-        )
-        return replace(base, **changes)
+        heads = dict(hidden=min(2048, 2 * width), predictor_hidden=min(4096, 4 * width))
+        heads |= dict(blocks=_last_third(depth), temperature=_temperature(width))
+        run = dict(batch=batch, queue=queue, ema=min(0.9999, 1 - 4 / (30 * per_epoch)))
+        run |= dict(top_k=max(1, round(20 * math.sqrt(queue / 65_536))), **_epochs(30, per_epoch))
+        views = _fitted_views(size, model.patch_embed.patch_size[0])
+        return replace(cls(views=views, **heads, **run), **changes)
 
 
 # The last of the blocks is the final output; epochs of stage 3 where not 30.
 _PAPER = {
     "L/16": {"blocks": tuple(range(17, 25)), "temperature": 0.2, "batch": 1024},
     "H/14": {"blocks": tuple(range(21, 33)), "temperature": 0.3, "batch": 512},
-    "2B/14": {
-        "blocks": tuple(range(17, 25)),
-        "temperature": 0.35,
-        "batch": 512,
-        "frozen_blocks": 6,
-        "epochs": 20,
-    },
+    "2B/14": {"blocks": tuple(range(17, 25)), "temperature": 0.35, "batch": 512}
+    | {"frozen_blocks": 6, "epochs": 20},
 }
+
+
+def _epochs(epochs: int, per_epoch: int) -> dict:
+    """Steps and warm-up of the paper's 20 epochs of heads and so many of the encoder."""
+    steps = {"head_steps": 20 * per_epoch, "steps": epochs * per_epoch}
+    return steps | {"head_warmup": 4 / 20, "warmup": 4 / epochs, "decay_last": True}
 
 
 def _count(images) -> int:
@@ -372,14 +322,8 @@ def _part(size, share: float, patch: int = 1):
 
 def _toy_views(size, *, keep: float = 1.0) -> tuple[View, ...]:
     """Two large and two small views whose colours say nothing."""
-    colour = {
-        "jitter": 0.95,
-        "brightness": 0.6,
-        "contrast": 0.6,
-        "saturation": 0.8,
-        "hue": 0.5,
-        "gray": 0.4,
-    }
+    light = {"jitter": 0.95, "brightness": 0.6, "contrast": 0.6}
+    colour = light | {"saturation": 0.8, "hue": 0.5, "gray": 0.4}
     large = View(size=size, scale=(0.6, 1.0), keep=keep, **colour)
     small = View(size=_part(size, 0.5), scale=(0.3, 0.6), **colour)
     return large, large, small, small

@@ -24,11 +24,7 @@ from refiner.base.places import machine
 from refiner.base.tensors import step_generator
 from refiner.images.channels import fit_channels
 from refiner.images.sources import count, open_source
-from refiner.models.encoders import (
-    Encoder,
-    allow_any_size,
-    freeze_first,
-)
+from refiner.models.encoders import Encoder, allow_any_size, freeze_first
 from refiner.models.load import copy_model
 from refiner.models.save import check_savable, save_model
 from refiner.training.groups import GroupedOrder, check_groups, groups_of
@@ -176,18 +172,12 @@ def refine(
     if out:
         check_savable(run.model)
     keeper = keeper_of(recipe, model, images, device, groups)
-    loop = loop_of(
-        Steps(run, images, device, groups, keeper and keeper.used),
-        keeper=keeper,
-        file=Path(out) / "state.pt" if out else None,
-        origin=origin(images, model, groups=groups) if out or resume else None,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        watch=watch,
-        save_every=save_every,
-        log_every=log_every,
-        stop=stop,
-    )
+    options = {"evaluate": evaluate, "evaluate_every": evaluate_every, "watch": watch}
+    options |= {"save_every": save_every, "log_every": log_every, "stop": stop}
+    options["file"] = Path(out) / "state.pt" if out else None
+    options["origin"] = origin(images, model, groups=groups) if out or resume else None
+    steps = Steps(run, images, device, groups, keeper and keeper.used)
+    loop = loop_of(steps, keeper=keeper, **options)
     loop.run("refining", resume=resume, progress=progress)
     run.model, run.history, run.steps = loop.ema.module, loop.history, loop.done
     run.verdict = _verdict(run, keeper, progress and parallel.rank() == 0)
@@ -239,34 +229,19 @@ def loop_of(steps: Steps, **options) -> Loop:
     """
     run, recipe = steps.run, steps.run.recipe
 
-    def stage(number: int, count: int, optimizer, lr: float, warmup: float) -> Stage:
-        return Stage(
-            count,
-            partial(steps.take, number),
-            optimizer,
-            peak=lr * (recipe.batch / 256),
-            warmup=int(warmup * count + 1e-6),  # 4 / 30 of 30 epochs are 4, rounding or not
-            averaged=number == 3,
-        )
+    def stage(number: int, count: int, lr: float, warmup: float) -> Stage:
+        first = int(warmup * count + 1e-6)  # 4 / 30 of 30 epochs are 4, rounding or not
+        take, peak = partial(steps.take, number), lr * (recipe.batch / 256)
+        return Stage(count, take, _optimizer(run, number), peak, first, averaged=number == 3)
 
     early = recipe.warmup if recipe.head_warmup is None else recipe.head_warmup
-    heads = stage(2, recipe.head_steps, _optimizer(run, 2), recipe.head_lr, early)
-    whole = stage(3, recipe.steps, _optimizer(run, 3), recipe.lr, recipe.warmup)
-    return Loop(
-        {"model": run.model, "heads": run.heads, "queue": run.queue},
-        {2: heads, 3: whole},
-        steps.source,
-        steps.device,
-        recipe,
-        recipe_dict,
-        recipe_from,
-        CHANGEABLE,
-        ema=EMA(run.model, recipe.ema),
-        clip=recipe.clip,
-        guard=CollapseGuard(recipe, options.get("file")),
-        shown=_shown,
-        **options,
-    )
+    stages = {2: stage(2, recipe.head_steps, recipe.head_lr, early)}
+    stages[3] = stage(3, recipe.steps, recipe.lr, recipe.warmup)
+    parts = {"model": run.model, "heads": run.heads, "queue": run.queue}
+    where = steps.source, steps.device, recipe, recipe_dict, recipe_from, CHANGEABLE
+    options |= {"ema": EMA(run.model, recipe.ema), "clip": recipe.clip, "shown": _shown}
+    guard = CollapseGuard(recipe, options.get("file"))
+    return Loop(parts, stages, *where, guard=guard, **options)
 
 
 def _shown(entry: dict) -> dict:
@@ -307,14 +282,9 @@ class Steps:
         if used is not None:
             self.order = partial(_among, used, self.order)
         self.groups = None if groups is None else groups.to(device)
-        self.source = open_source(
-            images,
-            self.order,
-            batch=recipe.batch,
-            steps=recipe.head_steps + recipe.steps,
-            device=device,
-            seed=recipe.seed,
-        )
+        how = {"batch": recipe.batch, "steps": recipe.head_steps + recipe.steps}
+        how |= {"device": device, "seed": recipe.seed}
+        self.source = open_source(images, self.order, **how)
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else labels.to(device)
         self.kept_KNLVD: Tensor | None = None  # K epochs' features of N images
@@ -331,20 +301,10 @@ class Steps:
                 features, ids = self.kept_features(at)
             else:
                 pixels, ids = self.source.batch(at)
-            result = refine_step(
-                run.model,
-                run.heads,
-                run.queue,
-                pixels,
-                ids,
-                recipe,
-                stage=stage,
-                swap_chance=1.0 if stage == 2 else swap_chance(recipe, step),
-                generator=self.generator(at),
-                labels=self.labels,
-                groups=self.groups,
-                features=features,
-            )
+            how = {"stage": stage, "generator": self.generator(at), "features": features}
+            how["swap_chance"] = 1.0 if stage == 2 else swap_chance(recipe, step)
+            how |= {"labels": self.labels, "groups": self.groups}
+            result = refine_step(run.model, run.heads, run.queue, pixels, ids, recipe, **how)
         loss_L = result.loss
         if stage == 3:
             self.kept_KNLVD, weights = None, head_loss_weights(recipe, step)

@@ -54,15 +54,8 @@ def view_features(
             patches = recipe.views[members[0]].pixels // model.patch_embed.patch_size[0] ** 2
             kept_BK = draw_patches(len(members), len(views[0]), patches, keep, generator, rows)
             kept_BK = kept_BK.to(batch.device)
-        out_LMD = head_features(
-            model,
-            batch,
-            recipe.blocks,
-            pooling=recipe.pooling,
-            kept_BK=kept_BK,
-            frozen=frozen_blocks,
-            recompute=recipe.checkpoint,
-        )
+        how = {"kept_BK": kept_BK, "frozen": frozen_blocks, "recompute": recipe.checkpoint}
+        out_LMD = head_features(model, batch, recipe.blocks, pooling=recipe.pooling, **how)
         for member, chunk in zip(members, out_LMD.chunk(len(members), dim=1), strict=True):
             features[member] = chunk
     return torch.stack(features, dim=1)
@@ -106,10 +99,9 @@ def batch_features(
     views = make_views(pixels, recipe.views, generator, rows=rows)
     views = [normalize(view, model.refiner_card) for view in views]
     frozen = recipe.frozen_blocks if stage == 3 else len(model.blocks)
+    how = {"frozen_blocks": frozen, "generator": generator, "rows": rows}
     with torch.no_grad() if stage == 2 else nullcontext():
-        return view_features(
-            model, views, recipe, frozen_blocks=frozen, generator=generator, rows=rows
-        )
+        return view_features(model, views, recipe, **how)
 
 
 def refine_step(
@@ -144,7 +136,7 @@ def refine_step(
         features: what :func:`batch_features` gave, in place of the pixels.
     """
     first, count = parallel.rows(len(ids))
-    own = ids[first : first + count]
+    own, g = ids[first : first + count], recipe.global_views
     x_LVBD = features
     if x_LVBD is None:
         x_LVBD = batch_features(
@@ -152,27 +144,24 @@ def refine_step(
         )
     parts = 1 if groups is None else max(1, recipe.groups_a_step)
     z_LVBO, p_LVBO = projected(heads, x_LVBD, parts)
-    no_neighbors = None
-    if groups is not None:
-        no_neighbors = barred(groups, queue.ids, own, recipe.neighbors_from)
+    wrong = None if groups is None else barred(groups, queue.ids, own, recipe.neighbors_from)
     # In bfloat16 the nearest neighbor would be one of many equals, and logits off by a hundredth.
     with torch.autocast(z_LVBO.device.type, enabled=False):
-        found, targets, loss_L = _aligned(
-            z_LVBO.detach().float(),
-            p_LVBO,
-            queue,
-            ids,
-            recipe,
-            swap_chance,
-            k=1 if stage == 2 else recipe.top_k,
-            generator=generator,
-            parts=parts,
-            no_neighbors=no_neighbors,
-        )
+        targets = z_LVBO.detach().float()[:, :g]
+        k, rows = 1 if stage == 2 else recipe.top_k, (first, len(ids))
+        found = queue.lookup(targets.flatten(1, 2), own, k, generator, rows, wrong)
+        neighbors = found.vectors.unflatten(1, (g, count))
+        chance = 0.0 if recipe.swap == "none" else swap_chance
+        if chance < 1:
+            drawn = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
+            swapped = drawn[:, :, first : first + count] < chance
+            neighbors = torch.where(swapped, neighbors, targets)
+        p_LVBO = parallel.gather(p_LVBO, dim=2).float()
+        loss_L = _loss(recipe, p_LVBO, targets, neighbors, parts, first)
     step = Step(
         loss_L,
         found.similarity.mean(dim=1),
-        _right(found, queue, labels, own, recipe.global_views),
+        _right(found, queue, labels, own, g),
         _age(found, queue),
         _spread(targets[:, 0]),
     )
@@ -188,47 +177,15 @@ def projected(heads: IDHeads, x_LVBD: Tensor, parts: int) -> tuple[Tensor, Tenso
     return tuple(torch.stack(each, dim=3).flatten(2, 3) for each in found)  # [L, V, b / A, A, O]
 
 
-def _aligned(
-    z_LVBO: Tensor,
-    p_LVBO: Tensor,
-    queue: NeighborQueue,
-    ids: Tensor,
-    recipe: Recipe,
-    swap_chance: float,
-    *,
-    k: int,
-    generator: torch.Generator,
-    parts: int = 1,
-    no_neighbors: Tensor | None = None,
-):
-    """Projections and predictions → neighbors of the global views, these views, NNA loss [L]."""
-    l, _, b, o = z_LVBO.shape
-    g, (first, _) = recipe.global_views, parallel.rows(len(ids))
-    targets = z_LVBO[:, :g]
-    found = queue.lookup(
-        targets.reshape(l, g * b, o),
-        ids[first : first + b],
-        k=k,
-        generator=generator,
-        rows=(first, len(ids)),
-        barred=no_neighbors,
-    )
-    neighbors = found.vectors.reshape(l, g, b, o)
-    if recipe.swap == "none":
-        swap_chance = 0.0
-    if swap_chance < 1:
-        chance = draw(1, g, len(ids), 1, generator=generator, device=targets.device)
-        swapped = chance[:, :, first : first + b] < swap_chance
-        neighbors = torch.where(swapped, neighbors, targets)
-    p_LVBO = parallel.gather(p_LVBO, dim=2).float()
+def _loss(recipe: Recipe, p_LVBO: Tensor, z_LGBO: Tensor, nn_LGBO: Tensor, parts: int, first: int):
+    """NNA loss [L], the mean of those of the interleaved parts of the batch."""
     losses = []
     for part in range(parts):
-        p, z, nn = (x[:, :, part::parts] for x in (p_LVBO, targets, neighbors))
+        p, z, nn = (x[:, :, part::parts] for x in (p_LVBO, z_LGBO, nn_LGBO))
         both = nn if recipe.swap == "both" else None
         how = {"temperature": recipe.temperature, "swap_negatives": both, "per_head": True}
         losses.append(nna_loss(p, z, nn, first=first // parts, **how))
-    loss_L = losses[0] if parts == 1 else torch.stack(losses).mean(dim=0)
-    return found, targets, loss_L
+    return losses[0] if parts == 1 else torch.stack(losses).mean(dim=0)
 
 
 def _right(found, queue: NeighborQueue, labels: Tensor | None, own: Tensor, g: int):

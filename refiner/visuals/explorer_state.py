@@ -80,7 +80,6 @@ class Near:
     similarities: np.ndarray  # cosines of the standardised features
     shared: np.ndarray  # whether the other side has the image among its neighbors too
     right: np.ndarray | None  # whether it is of the selected image's class; None without labels
-    vote: int | None  # the class that the neighbors vote for; None without labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +87,8 @@ class Group:
     """What is common to the images of a group."""
 
     indices: np.ndarray  # int64 [G], sorted
-    counts: dict[int, int]  # images by class, most frequent first; empty without labels
-    inside: tuple[float, float]  # share of its neighbors that are in the group, left and right
-    right: tuple[float, float] | None  # … that are of their image's class; None without labels
+    right: tuple[float, float] | None  # share of neighbors of their image's class
     shared: float  # share of the neighbors that both sides have in common
-    moved: np.ndarray  # its images, those that lost most of their neighbors first
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,11 +244,8 @@ class Exploration:
         found = [self.neighbors_of(where, i) for where in at]
         result = []
         for (indices, similarities), (others, _) in zip(found, found[::-1], strict=True):
-            right = vote = None
-            if self.labels is not None:
-                right = self.labels[indices] == self.labels[i]
-                vote = int(_votes(indices[None], similarities[None], self.labels)[0].argmax())
-            result.append(Near(indices, similarities, np.isin(indices, others), right, vote))
+            right = None if self.labels is None else self.labels[indices] == self.labels[i]
+            result.append(Near(indices, similarities, np.isin(indices, others), right))
         return tuple(result)
 
     def neighbors_of(self, at: tuple[str, int], i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -283,19 +276,11 @@ class Exploration:
         rows = np.flatnonzero(np.isin(self.sample, indices))  # none of a small group in a large set
         found = [self._neighbors(where)[rows] for where in at]
         mean = lambda x: float(x.mean()) if len(rows) else float("nan")  # noqa: E731
-        counts, right = {}, None
+        right = None
         if self.labels is not None:
-            labels, n = np.unique(self.labels[indices], return_counts=True)
-            order = np.lexsort((labels, -n))
-            counts = {int(labels[o]): int(n[o]) for o in order}
             own = self.labels[self.sample[rows]][:, None]
             right = tuple(mean(self.labels[x] == own) for x in found)
-        shared_G = _common(*found).mean(1)
-        order = np.argsort(shared_G, kind="stable")
-        rest = np.setdiff1d(indices, self.sample[rows])
-        moved = np.concatenate([self.sample[rows][order], rest])
-        inside = tuple(mean(np.isin(x, indices)) for x in found)
-        return Group(indices, counts, inside, right, mean(shared_G), moved)
+        return Group(indices, right, mean(_common(*found)))
 
     # ------------------------------------------------------------ search
 

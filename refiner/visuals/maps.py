@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refiner.base.errors import UserError
-from refiner.base.files import replacing
+from refiner.base.files import keep_in_cache
 from refiner.base.places import cache_folder, data_folder
 from refiner.base.tensors import as_features, in_kind, standardized
 from refiner.probing.search import Graph, nearest_neighbors
@@ -232,7 +232,7 @@ def _one_map(x_ND, graph: Graph, init: np.ndarray, epochs: int, seed: int, cache
     how = {"n_neighbors": N_NEIGHBORS, "seed": seed, "init": init, "epochs": epochs}
     points = framed(umap_embedding(x_ND, graph, **how))
     if cache:
-        _write(path, points)
+        keep_in_cache(path, "the maps", lambda file: np.save(file, points))
     return points
 
 
@@ -255,18 +255,6 @@ def _read(path: Path, n: int) -> np.ndarray | None:
         warnings.warn(f"the map in {path} is damaged ({error}) and is made again", stacklevel=4)
         return None
     return points
-
-
-def _write(path: Path, points: np.ndarray) -> None:
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, points)
-    except OSError as error:
-        warnings.warn(
-            f"maps cannot be kept in {path.parent} ({error.strerror or error}); they will be made "
-            "again next time. Set REFINER_CACHE to a writable folder.",
-            stacklevel=4,
-        )
 
 
 # ---------------------------------------------------------------- maps that come with the course
