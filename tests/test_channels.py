@@ -181,7 +181,7 @@ def test_three_channels_as_arrays_are_exactly_the_pictures(tmp_path):
     assert len(order) == 4 and torch.equal(rgba[:, :3], pictures) and (rgba[:, 3] == 255).all()
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     assert ((pictures * weights).sum(1, keepdim=True) - gray).abs().max() <= 1
-    with pytest.raises(ValueError, match="a picture, which has 1, 3 or 4 channels, not 12"):
+    with pytest.raises(ValueError, match="pictures are read with 1, 3 or 4 channels, not 12"):
         quiet(tmp_path / "pictures", channels=12)
     with pytest.raises(ValueError, match="the images of toybox have 3 channels, not 4"):
         quiet("toybox", channels=4)
@@ -219,6 +219,24 @@ def test_bands_of_a_tiff_are_read_by_tifffile(tmp_path, monkeypatch):
     fake = types.SimpleNamespace(imread=lambda path: np.asarray(image))
     monkeypatch.setitem(sys.modules, "tifffile", fake)
     assert torch.equal(quiet(tmp_path).images, pixels(1, 4, 8))
+
+
+def test_a_broken_tiff_among_pictures_is_left_out(tmp_path, monkeypatch):
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "x.tif").write_bytes(b"II*\0, and then nothing of the kind")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.warns(UserWarning, match="1 of 4 images cannot be read .*: x.tif"):
+        assert len(load_images(tmp_path, progress=False)) == 3
+
+
+@pytest.mark.parametrize("channels", [0, 2, -1, "3", 2.5])
+def test_pictures_have_no_other_number_of_channels(channels, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    for load in (load_module.load_images, partial(load_module.load_holdout, share=0.5)):
+        with pytest.raises(ValueError, match=f"1, 3 or 4 channels, not {channels!r}"):
+            load(tmp_path, channels=channels)
 
 
 VALUES = {  # kind: values of a set, and what becomes black and white

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from refiner.base.errors import MissingPackage, UserError
-from refiner.images.decode import ARRAYS, EXTENSIONS, SAMPLE, ValueRange, header, measured_range
+from refiner.images.decode import (
+    ARRAYS,
+    COLOURS,
+    EXTENSIONS,
+    SAMPLE,
+    ValueRange,
+    header,
+    measured_range,
+)
 
 # The names of splits, the usual one first.
 SPLIT_FOLDERS = {
@@ -52,7 +60,13 @@ class Files:
         return measured_range(_some(files, SAMPLE), str(self.root or self.folder))
 
     def channels(self, asked: int | None = None) -> int:
-        """Those of the first file of bands; pictures have three, or as many as are asked for."""
+        """Those of the first file of bands; pictures have three, or as many as are asked for.
+
+        Raises:
+            UserError: if no picture can be read with so many.
+        """
+        if asked not in (None, *COLOURS):
+            raise UserError(f"pictures are read with 1, 3 or 4 channels, not {asked!r}")
         return next((c for _, _, c in _headers(self.paths, SAMPLE) if c), asked or 3)
 
 
@@ -265,15 +279,23 @@ def _some(paths: Sequence[Path], sample: int) -> Sequence[Path]:
 
 
 def _headers(paths: Sequence[Path], sample: int = 64) -> Iterator[tuple]:
-    """The headers of some of the files, without those that cannot be read."""
+    """The headers of some of the files, without those that cannot be read.
+
+    Raises:
+        MissingPackage: if every one of them needs it.
+    """
+    found, missing = 0, None
     for path in _some(paths, sample):
         try:
             yield header(path)
-        except MissingPackage:
-            raise
+            found += 1
+        except MissingPackage as error:
+            missing = error
         # As in read_files, which names them later, with the other broken ones.
         except Exception:
             continue
+    if missing and not found:
+        raise missing
 
 
 def common_size(paths: Sequence[Path]) -> int:
