@@ -120,6 +120,31 @@ def cifar() -> str:
     return table(head, rows)
 
 
+def length() -> str:
+    """One core on CIFAR-10 for hours: each kept encoder by its best reading."""
+    head = ["", "steps", "processor minutes", "k-NN, best reading", "usual", "linear"]
+    head += ["5-shot", "clusters"]
+    rows = []
+    for name, row in read(RESULTS / "length.json")["rows"].items():
+        low, high = (percent(end) for end in row["interval"])
+        what = {"before": "MAE", "refined": "refined", "more_mae": "MAE, trained on (control)"}
+        what["refined_after"] = "the latter, then refined"
+        rows.append(
+            [
+                what[name.partition("-")[0]],
+                f"{row['steps']:,}",
+                f"{row['processor_seconds'] / 60:.0f}",
+                f"{percent(row['knn'])} ({low}–{high})",
+                percent(row["usual"]),
+                *(
+                    percent(row[key]) if key in row else ""
+                    for key in ("linear", "5-shot", "clusters")
+                ),
+            ]
+        )
+    return table(head, rows)
+
+
 def maturity() -> str:
     """MAEs of different length before → after refining, last block."""
     head = [
@@ -446,6 +471,7 @@ TABLES = {
     "ladder": ladder,
     "maturity": maturity,
     "cifar": cifar,
+    "length": length,
     "evaluation": evaluation,
     "no decoder": no_decoder,
     "attentive": attentive,

@@ -46,6 +46,7 @@ def test_the_released_encoders_and_their_originals_are_there():
         "data2vec 2.0": "data2vec2_b16 data2vec2_l16 data2vec2_h14",
         "dBOT": "dbot_l16 dbot_h14",
         "CrossMAE": "crossmae_l16",
+        "Web-MAE": "webmae_l16 webmae_h14 webmae_1b14 webmae_2b14 webmae_3b14",
         "Scale-MAE": "scalemae_l16",
         "RETFound": "retfound_cfp_l16 retfound_oct_l16",
         "MAE SSL4EO-S12": "ssl4eo_s2_b16 ssl4eo_s1_s16",

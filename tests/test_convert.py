@@ -909,7 +909,11 @@ def original_keys(entry):
     state |= vector("norm")
     if entry.name.startswith("scalemae"):
         return {"model": state | {"mask_token_decoder": shape(1, 1, 512), "fpn.bias": shape(8)}}
-    return state if entry.name.startswith(("maws", "mae_ig3b", "mae_2b")) else {"model": state}
+    return (
+        state
+        if entry.name.startswith(("maws", "mae_ig3b", "mae_2b", "webmae"))
+        else {"model": state}
+    )
 
 
 @pytest.mark.parametrize("entry", [e for e in CATALOGUE if e.address], ids=lambda e: e.name)

@@ -49,8 +49,8 @@ from refiner.models.positions import at_distance, grid_of, with_positions
 DECODER_PREFIXES = ("decoder_", "mask_token")
 SIZES = ("img_size", "image_size", "input_size")  # how settings beside weights name it
 AVERAGED = {"ema", "target", "teacher", "momentum"}  # of two encoders these are better features
-# The usual rule is 64 channels a head; the last four of these widths of known models break it.
-HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 2560: 32, 4096: 32}
+# The usual rule is 64 channels a head; the last six of these widths of known models break it.
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 2560: 32, 4096: 32, 2688: 21, 3072: 24}
 ASSUMED = (
     "{heads} heads of 64 channels in each block, which the file cannot tell; give others as in "
     "load_model(path, num_heads=6)"
