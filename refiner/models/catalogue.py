@@ -133,27 +133,13 @@ def nearest(name: str, others: list[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(name, dict.fromkeys(known), n=n, cutoff=0.4)
 
 
-COLUMNS = "name method training params GB patch size pooling labels paper licence from"
+COLUMNS = ["name", "method", "training", "params", "GB", "patch", "size"]
+COLUMNS += ["pooling", "labels", "paper", "licence", "from"]
 
 
 def table(entries: list[Entry]) -> str:
     """Entries as lines of text in columns."""
-    rows = [
-        [
-            "name",
-            "method",
-            "training",
-            "params",
-            "GB",
-            "patch",
-            "size",
-            "pooling",
-            "labels",
-            "paper",
-            "licence",
-            "from",
-        ]
-    ]
+    rows = [COLUMNS]
     for e in entries:
         sizes = [f"{e.parameters:,.0f}M", f"{e.gigabytes:.1f}", str(e.patch), e.images]
         rest = [e.pooling, "yes" if e.labels else "no", e.reference, e.licence, e.source]
