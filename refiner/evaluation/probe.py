@@ -429,10 +429,9 @@ def _measures_figure(found: dict[str, dict]) -> plt.Figure:
     fig, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for ax, name in zip(axes.flat, names, strict=True):
         curves = {m: np.array(p[name], dtype=float) for m, p in found.items()}
-        words = advice.READS[name][0]
-        plots.block_curve(curves, ylabel=words, best=False, percent=False, title=words, ax=ax)
-        if ax is not axes.flat[0]:
-            ax.get_legend().remove()
+        words, look = advice.READS[name][0], {"best": False, "percent": False}
+        look["legend"] = ax is axes.flat[0]
+        plots.block_curve(curves, ylabel=words, title=words, **look, ax=ax)
     return fig
 
 

@@ -49,6 +49,7 @@ def block_curve(
     blocks: Sequence[int] | None = None,
     percent: bool | None = None,
     title: str | None = None,
+    legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """A quality of every block, one curve a model.
@@ -60,6 +61,7 @@ def block_curve(
         best: ring the best (highest) block of each curve, and name it in the legend.
         blocks: the blocks' numbers; default 1 to L.
         percent: the values are shares and shown in percent; default if all lie in 0..1.
+        legend: name the curves; of several axes with the same curves one will do.
     """
     means = named({name: x[0] if isinstance(x, tuple) else x for name, x in curves.items()})
     spreads = [array(x[1]) if isinstance(x, tuple) else None for x in curves.values()]
@@ -84,7 +86,8 @@ def block_curve(
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     title = f"{_capital(ylabel)} of every block" if title is None else title
     ax.set(xlabel="block", ylabel=plain(ylabel), title=plain(title))
-    place_legend(ax)
+    if legend:
+        place_legend(ax)
     return ax
 
 
