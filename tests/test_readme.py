@@ -307,7 +307,7 @@ def test_the_evaluation_of_cifar_in_words_is_its_report():
     verdicts = [entry["verdict"] for entry in comparison(report)]
     better, worse = verdicts.count("better"), verdicts.count("worse")
     text = " ".join(PAGE.split())
-    assert f"of {len(verdicts)} figures {better} are better by more than two spreads, all" in text
+    assert f"of {len(verdicts)} scores {better} are better by more than two spreads, all" in text
     assert f"and {worse} are worse, clusters of the patch mean" in text
     gained = {e["name"] for e in comparison(report) if e["verdict"] == "better"}
     lost = {e["name"] for e in comparison(report) if e["verdict"] == "worse"}

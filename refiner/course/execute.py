@@ -179,8 +179,10 @@ class _Channel(AsyncZMQSocketChannel):
 
     async def get_msg(self, timeout: float | None = None) -> dict:
         end = math.inf if timeout is None else time.monotonic() + timeout
-        while not await self.socket.poll(LOOK_MS):
-            if time.monotonic() > end:
+        left = end - time.monotonic()
+        while not await self.socket.poll(int(min(LOOK_MS, max(0, 1000 * left)))):
+            left = end - time.monotonic()
+            if left <= 0:
                 raise Empty
         return await super().get_msg(timeout=0)
 

@@ -93,8 +93,10 @@ def _timm_config(model: Encoder) -> dict | None:
             "input_size": [channels_of(model), *sides(how["size"])],
             **{name: how[name] for name in ("mean", "std", "interpolation")},
             "crop_pct": how.get("crop_pct", 1.0),
-            **{"num_classes": 0, "pool_size": None},
-            **{"classifier": "head", "first_conv": "patch_embed.proj"},
+            "num_classes": 0,
+            "pool_size": None,
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
         },
     }
 

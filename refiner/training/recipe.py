@@ -287,8 +287,13 @@ class Recipe:
 _PAPER = {
     "L/16": {"blocks": tuple(range(17, 25)), "temperature": 0.2, "batch": 1024},
     "H/14": {"blocks": tuple(range(21, 33)), "temperature": 0.3, "batch": 512},
-    "2B/14": {"blocks": tuple(range(17, 25)), "temperature": 0.35, "batch": 512}
-    | {"frozen_blocks": 6, "epochs": 20},
+    "2B/14": {
+        "blocks": tuple(range(17, 25)),
+        "temperature": 0.35,
+        "batch": 512,
+        "frozen_blocks": 6,
+        "epochs": 20,
+    },
 }
 
 
