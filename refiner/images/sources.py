@@ -17,7 +17,7 @@ from torch import Tensor
 from refiner.base import parallel
 from refiner.base.tensors import sides, take
 from refiner.images.sets import pixels_of
-from refiner.images.streams import AHEAD, ImageStream, StreamBatches
+from refiner.images.streams import PREFETCH, ImageStream, StreamBatches
 
 
 class Source(Protocol):
@@ -124,7 +124,7 @@ class Batches:
         ids = self.order(step)
         if self.pool is None:
             return self._take(ids), ids.to(self.device, non_blocking=True)
-        for soon in range(step, min(step + 1 + AHEAD, self.steps)):
+        for soon in range(step, min(step + 1 + PREFETCH, self.steps)):
             if soon not in self.coming:
                 self.coming[soon] = self.pool.submit(self._take, self.order(soon))
         return self.coming.pop(step).result(), ids.to(self.device, non_blocking=True)

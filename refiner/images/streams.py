@@ -49,7 +49,7 @@ from refiner.images.decode import (
 SHARD = 2**32  # ids from one shard's first image to the next one's
 MOST_SHARDS = 10**6
 MOST_BYTES = 2**28  # of an encoded image; what is larger counts as broken
-AHEAD = 2  # batches that are prepared while a step runs
+PREFETCH = 2  # batches that are prepared while a step runs
 MOST_KEYS = 64  # images of a sample that are held to choose among
 PREFERRED = ("image", "img", "jpg", "jpeg", "png", "webp")  # keys and columns, best first
 Reader = Callable[[int, int], Iterator[bytes]]
@@ -371,7 +371,7 @@ class StreamBatches:
             (first,) = self.starts
             self.samples = islice(self._shuffled(first), step * self.share - first, None)
             self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        for soon in range(self.next, min(step + 1 + AHEAD, self.steps)):
+        for soon in range(self.next, min(step + 1 + PREFETCH, self.steps)):
             self.coming[soon] = self.reader.submit(self._take)
             self.next = soon + 1
         pixels, own = self.coming.pop(step).result()
